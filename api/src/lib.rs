@@ -1,0 +1,1 @@
+//! HTTP API: wire types, routes, events, typed client.

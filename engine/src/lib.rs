@@ -1,0 +1,1 @@
+//! Store, state, planner, rollouts, machines and runtimes.

@@ -1,0 +1,1 @@
+//! The edge: listeners, request path, upstream pools, probes, access log.

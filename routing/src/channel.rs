@@ -1,0 +1,202 @@
+//! One writer, many readers: publication of snapshots and their acknowledgement by the edges.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use arc_swap::{ArcSwap, Cache};
+use event_listener::Event;
+
+use crate::spec::{Change, ServiceSpec};
+use crate::table::{Builder, RoutingTable, TableError};
+use crate::upstream::{Generation, Upstream};
+
+/// Makes an empty table with its one writer and a first reader.
+#[must_use]
+pub fn table() -> (TableWriter, TableReader) {
+    let shared = Arc::new(Channel {
+        current: ArcSwap::from_pointee(RoutingTable::default()),
+        published: Event::new(),
+        acknowledged: Event::new(),
+        edges: Mutex::new(Vec::new()),
+    });
+    (
+        TableWriter { builder: Builder::default(), channel: Arc::clone(&shared) },
+        TableReader { channel: shared },
+    )
+}
+
+#[derive(Debug)]
+struct Channel {
+    current: ArcSwap<RoutingTable>,
+    published: Event,
+    acknowledged: Event,
+    /// Last version acknowledged by each living edge core. Not on the request path.
+    edges: Mutex<Vec<Weak<AtomicU64>>>,
+}
+
+/// The only way to change the table. Purposefully not `Clone`: that there is one writer is a fact of the type.
+#[derive(Debug)]
+pub struct TableWriter {
+    builder: Builder,
+    channel: Arc<Channel>,
+}
+
+/// What a publication did.
+#[derive(Debug)]
+pub struct Applied {
+    /// Version of the table that is now visible.
+    pub version: u64,
+    /// Upstreams that have lost their place. They are retired: nobody enters them any more.
+    pub retired: Vec<Arc<Upstream>>,
+}
+
+impl TableWriter {
+    /// Applies changes, all or none, publishes the result and retires what has lost its place. When it
+    /// returns, no request that is selected later goes to a retired upstream.
+    ///
+    /// # Errors
+    /// [`TableError`]; nothing was changed then.
+    pub fn apply(&mut self, changes: &[Change]) -> Result<Applied, TableError> {
+        let retired = self.builder.apply(changes)?;
+        self.channel.current.store(Arc::new(self.builder.table().clone()));
+        // After the store: whoever is refused from here on finds the new table when looking again.
+        for upstream in &retired {
+            upstream.retire();
+        }
+        self.channel.published.notify(usize::MAX);
+        Ok(Applied { version: self.builder.table().version(), retired })
+    }
+
+    /// The service as it was last put.
+    #[must_use]
+    pub fn service(&self, name: &str) -> Option<&ServiceSpec> {
+        self.builder.spec(name)
+    }
+
+    /// An upstream that is in the table, or was retired and not forgotten yet.
+    #[must_use]
+    pub fn upstream(&self, generation: Generation) -> Option<&Arc<Upstream>> {
+        self.builder.upstream(generation)
+    }
+
+    /// Lets go of a retired upstream whose receipt has been kept elsewhere.
+    pub fn forget(&mut self, generation: Generation) {
+        self.builder.forget(generation);
+    }
+
+    /// Version of the table that is visible now.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.builder.table().version()
+    }
+
+    /// A future that waits until every living edge core has acknowledged `version`: it has let go of its
+    /// connections to retired upstreams and uses the new table. It borrows nothing from the writer.
+    pub fn acknowledged(&self, version: u64) -> impl Future<Output = ()> + Send + use<> {
+        let channel = Arc::clone(&self.channel);
+        async move {
+            loop {
+                let listener = channel.acknowledged.listen();
+                if channel.all_reached(version) {
+                    return;
+                }
+                listener.await;
+            }
+        }
+    }
+}
+
+impl Channel {
+    fn all_reached(&self, version: u64) -> bool {
+        let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        edges.retain(|edge| edge.strong_count() > 0);
+        edges.iter().filter_map(Weak::upgrade).all(|edge| edge.load(Ordering::Acquire) >= version)
+    }
+}
+
+/// Reads the table. Clone it for each core.
+#[derive(Clone, Debug)]
+pub struct TableReader {
+    channel: Arc<Channel>,
+}
+
+impl TableReader {
+    /// The current snapshot. Lock-free; do not keep it over an `await`.
+    #[must_use]
+    pub fn load(&self) -> Arc<RoutingTable> {
+        self.channel.current.load_full()
+    }
+
+    /// A reader with a cache of its own, for one core's request path: loading costs one comparison
+    /// while the table does not change.
+    #[must_use]
+    pub fn cached(&self) -> CachedReader {
+        CachedReader { cache: Cache::new(SharedSwap(Arc::clone(&self.channel))) }
+    }
+
+    /// Waits until a table newer than `version` is visible, and returns its version.
+    pub async fn newer_than(&self, version: u64) -> u64 {
+        loop {
+            let listener = self.channel.published.listen();
+            let now = self.channel.current.load().version();
+            if now > version {
+                return now;
+            }
+            listener.await;
+        }
+    }
+
+    /// Registers an edge core: from now on publications wait for its acknowledgement, until it is dropped.
+    #[must_use]
+    pub fn register(&self) -> Acknowledger {
+        let reached = Arc::new(AtomicU64::new(0));
+        self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&reached));
+        Acknowledger { channel: Arc::clone(&self.channel), reached }
+    }
+}
+
+/// One core's cached view of the table.
+#[derive(Debug)]
+pub struct CachedReader {
+    cache: Cache<SharedSwap, Arc<RoutingTable>>,
+}
+
+impl CachedReader {
+    /// The current snapshot.
+    pub fn load(&mut self) -> &Arc<RoutingTable> {
+        self.cache.load()
+    }
+}
+
+#[derive(Debug)]
+struct SharedSwap(Arc<Channel>);
+
+impl std::ops::Deref for SharedSwap {
+    type Target = ArcSwap<RoutingTable>;
+    fn deref(&self) -> &Self::Target {
+        &self.0.current
+    }
+}
+
+/// A registered edge core's way to acknowledge.
+#[derive(Debug)]
+pub struct Acknowledger {
+    channel: Arc<Channel>,
+    reached: Arc<AtomicU64>,
+}
+
+impl Acknowledger {
+    /// Says that this core uses table `version` and keeps nothing of what it retired.
+    pub fn acknowledge(&self, version: u64) {
+        self.reached.fetch_max(version, Ordering::AcqRel);
+        self.channel.acknowledged.notify(usize::MAX);
+    }
+}
+
+impl Drop for Acknowledger {
+    fn drop(&mut self) {
+        // Emptied first, so that whoever is woken does not wait for this core.
+        self.reached.store(u64::MAX, Ordering::Release);
+        self.channel.acknowledged.notify(usize::MAX);
+    }
+}

@@ -1,0 +1,181 @@
+//! Hosts: the canonical form of what clients send, and the patterns that match it.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+/// Longest host name (RFC 1035 §2.3.4).
+pub const MAX_HOST_BYTES: usize = 253;
+
+/// Why a host is not one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HostError {
+    /// Nothing there.
+    #[error("the host is empty")]
+    Empty,
+    /// Longer than [`MAX_HOST_BYTES`].
+    #[error("the host is longer than {MAX_HOST_BYTES} bytes")]
+    TooLong,
+    /// A byte that no host name or address literal has.
+    #[error("the host has a character that is not allowed")]
+    BadCharacter,
+    /// An empty label, or a bracket without its mate.
+    #[error("the host is malformed")]
+    Malformed,
+    /// What follows the colon is no port.
+    #[error("the port is not a number from 1 to 65535")]
+    BadPort,
+}
+
+/// Brings the value of `Host` or `:authority` into the form that tables are keyed by: lower case, no
+/// port, no trailing dot. IPv6 literals keep their brackets. User information is refused
+/// (RFC 9110 §4.2.4). Borrows when nothing has to change.
+///
+/// # Errors
+/// [`HostError`] says what is wrong with it; the request deserves a 400 (RFC 9112 §3.2).
+pub fn canonical_host(authority: &str) -> Result<Cow<'_, str>, HostError> {
+    let host = strip_port(authority)?;
+    if host.starts_with('[') {
+        return ipv6_literal(host);
+    }
+    let host = host.strip_suffix('.').unwrap_or(host);
+    check_name(host)?;
+    Ok(if host.bytes().any(|b| b.is_ascii_uppercase()) {
+        Cow::Owned(host.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(host)
+    })
+}
+
+fn strip_port(authority: &str) -> Result<&str, HostError> {
+    let after_literal = authority.rfind(']').map_or(0, |end| end + 1);
+    let Some(colon) = authority[after_literal..].find(':').map(|at| at + after_literal) else {
+        return Ok(authority);
+    };
+    let port = &authority[colon + 1..];
+    // "example.com:" is an empty port, which is the default one (RFC 3986 §3.2.3).
+    let fine = port.is_empty()
+        || (port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|p| p > 0));
+    if fine { Ok(&authority[..colon]) } else { Err(HostError::BadPort) }
+}
+
+fn ipv6_literal(host: &str) -> Result<Cow<'_, str>, HostError> {
+    let inner = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).ok_or(HostError::Malformed)?;
+    let address: std::net::Ipv6Addr = inner.parse().map_err(|_| HostError::Malformed)?;
+    let canonical = format!("[{address}]");
+    Ok(if canonical == host { Cow::Borrowed(host) } else { Cow::Owned(canonical) })
+}
+
+fn check_name(host: &str) -> Result<(), HostError> {
+    if host.is_empty() {
+        return Err(HostError::Empty);
+    }
+    if host.len() > MAX_HOST_BYTES {
+        return Err(HostError::TooLong);
+    }
+    let mut label = 0;
+    for byte in host.bytes() {
+        match byte {
+            b'.' if label == 0 => return Err(HostError::Malformed),
+            b'.' => label = 0,
+            // Underscores are no host names, but people have them in DNS and in container networks.
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => label += 1,
+            _ => return Err(HostError::BadCharacter),
+        }
+        if label > 63 {
+            return Err(HostError::TooLong);
+        }
+    }
+    if label == 0 { Err(HostError::Malformed) } else { Ok(()) }
+}
+
+/// Which hosts a route is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HostPattern {
+    /// One host.
+    Exact(Arc<str>),
+    /// Every host below this one, at any depth: `*.example.com` holds `example.com`.
+    Wildcard(Arc<str>),
+    /// Every host that nothing else matches.
+    Any,
+}
+
+impl HostPattern {
+    /// Reads `shop.example.com`, `*.example.com` or `*`.
+    ///
+    /// # Errors
+    /// [`HostError`] if it is none of these; a port is refused too, as listeners decide on ports.
+    pub fn parse(text: &str) -> Result<Self, HostError> {
+        if text == "*" {
+            return Ok(Self::Any);
+        }
+        let (name, wildcard) = text.strip_prefix("*.").map_or((text, false), |rest| (rest, true));
+        if !name.starts_with('[') && name.contains(':') {
+            return Err(HostError::BadCharacter);
+        }
+        let host: Arc<str> = canonical_host(name)?.into();
+        Ok(if wildcard { Self::Wildcard(host) } else { Self::Exact(host) })
+    }
+}
+
+impl std::fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exact(host) => f.write_str(host),
+            Self::Wildcard(suffix) => write!(f, "*.{suffix}"),
+            Self::Any => f.write_str("*"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_brought_into_one_form() {
+        for (raw, canonical) in [
+            ("shop.example.com", "shop.example.com"),
+            ("Shop.Example.COM:8080", "shop.example.com"),
+            ("example.com.", "example.com"),
+            ("example.com:", "example.com"),
+            ("10.0.0.1:80", "10.0.0.1"),
+            ("[::1]:8080", "[::1]"),
+            ("[0:0:0:0:0:0:0:1]", "[::1]"),
+        ] {
+            assert_eq!(canonical_host(raw).as_deref(), Ok(canonical), "{raw}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_host_is_refused() {
+        for (raw, error) in [
+            ("", HostError::Empty),
+            (".", HostError::Empty),
+            ("a..b", HostError::Malformed),
+            (".a", HostError::Malformed),
+            ("a b", HostError::BadCharacter),
+            ("user@host", HostError::BadCharacter),
+            ("a/b", HostError::BadCharacter),
+            ("a,b", HostError::BadCharacter),
+            ("a:0", HostError::BadPort),
+            ("a:99999", HostError::BadPort),
+            ("a:80:80", HostError::BadPort),
+            ("a:+80", HostError::BadPort),
+            ("[::1", HostError::BadPort),
+            ("[::g]", HostError::Malformed),
+            ("é.com", HostError::BadCharacter),
+        ] {
+            assert_eq!(canonical_host(raw), Err(error), "{raw}");
+        }
+        assert_eq!(canonical_host(&"a".repeat(300)), Err(HostError::TooLong));
+    }
+
+    #[test]
+    fn patterns_are_read_and_shown_alike() {
+        for text in ["shop.example.com", "*.example.com", "*"] {
+            assert_eq!(HostPattern::parse(text).expect("is a pattern").to_string(), text);
+        }
+        assert!(HostPattern::parse("example.com:80").is_err());
+        assert!(HostPattern::parse("a.*.com").is_err());
+    }
+}

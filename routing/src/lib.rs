@@ -1,0 +1,48 @@
+//! Routing: which upstream gets a request, and who is still inside it.
+//!
+//! ```text
+//!   engine ── Change ──► TableWriter ── publish ──► TableReader ──► lookup(host, path) ──► Service
+//!                            ▲                                                              │ enter()
+//!                            └── acknowledged(version), receipts, counts ◄── Lease ◄── Upstream
+//! ```
+//!
+//! The room is pure: no sockets, runtimes, clocks, files or formats. Time comes in as `now_ms`
+//! (milliseconds of any monotonic clock of the caller), randomness as a number. There is one
+//! [`TableWriter`] (it is not `Clone`) and any number of [`TableReader`]s; a reader loads an immutable
+//! snapshot without a lock. Live state (health, leases, outcomes) sits in [`Upstream`], which is shared
+//! by every snapshot that names the same generation, so that it survives table changes.
+//!
+//! Invariants:
+//! * After [`Upstream::retire`] returns, no [`Upstream::enter`] succeeds, whatever table its caller holds.
+//! * A generation is never used twice: a copy that comes back into service gets a new one.
+//! * A [`DrainReceipt`] says `empty` only when every lease has been dropped.
+
+mod balance;
+mod channel;
+mod class;
+mod hash;
+mod host;
+mod outcome;
+mod path;
+mod radix;
+mod retry;
+mod service;
+mod spec;
+mod table;
+mod upstream;
+
+pub use balance::{Balance, HashKey};
+pub use channel::{Acknowledger, Applied, CachedReader, TableReader, TableWriter, table};
+pub use class::{PerClass, TrafficClass};
+pub use hash::stable_hash;
+pub use host::{HostError, HostPattern, MAX_HOST_BYTES, canonical_host};
+pub use outcome::{Failure, LatencyBuckets, Outcome, OutcomeCounts};
+pub use path::PathError;
+pub use retry::{Evidence, RetryBudget, RetryClass};
+pub use service::{Enter, NoUpstream, Service};
+pub use spec::{
+    Address, Change, HealthCheck, HealthCheckKind, Passive, PoolSpec, RouteSpec, ServicePolicy, ServiceSpec,
+    Sticky, UpstreamProtocol, UpstreamSpec,
+};
+pub use table::{Match, RoutingTable, TableError};
+pub use upstream::{DrainReceipt, Draining, Generation, Health, Lease, Upstream};
