@@ -1,0 +1,26 @@
+//! The nouns of the engine: what is stored, planned and told. Plain data, no behaviour beyond
+//! validation, so that a record written today is read by any later version.
+
+mod event;
+mod ids;
+mod instance;
+mod machine;
+mod plan;
+mod receipt;
+mod rollout;
+mod service;
+
+pub use event::{Event, EventBody};
+pub use ids::{InstanceId, RolloutId};
+pub use instance::{Instance, InstanceState};
+pub use machine::{DockerEndpoint, Machine, MachineKind, MachineSpec, TlsFiles};
+pub use plan::{Estimate, Finding, PLAN_FORMAT, Plan, PlannedInstance, RolloutKind, Step};
+pub use receipt::{ClassCounts, InstanceReceipt, PhaseTime, Receipt};
+pub use rollout::{Control, Phase, Rollout, RolloutState, Sample, SideSample, Totals};
+pub use service::{
+    BalanceSpec, DrainDeadlines, FixedUpstream, Guards, HashBy, HealthKind, HealthSpec, MoveSettings,
+    Protocol, Resources, Route, Service, ServiceSpec, TrafficPolicy, Version, WarmSettings, Workload,
+};
+
+/// Milliseconds since the Unix epoch. Wall time is for people and deadlines in the store, never for order.
+pub type UnixMs = u64;

@@ -1,0 +1,129 @@
+//! The store: everything durable is a keyed object.
+//!
+//! `commit` is the only way to change anything: a batch of writes with preconditions that is applied
+//! whole, durably, or not at all, and gets the next revision. `watch` gives every commit in order.
+//! Nothing in here knows what the values mean; that is `state`'s business.
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+
+/// Number of a commit. Rises by one with each; 0 is before the first.
+pub type Revision = u64;
+
+/// Longest key.
+pub const MAX_KEY_BYTES: usize = 512;
+/// Largest value.
+pub const MAX_VALUE_BYTES: usize = 4 << 20;
+/// Most writes in one batch.
+pub const MAX_BATCH_WRITES: usize = 1_024;
+
+/// Writes that are applied whole or not at all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// What has to be true of the store for the batch to be applied.
+    pub preconditions: Vec<Precondition>,
+    /// The writes, in order.
+    pub writes: Vec<Write>,
+}
+
+/// What has to be true of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Precondition {
+    /// It is not there.
+    Absent(String),
+    /// It is there.
+    Present(String),
+    /// Its last change was this revision.
+    Unchanged(String, Revision),
+    /// Its value is this.
+    Equals(String, Bytes),
+}
+
+/// One write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Sets a key.
+    Put(String, Bytes),
+    /// Removes a key; one that is not there stays so.
+    Delete(String),
+}
+
+/// A key with its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Key.
+    pub key: String,
+    /// Value.
+    pub value: Bytes,
+    /// Revision of its last change.
+    pub revision: Revision,
+}
+
+/// A batch that was applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    /// Its revision.
+    pub revision: Revision,
+    /// Its writes.
+    pub writes: Vec<Write>,
+}
+
+/// A lease that was given, or who has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseGrant {
+    /// Who has it.
+    pub holder: String,
+    /// Rises each time that the lease changes hands: a fencing token.
+    pub token: u64,
+    /// When it ends, in Unix milliseconds.
+    pub expires_at: u64,
+    /// Whether the one who asked has it.
+    pub granted: bool,
+}
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A precondition does not hold; nothing was written. Look again and decide anew.
+    #[error("the store has moved on: {0}")]
+    Conflict(String),
+    /// Key, value or batch beyond its limit.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The disk is full. Nothing acknowledged is lost; nothing new is taken until there is room.
+    #[error("the disk with the data folder is full")]
+    Full(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The data is damaged.
+    #[error("the store is damaged: {0}")]
+    Corrupt(String),
+    /// Reading or writing failed.
+    #[error("the store cannot be read or written")]
+    Io(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Another process has it open.
+    #[error("the data folder is in use by another process")]
+    Locked,
+}
+
+/// The store. Implementations: SQLite; etcd for more than one machine, later.
+pub trait Store: Send + Sync + 'static {
+    /// Applies a batch and returns once it is durable.
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Revision, StoreError>>;
+
+    /// Every entry whose key begins with `prefix`, in order of keys, and the revision they are of.
+    fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>>;
+
+    /// Every commit after `after`, in order and without a gap, for ever. History may be compacted: a
+    /// watch from before the oldest kept commit ends with [`StoreError::Corrupt`] saying so, and the
+    /// reader starts again from `range`.
+    fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>>;
+
+    /// Takes or renews a lease for `holder` until `now_ms + ttl_ms`, unless another one has it.
+    fn lease(
+        &self,
+        name: &str,
+        holder: &str,
+        now_ms: u64,
+        ttl_ms: u64,
+    ) -> BoxFuture<'_, Result<LeaseGrant, StoreError>>;
+}
