@@ -1,0 +1,10 @@
+//! One file per subcommand: arguments in, exit code out.
+
+pub(crate) mod check;
+pub(crate) mod load;
+pub(crate) mod origin;
+
+use std::process::ExitCode;
+
+/// How a subcommand ends.
+pub(crate) type Done = Result<ExitCode, Box<dyn std::error::Error>>;
