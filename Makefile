@@ -1,0 +1,42 @@
+# The two commands of the README are `make demo` and `make test`; each does its own set-up.
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+FUZZ_SECONDS ?= 10
+
+.PHONY: demo test bench build format lint tests fuzz-smoke clean
+
+demo:
+	@scripts/setup demo
+	@$(CARGO) build --release --quiet --bin peregrine || $(CARGO) build --release --bin peregrine
+	@$(TARGET)/release/peregrine demo $(DEMO_ARGS)
+
+# Everything that CI runs.
+test:
+	@scripts/timed setup scripts/setup test
+	@scripts/timed format $(CARGO) fmt --all -- --check
+	@scripts/timed lint $(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	@scripts/timed tests scripts/run-tests
+	@scripts/timed fuzz-smoke fuzz/smoke.sh $(FUZZ_SECONDS)
+
+bench:
+	@scripts/setup bench
+	@$(CARGO) build --release --bin peregrine
+	@$(CARGO) build --release -p peregrine-bench
+	@$(TARGET)/release/peregrine-bench table
+	@$(TARGET)/release/peregrine-bench compare --peregrine $(TARGET)/release/peregrine $(BENCH_ARGS)
+
+build:
+	@scripts/setup build
+	@$(CARGO) build --release --bin peregrine
+
+format:
+	@$(CARGO) fmt --all
+
+lint:
+	@$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+tests:
+	@scripts/run-tests
+
+clean:
+	@$(CARGO) clean
