@@ -32,6 +32,9 @@ pub(crate) struct Arguments {
     /// Requests per second at fixed times (open loop); without it as fast as possible (closed loop).
     #[arg(long, value_name = "N")]
     rate: Option<u32>,
+    /// How finely the open loop releases requests; finer costs more processor time.
+    #[arg(long, value_name = "US", default_value_t = 1000)]
+    tick_us: u64,
     /// Stop after this time [default: 10 s where there is no --count].
     #[arg(long, value_name = "S")]
     seconds: Option<u64>,
@@ -78,6 +81,7 @@ impl Arguments {
         options.connections = self.connections;
         options.streams_per_connection = self.streams;
         options.pace = self.rate.map_or(Pace::Closed, |per_second| Pace::Open { per_second });
+        options.tick_us = self.tick_us;
         options.until = match (self.count, self.seconds) {
             (Some(count), _) => Until::Count(count),
             (None, seconds) => Until::DurationMs(seconds.unwrap_or(10) * 1000),

@@ -45,8 +45,9 @@ pub(crate) struct Arguments {
     #[arg(long, env = "ORIGIN_HANG", value_name = "BOOL", default_value = "false", action = clap::ArgAction::Set,
           value_parser = BoolishValueParser::new())]
     hang: bool,
-    /// Append one line per request with an id: `unix_ns id method proto conn status`.
-    #[arg(long, env = "ORIGIN_RECORD", value_name = "FILE")]
+    /// Append one line per request with an id (`unix_ns id method proto conn status`) to a file, or send it to a
+    /// collector.
+    #[arg(long, env = "ORIGIN_RECORD", value_name = "FILE|tcp://HOST:PORT")]
     record: Option<PathBuf>,
 }
 

@@ -70,6 +70,9 @@ pub struct LoadOptions {
     pub pace: Pace,
     /// When the run ends.
     pub until: Until,
+    /// How finely the open loop releases requests, in microseconds: later than due by this much at most, which is then
+    /// part of the latency. Finer costs the client more.
+    pub tick_us: u64,
     /// Percentage of requests that are POST with a body, spread evenly.
     pub post_percent: u8,
     /// Length of a POST's body, in bytes.
@@ -102,6 +105,7 @@ impl LoadOptions {
             connections: 16,
             streams_per_connection: 8,
             pace: Pace::Closed,
+            tick_us: 1000,
             until: Until::Stopped,
             post_percent: 0,
             post_body_bytes: 64,
@@ -146,8 +150,8 @@ impl LoadOptions {
         if matches!(self.pace, Pace::Open { per_second: 0 }) {
             return wrong("pace", "an open loop needs at least 1 request per second");
         }
-        if self.sample_ms == 0 || self.request_timeout_ms == 0 || self.connect_timeout_ms == 0 {
-            return wrong("sample_ms, request_timeout_ms, connect_timeout_ms", "must be above 0");
+        if [self.tick_us, self.sample_ms, self.request_timeout_ms, self.connect_timeout_ms].contains(&0) {
+            return wrong("tick_us, sample_ms, request_timeout_ms, connect_timeout_ms", "must be above 0");
         }
         if self.connection_per_request && self.protocol == Protocol::H2c && self.streams_per_connection != 1 {
             return wrong("connection_per_request", "over HTTP/2 needs streams_per_connection = 1");

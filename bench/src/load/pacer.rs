@@ -1,7 +1,7 @@
 //! Hands out request numbers: as fast as they are taken (closed loop), or each when it is due (open loop).
 //!
 //! Due times come from the rate alone, never from the answers. Tokio's timers are a millisecond coarse, which would
-//! drown the latencies of a fast proxy, so the open loop is woken by a kernel timer every [`MIN_TICK_US`] at most.
+//! drown the latencies of a fast proxy, so the open loop is woken by a kernel timer every [`LoadOptions::tick_us`] at most.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,8 +18,6 @@ use tokio::sync::Semaphore;
 
 use super::options::{LoadOptions, Pace, Until};
 
-/// How finely the open loop releases requests, in microseconds: later than due by this much at most.
-const MIN_TICK_US: u64 = 100;
 const NS_PER_S: u64 = 1_000_000_000;
 
 /// The right to send one request.
@@ -33,6 +31,7 @@ pub(super) struct Ticket {
 #[derive(Debug)]
 pub(super) struct Pacer {
     pace: Pace,
+    tick: Duration,
     duration: Option<Duration>,
     /// Numbers from here on are not sent.
     limit: u64,
@@ -57,6 +56,7 @@ impl Pacer {
         };
         Self {
             pace: options.pace,
+            tick: Duration::from_micros(options.tick_us),
             duration,
             limit,
             started: OnceLock::new(),
@@ -110,7 +110,7 @@ impl Pacer {
     /// [`Pacer::next`], each of which must be woken once more to learn that it is over.
     pub(super) async fn release_when_due(&self, takers: usize) -> io::Result<()> {
         let Pace::Open { per_second } = self.pace else { return Ok(()) };
-        let tick = Duration::from_micros(MIN_TICK_US).max(due_after(1, per_second));
+        let tick = self.tick.max(due_after(1, per_second));
         let timer = KernelTimer::every(tick)?;
         let mut released = 0;
         while released < self.limit && !self.stopped.load(Ordering::Acquire) {

@@ -69,7 +69,8 @@ pub struct OriginOptions {
     pub startup_ms: u64,
     /// The faults that it is born with.
     pub fault: Fault,
-    /// A file that gets one line per request with an id; several origins may share it.
+    /// A file that gets one line per request with an id, which several origins may share; or `tcp://HOST:PORT`, the
+    /// address of a [`crate::collector::Collector`].
     pub record: Option<PathBuf>,
 }
 
@@ -118,11 +119,11 @@ impl Origin {
             ));
         }
         let shared = Arc::new(Shared {
+            ledger: Ledger::open(options.record.as_deref(), &instance)?,
             instance,
             version: options.version,
             ready_at: Instant::now() + Duration::from_millis(options.startup_ms),
             faults: fault::Faults::new(options.fault),
-            ledger: Ledger::open(options.record.as_deref())?,
             stopping: watch::Sender::new(false),
             counters: Counters::default(),
         });

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -114,8 +115,20 @@ pub struct Stats {
 #[derive(Debug)]
 pub(super) struct Ledger {
     entries: Mutex<Entries>,
-    file: Option<File>,
+    sink: Option<Sink>,
 }
+
+/// Where records go besides memory.
+#[derive(Debug)]
+enum Sink {
+    /// A file opened for appending, which several origins may share.
+    File(File),
+    /// A [`crate::collector::Collector`]: for origins whose files nobody can read afterwards, as in a container.
+    Collector(Mutex<TcpStream>),
+}
+
+/// Begin of a record target that is a collector's address.
+const COLLECTOR_SCHEME: &str = "tcp://";
 
 #[derive(Debug, Default)]
 struct Entries {
@@ -127,12 +140,9 @@ struct Entries {
 }
 
 impl Ledger {
-    pub(super) fn open(path: Option<&Path>) -> io::Result<Self> {
-        let file = match path {
-            Some(path) => Some(OpenOptions::new().create(true).append(true).open(path)?),
-            None => None,
-        };
-        Ok(Self { entries: Mutex::default(), file })
+    pub(super) fn open(target: Option<&Path>, instance: &str) -> io::Result<Self> {
+        let sink = target.map(|target| Sink::open(target, instance)).transpose()?;
+        Ok(Self { entries: Mutex::default(), sink })
     }
 
     /// Records one arrival.
@@ -152,8 +162,8 @@ impl Ledger {
             return Ok(());
         };
         let record = Record { unix_ns, id: id.into(), method: method.clone(), protocol, connection, status };
-        let written = match &self.file {
-            Some(file) => (&*file).write_all(format!("{record}\n").as_bytes()),
+        let written = match &self.sink {
+            Some(sink) => sink.write(&record),
             None => Ok(()),
         };
         self.lock().count(record);
@@ -188,6 +198,28 @@ impl Ledger {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sink {
+    fn open(target: &Path, instance: &str) -> io::Result<Self> {
+        let Some(address) = target.to_str().and_then(|text| text.strip_prefix(COLLECTOR_SCHEME)) else {
+            return Ok(Self::File(OpenOptions::new().create(true).append(true).open(target)?));
+        };
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        writeln!(stream, "{instance}")?;
+        Ok(Self::Collector(Mutex::new(stream)))
+    }
+
+    fn write(&self, record: &Record) -> io::Result<()> {
+        let line = format!("{record}\n");
+        match self {
+            Self::File(file) => (&*file).write_all(line.as_bytes()),
+            Self::Collector(stream) => {
+                stream.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
+            }
+        }
     }
 }
 
