@@ -104,7 +104,9 @@ async fn read(stream: TcpStream, shared: Arc<Shared>) {
         match &instance {
             None => instance = Some(line.into()),
             Some(instance) => match line.parse() {
-                Ok(record) => lock(&shared.collected).push(Collected { instance: Arc::clone(instance), record }),
+                Ok(record) => {
+                    lock(&shared.collected).push(Collected { instance: Arc::clone(instance), record })
+                }
                 Err(why) => lock(&shared.broken).push(format!("{instance}: {why}: {line}")),
             },
         }
