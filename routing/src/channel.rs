@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use arc_swap::{ArcSwap, Cache};
 use event_listener::Event;
 
+use crate::builder::{Builder, TableError};
 use crate::spec::{Change, ServiceSpec};
-use crate::table::{Builder, RoutingTable, TableError};
+use crate::table::RoutingTable;
 use crate::upstream::{Generation, Upstream};
 
 /// Makes an empty table with its one writer and a first reader.
@@ -54,6 +55,9 @@ impl TableWriter {
     /// Applies changes, all or none, publishes the result and retires what has lost its place. When it
     /// returns, no request that is selected later goes to a retired upstream.
     ///
+    /// The changes are one: only how they leave each service counts, so that a route may pass from one
+    /// service to another in any order. The cost grows with the touched services, not with the table.
+    ///
     /// # Errors
     /// [`TableError`]; nothing was changed then.
     pub fn apply(&mut self, changes: &[Change]) -> Result<Applied, TableError> {
@@ -79,7 +83,7 @@ impl TableWriter {
         self.builder.upstream(generation)
     }
 
-    /// Lets go of a retired upstream whose receipt has been kept elsewhere.
+    /// Lets go of a retired upstream whose receipt has been kept elsewhere. Its generation stays used.
     pub fn forget(&mut self, generation: Generation) {
         self.builder.forget(generation);
     }
@@ -147,10 +151,14 @@ impl TableReader {
     }
 
     /// Registers an edge core: from now on publications wait for its acknowledgement, until it is dropped.
+    /// Call it before the core first loads a table: what is visible now counts as acknowledged.
     #[must_use]
     pub fn register(&self) -> Acknowledger {
-        let reached = Arc::new(AtomicU64::new(0));
-        self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&reached));
+        // Under the lock: a publication that does not see this core comes before it, and so before its
+        // first load.
+        let mut edges = self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        let reached = Arc::new(AtomicU64::new(self.channel.current.load().version()));
+        edges.push(Arc::downgrade(&reached));
         Acknowledger { channel: Arc::clone(&self.channel), reached }
     }
 }

@@ -21,7 +21,10 @@ pub(crate) const fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Maps 32 random bits onto `0..bound` without a division.
-pub(crate) const fn below(random: u32, bound: u64) -> u64 {
-    ((random as u64).wrapping_mul(bound)) >> 32
+/// 2^64 divided by the golden ratio: its multiples fall evenly into every interval.
+pub(crate) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Maps 64 even or random bits onto `0..bound` without a division. 0 for an empty range.
+pub(crate) const fn below(bits: u64, bound: u64) -> u64 {
+    ((bits as u128 * bound as u128) >> 64) as u64
 }

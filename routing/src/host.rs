@@ -6,14 +6,17 @@ use std::sync::Arc;
 /// Longest host name (RFC 1035 §2.3.4).
 pub const MAX_HOST_BYTES: usize = 253;
 
+/// Longest label of a host name (RFC 1035 §2.3.4).
+pub const MAX_LABEL_BYTES: usize = 63;
+
 /// Why a host is not one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HostError {
     /// Nothing there.
     #[error("the host is empty")]
     Empty,
-    /// Longer than [`MAX_HOST_BYTES`].
-    #[error("the host is longer than {MAX_HOST_BYTES} bytes")]
+    /// Longer than [`MAX_HOST_BYTES`], or a label longer than [`MAX_LABEL_BYTES`].
+    #[error("the host is longer than {MAX_HOST_BYTES} bytes, or one of its labels than {MAX_LABEL_BYTES}")]
     TooLong,
     /// A byte that no host name or address literal has.
     #[error("the host has a character that is not allowed")]
@@ -81,7 +84,7 @@ fn check_name(host: &str) -> Result<(), HostError> {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => label += 1,
             _ => return Err(HostError::BadCharacter),
         }
-        if label > 63 {
+        if label > MAX_LABEL_BYTES {
             return Err(HostError::TooLong);
         }
     }
@@ -89,7 +92,7 @@ fn check_name(host: &str) -> Result<(), HostError> {
 }
 
 /// Which hosts a route is for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum HostPattern {
     /// One host.
     Exact(Arc<str>),
@@ -109,8 +112,12 @@ impl HostPattern {
             return Ok(Self::Any);
         }
         let (name, wildcard) = text.strip_prefix("*.").map_or((text, false), |rest| (rest, true));
-        if !name.starts_with('[') && name.contains(':') {
+        let after_literal = name.rfind(']').map_or(0, |end| end + 1);
+        if name[after_literal..].contains(':') {
             return Err(HostError::BadCharacter);
+        }
+        if wildcard && name.starts_with('[') {
+            return Err(HostError::Malformed);
         }
         let host: Arc<str> = canonical_host(name)?.into();
         Ok(if wildcard { Self::Wildcard(host) } else { Self::Exact(host) })
@@ -172,10 +179,18 @@ mod tests {
 
     #[test]
     fn patterns_are_read_and_shown_alike() {
-        for text in ["shop.example.com", "*.example.com", "*"] {
+        for text in ["shop.example.com", "*.example.com", "*", "[::1]"] {
             assert_eq!(HostPattern::parse(text).expect("is a pattern").to_string(), text);
         }
-        assert!(HostPattern::parse("example.com:80").is_err());
-        assert!(HostPattern::parse("a.*.com").is_err());
+        for (text, error) in [
+            ("example.com:80", HostError::BadCharacter),
+            ("[::1]:80", HostError::BadCharacter),
+            ("a.*.com", HostError::BadCharacter),
+            ("*.[::1]", HostError::Malformed),
+            ("*.", HostError::Empty),
+            ("*example.com", HostError::BadCharacter),
+        ] {
+            assert_eq!(HostPattern::parse(text), Err(error), "{text}");
+        }
     }
 }

@@ -18,24 +18,28 @@
 //! * A [`DrainReceipt`] says `empty` only when every lease has been dropped.
 
 mod balance;
+mod builder;
 mod channel;
 mod class;
 mod hash;
 mod host;
+mod keyed;
 mod outcome;
 mod path;
 mod radix;
 mod retry;
 mod service;
 mod spec;
+mod spent;
 mod table;
 mod upstream;
 
 pub use balance::{Balance, HashKey};
+pub use builder::TableError;
 pub use channel::{Acknowledger, Applied, CachedReader, TableReader, TableWriter, table};
 pub use class::{PerClass, TrafficClass};
 pub use hash::stable_hash;
-pub use host::{HostError, HostPattern, MAX_HOST_BYTES, canonical_host};
+pub use host::{HostError, HostPattern, MAX_HOST_BYTES, MAX_LABEL_BYTES, canonical_host};
 pub use outcome::{Failure, LatencyBuckets, Outcome, OutcomeCounts};
 pub use path::PathError;
 pub use retry::{Evidence, RetryBudget, RetryClass};
@@ -44,5 +48,5 @@ pub use spec::{
     Address, Change, HealthCheck, HealthCheckKind, Passive, PoolSpec, RouteSpec, ServicePolicy, ServiceSpec,
     Sticky, UpstreamProtocol, UpstreamSpec,
 };
-pub use table::{Match, RoutingTable, TableError};
+pub use table::{Match, RoutingTable};
 pub use upstream::{DrainReceipt, Draining, Generation, Health, Lease, Upstream};

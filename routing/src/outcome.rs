@@ -1,5 +1,6 @@
 //! What became of the requests that an upstream was given: counters that never take a lock.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// How a request to an upstream ended.
@@ -162,23 +163,13 @@ impl OutcomeCounts {
 }
 
 /// The live counters behind [`OutcomeCounts`].
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct OutcomeCounters {
     responses: [AtomicU64; 5],
     failed: AtomicU64,
     client_gone: AtomicU64,
-    latency: Box<[AtomicU64]>,
-}
-
-impl Default for OutcomeCounters {
-    fn default() -> Self {
-        Self {
-            responses: Default::default(),
-            failed: AtomicU64::new(0),
-            client_gone: AtomicU64::new(0),
-            latency: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
-        }
-    }
+    /// Made with the first answer: of a million services most are quiet, and this is most of an upstream.
+    latency: OnceLock<Box<[AtomicU64]>>,
 }
 
 impl OutcomeCounters {
@@ -187,7 +178,8 @@ impl OutcomeCounters {
             Outcome::Response { status, latency_us } => {
                 let class = (usize::from(status / 100)).clamp(1, 5) - 1;
                 self.responses[class].fetch_add(1, Relaxed);
-                self.latency[bucket_of(latency_us)].fetch_add(1, Relaxed);
+                let latency = self.latency.get_or_init(|| (0..BUCKETS).map(|_| AtomicU64::new(0)).collect());
+                latency[bucket_of(latency_us)].fetch_add(1, Relaxed);
             }
             Outcome::Failed(_) => {
                 self.failed.fetch_add(1, Relaxed);
@@ -199,11 +191,14 @@ impl OutcomeCounters {
     }
 
     pub(crate) fn read(&self) -> OutcomeCounts {
+        let latency = self.latency.get().map_or_else(LatencyBuckets::default, |live| LatencyBuckets {
+            counts: live.iter().map(|count| count.load(Relaxed)).collect(),
+        });
         OutcomeCounts {
             responses: std::array::from_fn(|i| self.responses[i].load(Relaxed)),
             failed: self.failed.load(Relaxed),
             client_gone: self.client_gone.load(Relaxed),
-            latency: LatencyBuckets { counts: self.latency.iter().map(|c| c.load(Relaxed)).collect() },
+            latency,
         }
     }
 }

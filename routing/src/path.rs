@@ -1,6 +1,6 @@
 //! Path prefixes of one host: the longest that ends on a segment border wins.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// Why a path prefix is not one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,58 +16,98 @@ pub enum PathError {
 /// Up to this many prefixes a scan is faster than anything clever.
 const SCAN_UP_TO: usize = 12;
 
-/// The routes of one host.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct PathRoutes {
-    /// Sorted by prefix; no prefix but `/` ends with a slash.
-    routes: Vec<(Arc<str>, u32)>,
+/// The prefix of nearly every route: one for all of them.
+static ROOT: LazyLock<Arc<str>> = LazyLock::new(|| "/".into());
+
+/// The routes of one host. Nearly every host has just one, which then needs no memory of its own.
+#[derive(Clone, Debug)]
+pub(crate) enum PathRoutes {
+    One(PathRoute),
+    /// Sorted by prefix.
+    Many(Box<[PathRoute]>),
+}
+
+/// No prefix but `/` ends with a slash.
+#[derive(Clone, Debug)]
+pub(crate) struct PathRoute {
+    prefix: Arc<str>,
+    slot: u32,
+}
+
+impl Default for PathRoutes {
+    fn default() -> Self {
+        Self::Many(Box::default())
+    }
 }
 
 impl PathRoutes {
     pub(crate) fn get(&self, prefix: &str) -> Option<u32> {
-        self.routes.binary_search_by(|(have, _)| (**have).cmp(prefix)).ok().map(|at| self.routes[at].1)
+        let routes = self.as_slice();
+        routes.binary_search_by(|have| (*have.prefix).cmp(prefix)).ok().map(|at| routes[at].slot)
     }
 
-    pub(crate) fn insert(&mut self, prefix: Arc<str>, slot: u32) {
-        match self.routes.binary_search_by(|(have, _)| have.cmp(&prefix)) {
-            Ok(at) => self.routes[at].1 = slot,
-            Err(at) => {
-                self.routes.insert(at, (prefix, slot));
-                self.routes.shrink_to_fit();
-            }
-        }
-    }
-
-    pub(crate) fn remove(&mut self, prefix: &str) {
-        self.routes.retain(|(have, _)| &**have != prefix);
+    /// Applies edits, which are sorted by prefix: `None` takes a route away, `Some` puts one in. Of two
+    /// edits of one prefix the one that puts wins.
+    pub(crate) fn edit<'a>(&mut self, edits: impl Iterator<Item = (&'a Arc<str>, Option<u32>)> + Clone) {
+        let touched: Vec<&Arc<str>> = edits.clone().map(|(prefix, _)| prefix).collect();
+        let untouched = |route: &&PathRoute| touched.binary_search(&&route.prefix).is_err();
+        let mut routes: Vec<PathRoute> = self.as_slice().iter().filter(untouched).cloned().collect();
+        routes.extend(
+            edits.filter_map(|(prefix, slot)| Some(PathRoute { prefix: Arc::clone(prefix), slot: slot? })),
+        );
+        routes.sort_unstable_by(|a, b| a.prefix.cmp(&b.prefix));
+        *self = match <[PathRoute; 1]>::try_from(routes) {
+            Ok([route]) => Self::One(route),
+            Err(routes) => Self::Many(routes.into_boxed_slice()),
+        };
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.routes.is_empty()
+        self.as_slice().is_empty()
     }
 
     /// The longest prefix of `path`, with its slot.
     pub(crate) fn longest(&self, path: &str) -> Option<(&Arc<str>, u32)> {
-        if self.routes.len() <= SCAN_UP_TO {
-            let fitting = self.routes.iter().filter(|(prefix, _)| is_prefix(prefix, path));
-            return fitting.max_by_key(|(prefix, _)| prefix.len()).map(|(prefix, slot)| (prefix, *slot));
-        }
-        let mut candidate = path;
-        loop {
-            let key = if candidate.is_empty() { "/" } else { candidate };
-            if let Ok(at) = self.routes.binary_search_by(|(have, _)| (**have).cmp(key)) {
-                return Some((&self.routes[at].0, self.routes[at].1));
-            }
-            if key == "/" {
-                return None;
-            }
-            candidate = &candidate[..candidate.rfind('/').unwrap_or(0)];
+        let routes = self.as_slice();
+        let route = if routes.len() <= SCAN_UP_TO {
+            let fitting = routes.iter().filter(|route| is_prefix(&route.prefix, path));
+            fitting.max_by_key(|route| route.prefix.len())
+        } else {
+            longest_by_search(routes, path)
+        };
+        route.map(|route| (&route.prefix, route.slot))
+    }
+
+    fn as_slice(&self) -> &[PathRoute] {
+        match self {
+            Self::One(route) => std::slice::from_ref(route),
+            Self::Many(routes) => routes,
         }
     }
 }
 
+/// Every prefix of `path` sorts before it. So the greatest route not above the path either is a prefix of
+/// it, or what the two have in common bounds the length of any that is. The steps are bounded by how deep
+/// the routes nest, whatever path a client makes up.
+fn longest_by_search<'a>(routes: &'a [PathRoute], path: &str) -> Option<&'a PathRoute> {
+    let mut key = path.as_bytes();
+    loop {
+        let above = routes.partition_point(|route| route.prefix.as_bytes() <= key);
+        let Some(route) = above.checked_sub(1).map(|at| &routes[at]) else { break };
+        if is_prefix(&route.prefix, path) {
+            return Some(route);
+        }
+        let common = route.prefix.bytes().zip(key).take_while(|(a, b)| a == *b).count();
+        // A route that is in the path but ends inside a segment must not be found again.
+        let inside = usize::from(common == route.prefix.len());
+        key = &key[..common.saturating_sub(inside)];
+    }
+    // "*" of OPTIONS (RFC 9112 §3.2.4) does not begin with "/", which is everything all the same.
+    routes.first().filter(|route| &*route.prefix == "/")
+}
+
 /// Checks a prefix and takes a trailing slash off: `/api/` and `/api` are the same border.
-pub(crate) fn canonical_prefix(prefix: &str) -> Result<Arc<str>, PathError> {
+pub(crate) fn canonical_prefix(prefix: &Arc<str>) -> Result<Arc<str>, PathError> {
     if !prefix.starts_with('/') {
         return Err(PathError::NotAbsolute);
     }
@@ -75,7 +115,11 @@ pub(crate) fn canonical_prefix(prefix: &str) -> Result<Arc<str>, PathError> {
         return Err(PathError::BadCharacter);
     }
     let trimmed = prefix.trim_end_matches('/');
-    Ok(if trimmed.is_empty() { "/".into() } else { trimmed.into() })
+    Ok(match trimmed.len() {
+        0 => Arc::clone(&ROOT),
+        len if len == prefix.len() => Arc::clone(prefix),
+        _ => trimmed.into(),
+    })
 }
 
 fn is_prefix(prefix: &str, path: &str) -> bool {
@@ -84,13 +128,20 @@ fn is_prefix(prefix: &str, path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn routes(prefixes: &[&str]) -> PathRoutes {
+        let canonical = prefixes
+            .iter()
+            .zip(0..)
+            .map(|(prefix, slot)| (canonical_prefix(&Arc::from(*prefix)).expect("prefix"), Some(slot)));
+        let edits: BTreeMap<Arc<str>, Option<u32>> = canonical.collect();
         let mut routes = PathRoutes::default();
-        for (slot, prefix) in prefixes.iter().enumerate() {
-            routes.insert(canonical_prefix(prefix).expect("prefix"), slot as u32);
-        }
+        routes.edit(edits.iter().map(|(prefix, slot)| (prefix, *slot)));
         routes
     }
 
@@ -105,33 +156,61 @@ mod tests {
             ("/api/v1", 2),
             ("/api/v1/x", 2),
             ("/api/v12", 1),
+            ("*", 0),
+            ("", 0),
         ] {
             assert_eq!(few.longest(path).map(|(_, slot)| slot), Some(slot), "{path}");
         }
     }
 
     #[test]
-    fn many_prefixes_and_few_agree() {
-        let names: Vec<String> =
-            (0..40).map(|i| format!("/s{i}/deep")).chain(["/".into(), "/s3".into()]).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let many = routes(&names);
-        for path in ["/s3/deep/x", "/s3/deepx", "/s3", "/s39/deep", "/s4", "/zzz", "/s3//deep"] {
-            let scan = many
-                .routes
-                .iter()
-                .filter(|(p, _)| is_prefix(p, path))
-                .max_by_key(|(p, _)| p.len())
-                .map(|(_, s)| *s);
-            assert_eq!(many.longest(path).map(|(_, slot)| slot), scan, "{path}");
+    fn a_path_of_nothing_but_slashes_takes_few_steps() {
+        let names: Vec<String> = (0..100).map(|i| format!("/s{i}")).collect();
+        let many = routes(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let slashes = "/".repeat(60_000);
+        // One step each, or this would take minutes.
+        for _ in 0..100_000 {
+            assert_eq!(many.longest(&slashes), None);
         }
-        assert_eq!(routes(&names[..40]).longest("/other"), None);
+    }
+
+    #[test]
+    fn edits_put_take_and_replace() {
+        let mut edited = routes(&["/", "/a", "/b"]);
+        let [root, a, c]: [Arc<str>; 3] = ["/".into(), "/a".into(), "/c".into()];
+        edited.edit([(&root, None), (&a, None), (&a, Some(7)), (&c, Some(8))].into_iter());
+        let have: Vec<_> = edited.as_slice().iter().map(|r| (&*r.prefix, r.slot)).collect();
+        assert_eq!(have, [("/a", 7), ("/b", 2), ("/c", 8)]);
+        assert_eq!(size_of::<PathRoutes>(), 24, "one route lies in its host's entry");
     }
 
     #[test]
     fn a_prefix_has_to_be_a_path() {
-        assert_eq!(canonical_prefix("api"), Err(PathError::NotAbsolute));
-        assert_eq!(canonical_prefix("/a?b"), Err(PathError::BadCharacter));
-        assert_eq!(canonical_prefix("/a//").as_deref(), Ok("/a"));
+        assert_eq!(canonical_prefix(&"api".into()), Err(PathError::NotAbsolute));
+        assert_eq!(canonical_prefix(&"".into()), Err(PathError::NotAbsolute));
+        assert_eq!(canonical_prefix(&"/a?b".into()), Err(PathError::BadCharacter));
+        assert_eq!(canonical_prefix(&"/a//".into()).as_deref(), Ok("/a"));
+        assert_eq!(canonical_prefix(&"//".into()).as_deref(), Ok("/"));
+    }
+
+    /// Paths over few letters, so that they share prefixes; `-` sorts before `/`, `é` has two bytes.
+    fn path() -> impl Strategy<Value = String> {
+        "(/[ab\\-é]{0,2}){1,4}"
+    }
+
+    proptest! {
+        #[test]
+        fn many_prefixes_and_few_agree_on_every_path(
+            prefixes in prop::collection::btree_set(path(), 13..60),
+            paths in prop::collection::vec(prop_oneof![path(), "[/ab]{0,6}"], 1..40),
+        ) {
+            let table = routes(&prefixes.iter().map(String::as_str).collect::<Vec<_>>());
+            for path in &paths {
+                let scan = table.as_slice().iter().filter(|r| is_prefix(&r.prefix, path));
+                let scan = scan.max_by_key(|r| r.prefix.len()).map(|r| &r.prefix);
+                let found = longest_by_search(table.as_slice(), path).map(|r| &r.prefix);
+                prop_assert_eq!(found, scan, "{:?}", path);
+            }
+        }
     }
 }

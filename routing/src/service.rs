@@ -5,17 +5,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::balance::{Balance, Draw, Members};
 use crate::class::TrafficClass;
-use crate::hash::below;
+use crate::hash::{GOLDEN, below};
 use crate::retry::RetryBudget;
-use crate::spec::{PoolSpec, ServicePolicy, ServiceSpec};
+use crate::spec::{ServicePolicy, ServiceSpec};
 use crate::upstream::{Generation, Lease, Upstream};
 
 /// A service in one version of the table.
 #[derive(Debug)]
 pub struct Service {
-    name: Arc<str>,
-    balance: Balance,
-    policy: ServicePolicy,
+    spec: Arc<ServiceSpec>,
     pools: Box<[Pool]>,
     total_weight: u64,
     shared: Arc<Shared>,
@@ -23,7 +21,7 @@ pub struct Service {
 
 /// What a service keeps over table versions.
 #[derive(Debug, Default)]
-pub(crate) struct Shared {
+struct Shared {
     turn: AtomicU64,
     budget: RetryBudget,
 }
@@ -34,6 +32,8 @@ struct Pool {
     weight: u64,
     standby: bool,
     members: Members,
+    /// Turn of the round robin inside the pool. It goes on in the pool of this name in the next version.
+    turn: Arc<AtomicU64>,
 }
 
 /// What a choice may depend on.
@@ -59,16 +59,18 @@ pub enum NoUpstream {
     /// The service has no upstream at all.
     #[error("the service has no upstream")]
     Empty,
-    /// Every upstream that this table knows was retired or tried. If the table has changed since, look again.
-    #[error("every upstream was retired or tried")]
+    /// Every upstream that may take traffic was retired or tried, as far as this table knows. If the table
+    /// has changed since, look again.
+    #[error("every upstream that takes traffic was retired or tried")]
     Exhausted,
 }
 
 impl Service {
+    /// A new version of `previous`. `upstream` finds the live upstream of a generation.
     pub(crate) fn new(
-        spec: &ServiceSpec,
-        shared: Arc<Shared>,
-        mut upstream: impl FnMut(&PoolSpec) -> Box<[Arc<Upstream>]>,
+        spec: Arc<ServiceSpec>,
+        previous: Option<&Self>,
+        mut upstream: impl FnMut(Generation) -> Option<Arc<Upstream>>,
     ) -> Self {
         let pools: Box<[Pool]> = spec
             .pools
@@ -77,40 +79,41 @@ impl Service {
                 name: Arc::clone(&pool.name),
                 weight: u64::from(pool.weight),
                 standby: pool.standby,
-                members: Members::new(upstream(pool)),
+                members: Members::new(
+                    pool.upstreams.iter().filter_map(|u| Some((upstream(u.generation)?, u.weight))),
+                ),
+                turn: previous.and_then(|before| before.turn_of(&pool.name)).unwrap_or_default(),
             })
             .collect();
         let total_weight = pools.iter().map(|pool| pool.weight).sum();
-        Self {
-            name: Arc::clone(&spec.name),
-            balance: spec.balance.clone(),
-            policy: spec.policy.clone(),
-            pools,
-            total_weight,
-            shared,
-        }
+        let shared = previous.map_or_else(Arc::default, |before| Arc::clone(&before.shared));
+        Self { spec, pools, total_weight, shared }
     }
 
-    pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    fn turn_of(&self, pool: &str) -> Option<Arc<AtomicU64>> {
+        self.pools.iter().find(|mine| &*mine.name == pool).map(|mine| Arc::clone(&mine.turn))
+    }
+
+    pub(crate) fn spec(&self) -> &ServiceSpec {
+        &self.spec
     }
 
     /// Its name.
     #[must_use]
-    pub const fn name(&self) -> &Arc<str> {
-        &self.name
+    pub fn name(&self) -> &Arc<str> {
+        &self.spec.name
     }
 
     /// Time-outs, probes and the rest.
     #[must_use]
-    pub const fn policy(&self) -> &ServicePolicy {
-        &self.policy
+    pub fn policy(&self) -> &ServicePolicy {
+        &self.spec.policy
     }
 
     /// How an upstream is chosen inside a pool.
     #[must_use]
-    pub const fn balance(&self) -> &Balance {
-        &self.balance
+    pub fn balance(&self) -> &Balance {
+        &self.spec.balance
     }
 
     /// The retry budget, shared by every version of the service.
@@ -131,31 +134,30 @@ impl Service {
     /// First the sticky preference, if that copy takes a share and is usable. Then a pool by exact share,
     /// and inside it by [`Balance`]. If that pool has no usable upstream: any pool with a share, then a
     /// standby pool. If nothing is usable anywhere, the rules on health are dropped rather than the
-    /// request (the panic rule), weighted pools first.
+    /// request (the panic rule), in the same order. A pool without a share that is not standby is never
+    /// entered, whatever happens: its copies have not shown that they work, or must not work yet.
     ///
     /// # Errors
     /// [`NoUpstream`] when nothing could be entered.
     pub fn enter(&self, ask: Enter<'_>) -> Result<Lease, NoUpstream> {
-        let turn = self.shared.turn.fetch_add(1, Relaxed);
         let untried =
             |upstream: &Upstream| !upstream.is_retired() && !ask.tried.contains(&upstream.generation());
         let usable = |upstream: &Upstream| upstream.is_usable(ask.now_ms) && untried(upstream);
-        if let Some(lease) =
-            ask.prefer.and_then(|key| self.preferred(key, usable)).and_then(|u| u.enter(ask.class).ok())
-        {
+        let preferred = ask.prefer.and_then(|key| self.preferred(key, usable));
+        if let Some(lease) = preferred.and_then(|upstream| upstream.enter(ask.class).ok()) {
             return Ok(lease);
         }
         let draw = Draw {
             now_ms: ask.now_ms,
             random: ask.random,
-            turn,
             hash: ask.hash,
-            slow_start_ms: self.policy.slow_start_ms,
+            slow_start_ms: self.spec.policy.slow_start_ms,
         };
+        let first = self.pool_in_turn();
         // Each refusal means that an upstream was retired since this table was made, and it will not be
         // chosen again; so the loop ends.
         loop {
-            let chosen = self.choose(draw, usable, false).or_else(|| self.choose(draw, untried, true));
+            let chosen = self.choose(first, draw, usable).or_else(|| self.choose(first, draw, untried));
             let Some(upstream) = chosen else { break };
             if let Ok(lease) = upstream.enter(ask.class) {
                 return Ok(lease);
@@ -173,41 +175,28 @@ impl Service {
         weighted.flat_map(|pool| &pool.members.upstreams).find(|u| u.sticky_key() == key && usable(u))
     }
 
-    fn choose(
-        &self,
+    fn choose<'a>(
+        &'a self,
+        first: Option<&'a Pool>,
         draw: Draw,
         fit: impl Fn(&Upstream) -> bool + Copy,
-        panic: bool,
-    ) -> Option<&Arc<Upstream>> {
-        let first = self.pool_of_turn(draw.turn);
-        if let Some(upstream) = first.and_then(|pool| pool.members.choose(&self.balance, draw, fit)) {
-            return Some(upstream);
-        }
-        let others = |standby: bool| {
-            let pools = self
-                .pools
-                .iter()
-                .filter(move |pool| if standby { pool.weight == 0 && pool.standby } else { pool.weight > 0 });
-            pools.filter_map(|pool| pool.members.choose(&self.balance, draw, fit)).next()
-        };
-        others(false).or_else(|| others(true)).or_else(|| {
-            // A copy that never showed that it works is better than no answer, but only just.
-            let all = if panic { &self.pools[..] } else { &[] };
-            all.iter().find_map(|pool| pool.members.choose(&self.balance, draw, fit))
-        })
+    ) -> Option<&'a Arc<Upstream>> {
+        let weighted = first.into_iter().chain(self.pools.iter().filter(|pool| pool.weight > 0));
+        let standby = self.pools.iter().filter(|pool| pool.weight == 0 && pool.standby);
+        weighted
+            .chain(standby)
+            .find_map(|pool| pool.members.choose(&self.spec.balance, draw, &pool.turn, fit))
     }
 
     /// The pool whose turn it is. Multiples of the golden ratio fall evenly into every interval, so the
     /// shares are exact to a handful of requests, with no memory of what was sent where.
-    fn pool_of_turn(&self, turn: u64) -> Option<&Pool> {
+    fn pool_in_turn(&self) -> Option<&Pool> {
+        // One pool needs no turn, and saves the cores a shared counter.
         if let [pool] = &self.pools[..] {
             return (pool.weight > 0).then_some(pool);
         }
-        if self.total_weight == 0 {
-            return None;
-        }
-        let even = turn.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let mut point = below(even as u32, self.total_weight);
+        let turn = self.shared.turn.fetch_add(1, Relaxed);
+        let mut point = below(turn.wrapping_mul(GOLDEN), self.total_weight);
         self.pools.iter().find(|pool| {
             let here = point < pool.weight;
             point = point.saturating_sub(pool.weight);

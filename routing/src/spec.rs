@@ -47,7 +47,7 @@ pub struct RouteSpec {
 pub struct PoolSpec {
     /// Name for people and metrics.
     pub name: Arc<str>,
-    /// Share of the service's requests, relative to the other pools; 0 takes none.
+    /// Share of the service's requests, relative to the other pools; 0 takes none, unless it is standby.
     pub weight: u32,
     /// A pool of weight 0 that takes over when no weighted pool has a usable upstream. A pool that is
     /// still warming is not standby: it has not shown that it works.
@@ -59,7 +59,8 @@ pub struct PoolSpec {
 /// One upstream, in one stretch of service.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UpstreamSpec {
-    /// Identity of this stretch of service; never used again once retired.
+    /// Identity of this stretch of service; never used again once retired. The same generation is the same
+    /// name, address and protocol; its weight may change.
     pub generation: Generation,
     /// Stable name of the copy (instance id, or its address): key of sticky cookies and hashing.
     pub name: Arc<str>,

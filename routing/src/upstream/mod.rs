@@ -1,11 +1,14 @@
 //! An upstream in one stretch of service: its gate, its leases, its health and its receipt.
 
-use std::sync::Arc;
+mod gate;
+mod lease;
+mod vitals;
+
 use std::sync::atomic::{
-    AtomicU8, AtomicU32, AtomicU64,
-    Ordering::{AcqRel, Acquire, Relaxed, Release},
+    AtomicBool, AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
 };
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use event_listener::{Event, EventListener};
 
@@ -13,6 +16,10 @@ use crate::class::{PerClass, TrafficClass};
 use crate::hash::stable_hash;
 use crate::outcome::{Outcome, OutcomeCounters, OutcomeCounts};
 use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
+
+use gate::Gate;
+pub use lease::Lease;
+use vitals::Vitals;
 
 /// Identity of one stretch of service of one copy. Given out by the engine, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,16 +47,15 @@ pub enum Health {
     Unhealthy,
 }
 
-const RETIRED: u64 = 1 << 63;
-const COUNT: u64 = RETIRED - 1;
-
 /// An upstream with its live state. Shared by all tables that name its generation.
 #[derive(Debug)]
 pub struct Upstream {
-    spec: UpstreamSpec,
+    generation: Generation,
+    name: Arc<str>,
+    address: Address,
+    protocol: UpstreamProtocol,
     sticky_key: u64,
-    /// Bit 63: retired. The rest: leases out. One word, so that entering and retiring are ordered.
-    gate: AtomicU64,
+    gate: Gate,
     /// Leases out by class, without [`TrafficClass::Request`], which is the gate's count less these.
     in_flight: [AtomicU32; TrafficClass::COUNT],
     completed: [AtomicU64; TrafficClass::COUNT],
@@ -58,18 +64,10 @@ pub struct Upstream {
     bytes_to_upstream: AtomicU64,
     bytes_to_client: AtomicU64,
     hard_cut: Mutex<Vec<String>>,
-    cut: AtomicU8,
+    cut: AtomicBool,
     /// Told when the upstream was retired, was cut, or has become empty.
     turned: Event,
-    health: AtomicU8,
-    ready_since_ms: AtomicU64,
-    probe_latency_us: AtomicU64,
-    consecutive_failures: AtomicU32,
-    ejections: AtomicU32,
-    ejected_until_ms: AtomicU64,
-    /// Peak-EWMA of the time to the response head: bits of an `f64` in microseconds, and when.
-    ewma_us: AtomicU64,
-    ewma_at_ms: AtomicU64,
+    vitals: Vitals,
     outcomes: OutcomeCounters,
 }
 
@@ -97,12 +95,14 @@ pub struct DrainReceipt {
 }
 
 impl Upstream {
-    pub(crate) fn new(spec: UpstreamSpec) -> Self {
-        let sticky_key = stable_hash(spec.name.as_bytes());
+    pub(crate) fn new(spec: &UpstreamSpec) -> Self {
         Self {
-            spec,
-            sticky_key,
-            gate: AtomicU64::new(0),
+            generation: spec.generation,
+            name: Arc::clone(&spec.name),
+            address: spec.address.clone(),
+            protocol: spec.protocol,
+            sticky_key: stable_hash(spec.name.as_bytes()),
+            gate: Gate::default(),
             in_flight: Default::default(),
             completed: Default::default(),
             soft_closed: Default::default(),
@@ -110,48 +110,40 @@ impl Upstream {
             bytes_to_upstream: AtomicU64::new(0),
             bytes_to_client: AtomicU64::new(0),
             hard_cut: Mutex::new(Vec::new()),
-            cut: AtomicU8::new(0),
+            cut: AtomicBool::new(false),
             turned: Event::new(),
-            health: AtomicU8::new(0),
-            ready_since_ms: AtomicU64::new(0),
-            probe_latency_us: AtomicU64::new(0),
-            consecutive_failures: AtomicU32::new(0),
-            ejections: AtomicU32::new(0),
-            ejected_until_ms: AtomicU64::new(0),
-            ewma_us: AtomicU64::new(0),
-            ewma_at_ms: AtomicU64::new(0),
+            vitals: Vitals::default(),
             outcomes: OutcomeCounters::default(),
         }
+    }
+
+    /// Whether `spec` names the same copy in the same place. Its weight is the pool's matter.
+    pub(crate) fn is_same_copy(&self, spec: &UpstreamSpec) -> bool {
+        self.name == spec.name && self.address == spec.address && self.protocol == spec.protocol
     }
 
     /// Identity of this stretch of service.
     #[must_use]
     pub const fn generation(&self) -> Generation {
-        self.spec.generation
+        self.generation
     }
 
     /// Stable name of the copy.
     #[must_use]
     pub const fn name(&self) -> &Arc<str> {
-        &self.spec.name
+        &self.name
     }
 
     /// Where it listens.
     #[must_use]
     pub const fn address(&self) -> &Address {
-        &self.spec.address
+        &self.address
     }
 
     /// What it speaks.
     #[must_use]
     pub const fn protocol(&self) -> UpstreamProtocol {
-        self.spec.protocol
-    }
-
-    /// Relative capacity inside its pool.
-    #[must_use]
-    pub fn weight(&self) -> u32 {
-        self.spec.weight.max(1)
+        self.protocol
     }
 
     /// Value of a sticky cookie that prefers this copy. It tells nothing about the copy's name.
@@ -162,44 +154,40 @@ impl Upstream {
 
     // --- the gate ---------------------------------------------------------------------------------
 
-    /// Takes a lease, or tells that the upstream is retired. Wait-free.
+    /// Takes a lease, or tells that the upstream is retired. Lock-free.
     ///
     /// # Errors
     /// [`Draining`] once [`Upstream::retire`] was called: the caller picks again.
     pub fn enter(self: &Arc<Self>, class: TrafficClass) -> Result<Lease, Draining> {
-        let before = self.gate.fetch_add(1, AcqRel);
-        if before & RETIRED != 0 {
-            self.leave_gate();
-            return Err(Draining(self.generation()));
+        if self.gate.enter() {
+            Ok(Lease::new(Arc::clone(self), class))
+        } else {
+            Err(Draining(self.generation))
         }
-        if class != TrafficClass::Request {
-            self.in_flight[class.index()].fetch_add(1, Relaxed);
-        }
-        Ok(Lease { upstream: Arc::clone(self), class, sent: false, end: LeaseEnd::Completed })
     }
 
     /// Closes the gate, for good. After it returns, no [`Upstream::enter`] succeeds.
     pub fn retire(&self) {
-        self.gate.fetch_or(RETIRED, AcqRel);
+        self.gate.retire();
         self.turned.notify(usize::MAX);
     }
 
     /// Whether the gate is closed.
     #[must_use]
     pub fn is_retired(&self) -> bool {
-        self.gate.load(Acquire) & RETIRED != 0
+        self.gate.state().retired
     }
 
     /// Leases out, all classes.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        self.gate.load(Relaxed) & COUNT
+        self.gate.state().inside
     }
 
-    /// Whether the gate is closed and nobody is inside.
+    /// Whether the gate is closed and nobody is inside. Once true, it stays so.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.gate.load(Acquire) == RETIRED
+        self.gate.state().is_drained()
     }
 
     /// Waits until the upstream is retired and empty. Needs no runtime.
@@ -215,14 +203,14 @@ impl Upstream {
     /// Asks the edges to end what is still inside: the hard deadline has passed. Each request that is
     /// ended so is named by [`Lease::cut`].
     pub fn cut(&self) {
-        self.cut.store(1, Release);
+        self.cut.store(true, Release);
         self.turned.notify(usize::MAX);
     }
 
     /// Whether [`Upstream::cut`] was called.
     #[must_use]
     pub fn is_cut(&self) -> bool {
-        self.cut.load(Acquire) != 0
+        self.cut.load(Acquire)
     }
 
     /// A listener for the next turn (retired, cut, empty); read the state after taking it.
@@ -244,24 +232,39 @@ impl Upstream {
         }
     }
 
-    fn leave_gate(&self) {
-        let before = self.gate.fetch_sub(1, AcqRel);
-        if before == RETIRED | 1 {
+    fn begin(&self, class: TrafficClass) {
+        if class != TrafficClass::Request {
+            self.in_flight[class.index()].fetch_add(1, Relaxed);
+        }
+    }
+
+    fn finish(&self, class: TrafficClass) {
+        if class != TrafficClass::Request {
+            self.in_flight[class.index()].fetch_sub(1, Relaxed);
+        }
+    }
+
+    fn leave(&self) {
+        if self.gate.leave() {
             self.turned.notify(usize::MAX);
         }
+    }
+
+    fn list_cut(&self, request_id: &str) {
+        self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).push(request_id.to_owned());
     }
 
     /// What this stretch of service amounts to so far.
     #[must_use]
     pub fn receipt(&self) -> DrainReceipt {
         // The gate is read first: what is counted after it can only be more complete.
-        let gate = self.gate.load(Acquire);
+        let gate = self.gate.state();
         let mut in_flight = PerClass(std::array::from_fn(|i| u64::from(self.in_flight[i].load(Acquire))));
         let others = in_flight.total();
-        in_flight[TrafficClass::Request] = (gate & COUNT).saturating_sub(others);
+        in_flight[TrafficClass::Request] = gate.inside.saturating_sub(others);
         DrainReceipt {
-            generation: self.generation(),
-            empty: gate == RETIRED,
+            generation: self.generation,
+            empty: gate.is_drained(),
             started: self.started.load(Acquire),
             completed: PerClass(std::array::from_fn(|i| self.completed[i].load(Acquire))),
             soft_closed: PerClass(std::array::from_fn(|i| self.soft_closed[i].load(Acquire))),
@@ -277,62 +280,40 @@ impl Upstream {
     /// What active probes say.
     #[must_use]
     pub fn health(&self) -> Health {
-        match self.health.load(Relaxed) {
-            1 => Health::Healthy,
-            2 => Health::Unhealthy,
-            _ => Health::Unknown,
-        }
+        self.vitals.health()
     }
 
     /// Sets what active probes say. Coming back to health starts the slow start and ends an ejection.
     pub fn set_health(&self, health: Health, now_ms: u64) {
-        let value = match health {
-            Health::Unknown => 0,
-            Health::Healthy => 1,
-            Health::Unhealthy => 2,
-        };
-        let before = self.health.swap(value, AcqRel);
-        if health == Health::Healthy && before != value {
-            self.ready_since_ms.store(now_ms, Relaxed);
-            self.ejected_until_ms.store(0, Relaxed);
-            self.consecutive_failures.store(0, Relaxed);
-        }
+        self.vitals.set_health(health, now_ms);
     }
 
     /// Time of the last good probe, in microseconds; 0 before the first.
     #[must_use]
     pub fn probe_latency_us(&self) -> u64 {
-        self.probe_latency_us.load(Relaxed)
+        self.vitals.probe_latency_us.load(Relaxed)
     }
 
     /// Records how long a good probe took.
     pub fn set_probe_latency_us(&self, latency_us: u64) {
-        self.probe_latency_us.store(latency_us, Relaxed);
+        self.vitals.probe_latency_us.store(latency_us, Relaxed);
     }
 
     /// Until when the upstream is ejected by passive observation; in the past or 0 if it is not.
     #[must_use]
     pub fn ejected_until_ms(&self) -> u64 {
-        self.ejected_until_ms.load(Relaxed)
+        self.vitals.ejected_until_ms.load(Relaxed)
     }
 
     /// Whether a request should be sent here at all, if there is a choice.
     #[must_use]
     pub fn is_usable(&self, now_ms: u64) -> bool {
-        !self.is_retired() && self.health.load(Relaxed) != 2 && self.ejected_until_ms.load(Relaxed) <= now_ms
+        !self.is_retired() && self.vitals.is_well(now_ms)
     }
 
     /// Weight in thousandths of its own, while the slow start lasts.
     pub(crate) fn ramp_permille(&self, now_ms: u64, slow_start_ms: u32) -> u64 {
-        if slow_start_ms == 0 {
-            return 1_000;
-        }
-        let since = self.ready_since_ms.load(Relaxed);
-        let age = now_ms.saturating_sub(since);
-        if since == 0 || age >= u64::from(slow_start_ms) {
-            return 1_000;
-        }
-        (age * 1_000 / u64::from(slow_start_ms)).max(100)
+        self.vitals.ramp_permille(now_ms, slow_start_ms)
     }
 
     // --- outcomes ---------------------------------------------------------------------------------
@@ -348,12 +329,11 @@ impl Upstream {
         self.outcomes.record(outcome);
         match outcome {
             Outcome::Response { status, latency_us } => {
-                self.learn_latency(latency_us, now_ms);
+                self.vitals.learn_latency(latency_us, now_ms);
                 if matches!(status, 502..=504) {
                     self.strike(passive, now_ms);
-                } else if self.consecutive_failures.load(Relaxed) != 0 {
-                    self.consecutive_failures.store(0, Relaxed);
-                    self.ejections.store(0, Relaxed);
+                } else {
+                    self.vitals.clear_strikes(now_ms);
                 }
             }
             Outcome::Failed(_) => self.strike(passive, now_ms),
@@ -363,145 +343,12 @@ impl Upstream {
 
     /// Counts a failed attempt that became no request of its own (a dial that a retry made good).
     pub fn strike(&self, passive: &Passive, now_ms: u64) {
-        if passive.consecutive_failures == 0 {
-            return;
-        }
-        let strikes = self.consecutive_failures.fetch_add(1, Relaxed) + 1;
-        if strikes < passive.consecutive_failures {
-            return;
-        }
-        self.consecutive_failures.store(0, Relaxed);
-        let times = u64::from(self.ejections.fetch_add(1, Relaxed)) + 1;
-        let ejection_ms =
-            (u64::from(passive.base_ejection_ms) * times).min(u64::from(passive.max_ejection_ms));
-        self.ejected_until_ms.store(now_ms + ejection_ms, Relaxed);
+        self.vitals.strike(passive, now_ms);
     }
 
-    /// Peak-EWMA of the time to the response head, decayed to now, in microseconds.
+    /// Peak-EWMA of the time to the response head, decayed to now, in microseconds; 0 before the first answer.
     #[must_use]
     pub fn latency_estimate_us(&self, now_ms: u64) -> f64 {
-        let value = f64::from_bits(self.ewma_us.load(Relaxed));
-        value * decay(now_ms.saturating_sub(self.ewma_at_ms.load(Relaxed)))
-    }
-
-    fn learn_latency(&self, latency_us: u64, now_ms: u64) {
-        #[expect(clippy::cast_precision_loss)]
-        let sample = latency_us as f64;
-        let at = self.ewma_at_ms.swap(now_ms, Relaxed);
-        let keep = decay(now_ms.saturating_sub(at));
-        let before = f64::from_bits(self.ewma_us.load(Relaxed));
-        // A peak is believed at once, an improvement slowly (Finagle's peak-EWMA). Two cores that write
-        // at the same time lose one sample, which an estimate can bear and a lock is not worth.
-        let next = if sample > before * keep { sample } else { before * keep + sample * (1.0 - keep) };
-        self.ewma_us.store(next.to_bits(), Relaxed);
-    }
-}
-
-/// Time constant of the latency estimate.
-const EWMA_TAU_MS: f64 = 10_000.0;
-
-fn decay(elapsed_ms: u64) -> f64 {
-    #[expect(clippy::cast_precision_loss)]
-    let elapsed = elapsed_ms as f64;
-    (-elapsed / EWMA_TAU_MS).exp()
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LeaseEnd {
-    Completed,
-    SoftClosed,
-    Cut,
-}
-
-/// The right to use an upstream for one request. It ends when it is dropped: keep it to the last frame
-/// of the body, or to the end of the tunnel.
-#[derive(Debug)]
-#[must_use = "a lease that is dropped at once counts nothing"]
-pub struct Lease {
-    upstream: Arc<Upstream>,
-    class: TrafficClass,
-    sent: bool,
-    end: LeaseEnd,
-}
-
-impl Lease {
-    /// The upstream that it is for.
-    #[must_use]
-    pub const fn upstream(&self) -> &Arc<Upstream> {
-        &self.upstream
-    }
-
-    /// The class that it is counted in.
-    #[must_use]
-    pub const fn class(&self) -> TrafficClass {
-        self.class
-    }
-
-    /// Says that the request is about to be written. A lease that was never sent leaves no trace in the receipt.
-    pub fn mark_sent(&mut self) {
-        if !self.sent {
-            self.sent = true;
-            self.upstream.started.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// Moves the lease to another class, when the answer shows what the request really is.
-    pub fn reclassify(&mut self, class: TrafficClass) {
-        if class == self.class {
-            return;
-        }
-        if class != TrafficClass::Request {
-            self.upstream.in_flight[class.index()].fetch_add(1, Relaxed);
-        }
-        if self.class != TrafficClass::Request {
-            self.upstream.in_flight[self.class.index()].fetch_sub(1, Relaxed);
-        }
-        self.class = class;
-    }
-
-    /// Counts body bytes.
-    pub fn add_bytes(&self, to_upstream: u64, to_client: u64) {
-        if to_upstream > 0 {
-            self.upstream.bytes_to_upstream.fetch_add(to_upstream, Relaxed);
-        }
-        if to_client > 0 {
-            self.upstream.bytes_to_client.fetch_add(to_client, Relaxed);
-        }
-    }
-
-    /// Says that the traffic was closed politely because its soft deadline passed.
-    pub fn soft_close(&mut self) {
-        self.end = LeaseEnd::SoftClosed;
-    }
-
-    /// Says that the request was cut at the hard deadline; its id goes into the receipt.
-    pub fn cut(&mut self, request_id: &str) {
-        if self.end != LeaseEnd::Cut {
-            self.end = LeaseEnd::Cut;
-            let mut cut = self.upstream.hard_cut.lock().unwrap_or_else(PoisonError::into_inner);
-            cut.push(request_id.to_owned());
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let class = self.class.index();
-        if self.sent {
-            match self.end {
-                LeaseEnd::Completed => {
-                    self.upstream.completed[class].fetch_add(1, Relaxed);
-                }
-                LeaseEnd::SoftClosed => {
-                    self.upstream.soft_closed[class].fetch_add(1, Relaxed);
-                }
-                LeaseEnd::Cut => {}
-            }
-        }
-        if self.class != TrafficClass::Request {
-            self.upstream.in_flight[class].fetch_sub(1, Relaxed);
-        }
-        // Last, and with release: whoever sees the gate empty sees all of the counts above.
-        self.upstream.leave_gate();
+        self.vitals.latency_estimate_us(now_ms)
     }
 }

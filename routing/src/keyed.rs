@@ -1,0 +1,121 @@
+//! A persistent map by key: 2^18 buckets of a keyed hash, made when they are needed.
+//!
+//! It never grows as a whole, so that no single change has to pay for a million others; a clone shares
+//! everything with its original but the path to what was changed since.
+
+use std::borrow::Borrow;
+use std::hash::{BuildHasher, Hash, RandomState};
+
+use crate::radix::Radix;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Keyed<K, V> {
+    buckets: Radix<Box<[Entry<K, V>]>, 3>,
+    hasher: RandomState,
+    len: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Entry<K, V> {
+    /// Low half of the hash: spares the reader the cache miss of comparing another key.
+    tag: u32,
+    key: K,
+    value: V,
+}
+
+impl<K, V> Default for Keyed<K, V> {
+    fn default() -> Self {
+        Self { buckets: Radix::default(), hasher: RandomState::new(), len: 0 }
+    }
+}
+
+impl<K: Clone + Eq + Hash, V: Clone> Keyed<K, V> {
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn get<Q>(&self, key: &Q) -> Option<&V>
+    where
+        K: Borrow<Q>,
+        Q: Hash + Eq + ?Sized,
+    {
+        let hash = self.hasher.hash_one(key);
+        let bucket = self.buckets.get(Self::bucket(hash))?;
+        let here = |entry: &&Entry<K, V>| entry.tag == hash as u32 && entry.key.borrow() == key;
+        bucket.iter().find(here).map(|entry| &entry.value)
+    }
+
+    /// Replaces the value of `key` by what `next` makes of it; `None` is no value.
+    pub(crate) fn update(&mut self, key: &K, next: impl FnOnce(Option<V>) -> Option<V>) {
+        let hash = self.hasher.hash_one(key);
+        let slot = self.buckets.slot(Self::bucket(hash));
+        let mut entries = slot.take().map_or_else(Vec::new, <[Entry<K, V>]>::into_vec);
+        let at = entries.iter().position(|entry| entry.tag == hash as u32 && entry.key == *key);
+        let before = at.map(|at| entries.swap_remove(at));
+        self.len -= usize::from(before.is_some());
+        let (key, before) =
+            before.map_or_else(|| (key.clone(), None), |entry| (entry.key, Some(entry.value)));
+        if let Some(value) = next(before) {
+            entries.push(Entry { tag: hash as u32, key, value });
+            self.len += 1;
+        }
+        *slot = (!entries.is_empty()).then(|| entries.into_boxed_slice());
+    }
+
+    pub(crate) fn insert(&mut self, key: &K, value: V) {
+        self.update(key, |_| Some(value));
+    }
+
+    pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
+        let mut gone = None;
+        self.update(key, |before| {
+            gone = before;
+            None
+        });
+        gone
+    }
+
+    fn bucket(hash: u64) -> u64 {
+        hash >> (64 - Radix::<Box<[Entry<K, V>]>, 3>::BITS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn it_is_a_map_whose_older_copies_stay_as_they_were(
+            steps in prop::collection::vec((0_u16..40, prop::option::of(0_u8..9)), 1..200),
+            keep_at in 0_usize..200,
+        ) {
+            let (mut map, mut model) = (Keyed::<u16, u8>::default(), HashMap::new());
+            let mut kept = (map.clone(), model.clone());
+            for (i, (key, value)) in steps.iter().enumerate() {
+                if i == keep_at {
+                    kept = (map.clone(), model.clone());
+                }
+                let before = map.get(key).copied();
+                prop_assert_eq!(before, model.get(key).copied());
+                match value {
+                    Some(value) => {
+                        map.insert(key, *value);
+                        model.insert(*key, *value);
+                    }
+                    None => prop_assert_eq!(map.remove(key), model.remove(key)),
+                }
+            }
+            for (map, model) in [(&map, &model), (&kept.0, &kept.1)] {
+                prop_assert_eq!(map.is_empty(), model.is_empty());
+                for key in 0..40 {
+                    prop_assert_eq!(map.get(&key), model.get(&key));
+                }
+            }
+        }
+    }
+}
