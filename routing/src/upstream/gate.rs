@@ -112,27 +112,36 @@ mod tests {
         Visit { entered: true, told_empty: gate.leave() }
     }
 
-    #[test]
-    fn in_every_interleaving_retiring_is_final_and_a_drained_gate_shows_every_count() {
-        loom::model(|| {
-            let model = Arc::new((Gate(LoomU64::new(0)), LoomU64::new(0)));
-            let visitors = [0, 1].map(|_| {
-                let model = Arc::clone(&model);
-                thread::spawn(move || visit(&model.0, &model.1))
-            });
-            let (gate, completed) = (&model.0, &model.1);
-            let was_empty = gate.retire();
-            assert!(!gate.enter(), "nobody enters after retire has returned");
-            let seen = gate.state().is_drained().then(|| completed.load(Relaxed));
-            let visits = visitors.map(|thread| thread.join().expect("no panic"));
-            let entered = visits.iter().filter(|visit| visit.entered).count() as u64;
-            assert!(gate.state().is_drained(), "everybody has left");
-            assert_eq!(completed.load(Relaxed), entered);
-            assert!(seen.is_none_or(|count| count == entered), "a drained gate hid a count");
-            // Whoever waits is woken exactly once: by the retiring one, or by the last to leave.
-            let told = visits.iter().filter(|visit| visit.told_empty).count() + usize::from(was_empty);
-            assert_eq!(told, 1);
+    fn retiring_is_final_and_a_drained_gate_shows_every_count<const VISITORS: usize>() {
+        let model = Arc::new((Gate(LoomU64::new(0)), LoomU64::new(0)));
+        let visitors = [(); VISITORS].map(|()| {
+            let model = Arc::clone(&model);
+            thread::spawn(move || visit(&model.0, &model.1))
         });
+        let (gate, completed) = (&model.0, &model.1);
+        let was_empty = gate.retire();
+        assert!(!gate.enter(), "nobody enters after retire has returned");
+        let seen = gate.state().is_drained().then(|| completed.load(Relaxed));
+        let visits = visitors.map(|thread| thread.join().expect("no panic"));
+        let entered = visits.iter().filter(|visit| visit.entered).count() as u64;
+        assert!(gate.state().is_drained(), "everybody has left");
+        assert_eq!(completed.load(Relaxed), entered);
+        assert!(seen.is_none_or(|count| count == entered), "a drained gate hid a count");
+        // Whoever waits is woken exactly once: by the retiring one, or by the last to leave.
+        let told = visits.iter().filter(|visit| visit.told_empty).count() + usize::from(was_empty);
+        assert_eq!(told, 1);
+    }
+
+    #[test]
+    fn in_every_interleaving_with_one_visitor_retiring_is_final_and_hides_no_count() {
+        loom::model(retiring_is_final_and_a_drained_gate_shows_every_count::<1>);
+    }
+
+    #[test]
+    fn in_every_interleaving_of_three_preemptions_two_visitors_and_retiring_agree() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3); // without a bound it takes 15 s and finds no more
+        model.check(retiring_is_final_and_a_drained_gate_shows_every_count::<2>);
     }
 
     #[test]
