@@ -277,7 +277,8 @@ mod tests {
     fn two_ledgers_append_whole_lines_to_one_file() {
         let dir = tempfile::tempdir().expect("a scratch folder");
         let path = dir.path().join("records");
-        let ledgers = [Ledger::open(Some(&path)).expect("open"), Ledger::open(Some(&path)).expect("open")];
+        let ledgers =
+            [Ledger::open(Some(&path), "o").expect("open"), Ledger::open(Some(&path), "o").expect("open")];
         std::thread::scope(|scope| {
             for (at, ledger) in ledgers.iter().enumerate() {
                 scope.spawn(move || {
@@ -294,7 +295,7 @@ mod tests {
 
     #[test]
     fn stats_count_executions_beyond_the_first_as_duplicates() {
-        let ledger = Ledger::open(None).expect("open");
+        let ledger = Ledger::open(None, "o").expect("open");
         for id in [Some("a-1"), Some("a-1"), Some("a-2"), None] {
             ledger.arrived(id, &Method::GET, (Protocol::H1, 1), 200).expect("recorded");
         }
