@@ -3,15 +3,34 @@
 //! A runtime knows nothing of services beyond the labels that it is given, nothing of traffic, and
 //! decides nothing: it makes real what it is told, and tells what is there.
 
+mod process;
+
+pub use process::ProcessRuntime;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
-use crate::model::{InstanceId, Resources};
+use crate::model::{InstanceId, MachineKind, MachineSpec, Resources};
+
+/// The runtime of a machine. Nothing is connected yet: that happens at the first use, and anew after a failure.
+///
+/// Keep one runtime for each machine: two of them would not see each other's verbs under way.
+///
+/// # Errors
+///
+/// The machine's description cannot be used (a key file that cannot be read, clear text to another host).
+pub fn connect(machine: &MachineSpec, data_dir: &Path) -> Result<Arc<dyn Runtime>, RuntimeError> {
+    match &machine.kind {
+        MachineKind::Process => Ok(Arc::new(ProcessRuntime::new(machine, data_dir))),
+        MachineKind::Docker { .. } => Err(RuntimeError::Unsupported("Docker engines".to_owned())),
+    }
+}
 
 /// What is to run, with nothing left to choose.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,7 +43,9 @@ pub struct InstanceSpec {
     pub service: String,
     /// Label.
     pub version: u32,
-    /// Label, and the fence against a controller that was replaced.
+    /// Label, and the fence against a controller that was replaced: the epoch that the caller holds *now*, also
+    /// when it starts an instance again that an earlier epoch made. Nothing is created or started while
+    /// another instance of the service bears a higher one.
     pub epoch: u64,
     /// What runs.
     pub run: Run,
