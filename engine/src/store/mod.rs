@@ -4,6 +4,11 @@
 //! whole, durably, or not at all, and gets the next revision. `watch` gives every commit in order.
 //! Nothing in here knows what the values mean; that is `state`'s business.
 
+pub mod record;
+mod sqlite;
+
+pub use sqlite::SqliteStore;
+
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
@@ -15,8 +20,17 @@ pub type Revision = u64;
 pub const MAX_KEY_BYTES: usize = 512;
 /// Largest value.
 pub const MAX_VALUE_BYTES: usize = 4 << 20;
-/// Most writes in one batch.
+/// Most writes, and most preconditions, in one batch.
 pub const MAX_BATCH_WRITES: usize = 1_024;
+/// Keys and values of one batch together.
+pub const MAX_BATCH_BYTES: usize = 16 << 20;
+
+/// The log keeps at least so many commits: enough for any reader that is not stuck (a rollout is some
+/// fifty commits), and small enough to be nothing on a disk.
+pub const MIN_HISTORY_COMMITS: u64 = 10_000;
+/// Beyond so many bytes the log keeps less than [`MIN_HISTORY_COMMITS`]: values may be megabytes, and a
+/// reader that is behind can always start again from [`Store::range`].
+pub const MAX_HISTORY_BYTES: u64 = 64 << 20;
 
 /// Writes that are applied whole or not at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -97,6 +111,29 @@ pub enum StoreError {
     /// The data is damaged.
     #[error("the store is damaged: {0}")]
     Corrupt(String),
+    /// The data was written by a later version, in a form that this one does not know.
+    #[error(
+        "the store was written by a later version of peregrine (schema {found}, this one knows {known}): \
+         start that version, or restore a backup made before the upgrade"
+    )]
+    Newer {
+        /// Schema of the data.
+        found: i64,
+        /// Latest schema that this version knows.
+        known: i64,
+    },
+    /// A watch asked for commits that the log does not have (any more): start again from `range`.
+    #[error(
+        "commits after revision {after} are not in the log, which begins after {oldest} and ends at {newest}"
+    )]
+    Compacted {
+        /// Where the watch stood.
+        after: Revision,
+        /// Earliest revision that a watch can begin after.
+        oldest: Revision,
+        /// Newest revision.
+        newest: Revision,
+    },
     /// Reading or writing failed.
     #[error("the store cannot be read or written")]
     Io(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -107,15 +144,16 @@ pub enum StoreError {
 
 /// The store. Implementations: SQLite; etcd for more than one machine, later.
 pub trait Store: Send + Sync + 'static {
-    /// Applies a batch and returns once it is durable.
+    /// Applies a batch and returns once it is durable. A future that is dropped before that takes nothing
+    /// back: the batch may still be applied.
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Revision, StoreError>>;
 
     /// Every entry whose key begins with `prefix`, in order of keys, and the revision they are of.
     fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>>;
 
     /// Every commit after `after`, in order and without a gap, for ever. History may be compacted: a
-    /// watch from before the oldest kept commit ends with [`StoreError::Corrupt`] saying so, and the
-    /// reader starts again from `range`.
+    /// watch from before the oldest kept commit, or from a revision that does not exist yet, ends with
+    /// [`StoreError::Compacted`], and the reader starts again from `range`.
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>>;
 
     /// Takes or renews a lease for `holder` until `now_ms + ttl_ms`, unless another one has it.

@@ -1,0 +1,210 @@
+//! The store on SQLite: one file in the data folder of one process.
+//!
+//! ```text
+//!   commit, lease ──► queue ──► writer thread ──► transaction, flushed ──► watchers ──► acknowledgement
+//!   range, watch  ──► queue ──► reader thread ──► snapshot
+//! ```
+//!
+//! What is acknowledged is on the disk (`synchronous=FULL`). A second process is turned away at once, by a
+//! lock that the kernel gives back however the first one ends. No two processes ever write.
+
+mod fault;
+mod reader;
+mod schema;
+mod watch;
+mod writer;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use self::fault::{closed, file_error};
+use self::reader::Query;
+use self::watch::Watch;
+use self::writer::{History, Job, LeaseAsk, Writer};
+use super::{
+    Batch, Committed, Entry, LeaseGrant, MAX_BATCH_BYTES, MAX_BATCH_WRITES, MAX_KEY_BYTES, MAX_VALUE_BYTES,
+    Precondition, Revision, Store, StoreError,
+};
+
+/// Most jobs that wait for each thread; who comes later waits for room.
+const MAX_QUEUED_JOBS: usize = 256;
+/// Commits that a watch may be behind before it goes back to the log.
+const MAX_LIVE_COMMITS: usize = 256;
+
+/// The store on SQLite. Closing it (dropping it) waits until what is queued is written, and leaves one
+/// file without a write-ahead log.
+#[derive(Debug)]
+pub struct SqliteStore {
+    jobs: Option<mpsc::Sender<Job>>,
+    queries: Option<mpsc::Sender<Query>>,
+    live: broadcast::WeakSender<Arc<Committed>>,
+    writer: Option<JoinHandle<()>>,
+    reader: Option<JoinHandle<()>>,
+    /// Given back when everything above is gone.
+    _lock: File,
+}
+
+impl SqliteStore {
+    /// Opens the store in a data folder, and makes both if they are not there: the folder 0700, files 0600.
+    /// A folder that is there keeps its mode.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Locked`] when another process has it open, [`StoreError::Corrupt`] when the file is
+    /// damaged, [`StoreError::Newer`] when a later version wrote it, [`StoreError::Io`] or
+    /// [`StoreError::Full`] when it cannot be opened.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        Self::open_with(dir, History::default(), |_| Ok(()))
+    }
+
+    fn open_with(
+        dir: &Path,
+        history: History,
+        prepare: impl FnOnce(&rusqlite::Connection) -> Result<(), rusqlite::Error>,
+    ) -> Result<Self, StoreError> {
+        let lock = schema::lock(dir)?;
+        let connection = schema::open_writer(dir)?;
+        prepare(&connection).map_err(|e| fault::store_error(&Arc::new(e)))?;
+        let read_connection = schema::open_reader(dir)?;
+        let (live, _) = broadcast::channel(MAX_LIVE_COMMITS);
+        let weak_live = live.downgrade(); // the writer thread has the strong one: when it is gone, watches end
+        let writer = Writer::new(connection, history, live)?;
+        let (jobs, job_queue) = mpsc::channel(MAX_QUEUED_JOBS);
+        let (queries, query_queue) = mpsc::channel(MAX_QUEUED_JOBS);
+        Ok(Self {
+            jobs: Some(jobs),
+            queries: Some(queries),
+            live: weak_live,
+            writer: Some(spawn(dir, "store-writer", move || writer.run(job_queue))?),
+            reader: Some(spawn(dir, "store-reader", move || reader::run(read_connection, query_queue))?),
+            _lock: lock,
+        })
+    }
+
+    async fn write<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job,
+    ) -> Result<T, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let jobs = self.jobs.as_ref().ok_or_else(closed)?;
+        jobs.send(job(reply)).await.map_err(|_| closed())?;
+        answer.await.map_err(|_| closed())?
+    }
+
+    async fn read_range(&self, prefix: String) -> Result<(Revision, Vec<Entry>), StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let queries = self.queries.as_ref().ok_or_else(closed)?;
+        queries.send(Query::Range { prefix, reply }).await.map_err(|_| closed())?;
+        answer.await.map_err(|_| closed())?
+    }
+}
+
+impl Store for SqliteStore {
+    fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Revision, StoreError>> {
+        async move {
+            check_batch(&batch)?;
+            self.write(|reply| Job::Commit { batch, reply }).await
+        }
+        .boxed()
+    }
+
+    fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>> {
+        self.read_range(prefix.to_owned()).boxed()
+    }
+
+    fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {
+        let (Some(live), Some(queries)) = (self.live.upgrade(), self.queries.as_ref()) else {
+            return Box::pin(futures_util::stream::once(async { Err(closed()) }));
+        };
+        Watch::new(after, live.subscribe(), queries.downgrade()).into_stream()
+    }
+
+    fn lease(
+        &self,
+        name: &str,
+        holder: &str,
+        now_ms: u64,
+        ttl_ms: u64,
+    ) -> BoxFuture<'_, Result<LeaseGrant, StoreError>> {
+        let ask = LeaseAsk { name: name.to_owned(), holder: holder.to_owned(), now_ms, ttl_ms };
+        async move {
+            check_key(&ask.name)?;
+            check_key(&ask.holder)?;
+            self.write(|reply| Job::Lease { ask, reply }).await
+        }
+        .boxed()
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        // One after the other: the last connection brings the write-ahead log home, and two that close at
+        // once would each leave that to the other. A thread that panicked has said so already.
+        self.queries = None;
+        drop(self.reader.take().map(JoinHandle::join));
+        self.jobs = None;
+        drop(self.writer.take().map(JoinHandle::join));
+    }
+}
+
+fn spawn(dir: &Path, name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StoreError> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|e| file_error("cannot start a thread for", dir, &e))
+}
+
+fn check_batch(batch: &Batch) -> Result<(), StoreError> {
+    for (what, count) in [("writes", batch.writes.len()), ("preconditions", batch.preconditions.len())] {
+        if count > MAX_BATCH_WRITES {
+            return Err(StoreError::TooLarge(format!(
+                "a batch has {count} {what}, the limit is {MAX_BATCH_WRITES}: commit them in several batches"
+            )));
+        }
+    }
+    for precondition in &batch.preconditions {
+        let (Precondition::Absent(key)
+        | Precondition::Present(key)
+        | Precondition::Unchanged(key, _)
+        | Precondition::Equals(key, _)) = precondition;
+        check_key(key)?;
+    }
+    for write in &batch.writes {
+        check_key(write.key())?;
+        let bytes = write.value().map_or(0, bytes::Bytes::len);
+        if bytes > MAX_VALUE_BYTES {
+            let key = write.key();
+            return Err(StoreError::TooLarge(format!(
+                "the value of {key} has {bytes} bytes, the limit is {MAX_VALUE_BYTES}"
+            )));
+        }
+    }
+    let bytes = batch.bytes();
+    if bytes > MAX_BATCH_BYTES {
+        return Err(StoreError::TooLarge(format!(
+            "a batch has {bytes} bytes, the limit is {MAX_BATCH_BYTES}: commit it in several batches"
+        )));
+    }
+    Ok(())
+}
+
+fn check_key(key: &str) -> Result<(), StoreError> {
+    if key.len() > MAX_KEY_BYTES {
+        let shown: String = key.chars().take(40).collect();
+        return Err(StoreError::TooLarge(format!(
+            "the key {shown}… has {} bytes, the limit is {MAX_KEY_BYTES}",
+            key.len()
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

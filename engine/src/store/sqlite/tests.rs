@@ -1,0 +1,145 @@
+//! What needs the insides: a full disk, a short history, the settings of the connection.
+
+use futures_util::StreamExt;
+
+use super::*;
+use crate::store::{MAX_HISTORY_BYTES, MIN_HISTORY_COMMITS, Write};
+
+fn put(key: &str, value: impl Into<bytes::Bytes>) -> Batch {
+    Batch { preconditions: Vec::new(), writes: vec![Write::Put(key.to_owned(), value.into())] }
+}
+
+fn open_short(dir: &Path, history: History) -> SqliteStore {
+    SqliteStore::open_with(dir, history, |_| Ok(())).unwrap()
+}
+
+async fn revisions_after(store: &SqliteStore, after: Revision, count: usize) -> Vec<Revision> {
+    store.watch(after).take(count).map(|committed| committed.unwrap().revision).collect().await
+}
+
+#[test]
+fn what_is_acknowledged_is_flushed_to_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    SqliteStore::open_with(dir.path(), History::default(), |connection| {
+        let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        assert_eq!(pragma("synchronous")?, 2, "2 is FULL: the log is flushed at every commit");
+        assert_eq!(pragma("foreign_keys")?, 1);
+        let mode: String = connection.pragma_query_value(None, "journal_mode", |row| row.get(0))?;
+        assert_eq!(mode, "wal");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[tokio::test]
+async fn a_full_disk_says_so_loses_nothing_and_is_over_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open_with(dir.path(), History::default(), |connection| {
+        connection.pragma_update(None, "max_page_count", 40)
+    })
+    .unwrap();
+    let mut acknowledged = 0;
+    let full = loop {
+        match store.commit(put(&format!("k{acknowledged:03}"), vec![7; 8_000])).await {
+            Ok(_) => acknowledged += 1,
+            Err(error) => break error,
+        }
+        assert!(acknowledged < 100, "40 pages hold a few of these at most");
+    };
+    assert!(matches!(full, StoreError::Full(_)), "{full:?}");
+    assert_eq!(full.to_string(), "the disk with the data folder is full");
+    assert!(acknowledged > 0);
+    let (revision, entries) = store.range("").await.unwrap();
+    assert_eq!((revision, entries.len()), (acknowledged, usize::try_from(acknowledged).unwrap()));
+    // A small one in the same group as one without room still gets through.
+    let (large, small) =
+        tokio::join!(store.commit(put("large", vec![7; 100_000])), store.commit(put("small", vec![7; 10])));
+    assert!(matches!(large, Err(StoreError::Full(_))), "{large:?}");
+    assert_eq!(small.unwrap(), acknowledged + 1);
+    drop(store);
+
+    let roomy = SqliteStore::open(dir.path()).unwrap();
+    assert_eq!(roomy.commit(put("large", vec![7; 100_000])).await.unwrap(), acknowledged + 2);
+}
+
+#[tokio::test]
+async fn history_is_cut_by_count_and_a_watch_from_before_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let store =
+        open_short(dir.path(), History { min_commits: 10, max_bytes: MAX_HISTORY_BYTES, stride_commits: 5 });
+    for number in 1..=14 {
+        assert_eq!(store.commit(put("k", vec![1])).await.unwrap(), number);
+    }
+    assert_eq!(revisions_after(&store, 0, 14).await.len(), 14, "a stride is not full yet");
+    store.commit(put("k", vec![1])).await.unwrap();
+    assert_eq!(revisions_after(&store, 5, 10).await, (6..=15).collect::<Vec<_>>());
+    for after in 0..5 {
+        let told = store.watch(after).next().await.unwrap().unwrap_err();
+        assert!(
+            matches!(told, StoreError::Compacted { oldest: 5, newest: 15, after: a } if a == after),
+            "{told:?}"
+        );
+    }
+    drop(store);
+    let again = SqliteStore::open(dir.path()).unwrap();
+    assert!(matches!(again.watch(4).next().await, Some(Err(StoreError::Compacted { .. }))));
+    assert_eq!(again.commit(put("k", vec![1])).await.unwrap(), 16, "revisions go on after a cut");
+}
+
+#[tokio::test]
+async fn history_is_cut_by_bytes_and_the_newest_commit_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store =
+        open_short(dir.path(), History { min_commits: 1_000, max_bytes: 100_000, stride_commits: 100 });
+    for _ in 0..40 {
+        store.commit(put("k", vec![1; 10_000])).await.unwrap();
+        let (oldest, newest) = store_span(&store).await;
+        assert!((newest - oldest) * 10_000 <= 100_000, "{oldest}..{newest}");
+        assert!(oldest < newest);
+    }
+    store.commit(put("k", vec![1; 300_000])).await.unwrap();
+    assert_eq!(store_span(&store).await, (40, 41), "one that is heavier than all history stays alone");
+    assert_eq!(store.range("").await.unwrap().0, 41);
+}
+
+/// Where the log begins and ends, as a watch is told.
+async fn store_span(store: &SqliteStore) -> (Revision, Revision) {
+    match store.watch(Revision::MAX / 2).next().await {
+        Some(Err(StoreError::Compacted { oldest, newest, .. })) => (oldest, newest),
+        other => panic!("a watch from a revision that is not there yet is refused, this was {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_falls_behind_the_live_commits_misses_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(dir.path()).unwrap();
+    let mut watch = store.watch(0);
+    store.commit(put("first", vec![])).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().unwrap().revision, 1);
+    let many = 3 * MAX_LIVE_COMMITS as u64;
+    for _ in 0..many {
+        store.commit(put("k", vec![])).await.unwrap();
+    }
+    let seen: Vec<_> = watch.take(many as usize).map(|c| c.unwrap().revision).collect().await;
+    assert_eq!(seen, (2..=many + 1).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_watch_ends_with_an_error_when_the_store_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(dir.path()).unwrap();
+    let mut watch = store.watch(0);
+    store.commit(put("k", vec![])).await.unwrap();
+    assert!(watch.next().await.unwrap().is_ok());
+    drop(store);
+    assert_eq!(watch.next().await.unwrap().unwrap_err().to_string(), "the store cannot be read or written");
+    assert!(watch.next().await.is_none());
+    SqliteStore::open(dir.path()).expect("a watch holds no part of a closed store");
+}
+
+#[test]
+fn the_limits_of_history_are_those_of_the_contract() {
+    let history = History::default();
+    assert_eq!((history.min_commits, history.max_bytes), (MIN_HISTORY_COMMITS, MAX_HISTORY_BYTES));
+}
