@@ -25,6 +25,8 @@ enum Command {
     Load(command::load::Arguments),
     /// Hold the acknowledged ids of a load against the records of origins.
     Check(command::check::Arguments),
+    /// Measure Peregrine beside nginx and HAProxy.
+    Compare(command::compare::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
             Command::Origin(arguments) => command::origin::run(arguments).await,
             Command::Load(arguments) => command::load::run(arguments).await,
             Command::Check(arguments) => command::check::run(&arguments),
+            Command::Compare(arguments) => command::compare::run(arguments).await,
         }
     });
     match done {

@@ -1,6 +1,7 @@
 //! One file per subcommand: arguments in, exit code out.
 
 pub(crate) mod check;
+pub(crate) mod compare;
 pub(crate) mod load;
 pub(crate) mod origin;
 

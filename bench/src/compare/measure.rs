@@ -1,0 +1,175 @@
+//! One measurement of one contender: a fresh process, warmed up, loaded, ended.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::CompareError;
+use super::client::Clients;
+use super::contender::{Contender, Running};
+use super::origin::Origin;
+use super::process::{Core, core_busy_us};
+use super::report::{ClosedRun, OpenRun};
+use super::scenario::{Scenario, Wire};
+use crate::load::{IdleConnections, Load, LoadOptions, Pace, Until};
+
+/// Requests that fill pools and caches before anything is counted; large replies need fewer.
+const WARM_UP_REQUESTS: u64 = 2_000;
+const WARM_UP_LARGE_REQUESTS: u64 = 200;
+const LARGE_REPLY_BYTES: u64 = 100 << 10;
+/// How often the upstream is switched in the switching scenario, in milliseconds.
+const SWITCH_EVERY_MS: u64 = 1_000;
+
+/// What every measurement of a comparison shares.
+#[derive(Debug)]
+pub(super) struct Bench<'a> {
+    pub(super) clients: Clients,
+    pub(super) origin: Origin,
+    pub(super) core: Core,
+    pub(super) scratch: &'a Path,
+}
+
+impl Bench<'_> {
+    /// As fast as it goes for `seconds`.
+    pub(super) async fn closed(
+        &self,
+        contender: &Contender,
+        scenario: &Scenario,
+        round: u64,
+        seconds: u64,
+    ) -> Result<ClosedRun, CompareError> {
+        let mut running = self.start(contender, scenario).await?;
+        let target = address(&running, scenario);
+        let idle = hold_idle(&running, scenario).await?;
+        let seen_before = self.origin.seen().await?;
+        let (cpu_before, busy_before) = (running.process.cpu_us(), core_busy_us(self.core));
+        let started = Instant::now();
+        let loading = self.clients.run(scenario, target, seconds);
+        let (served, switches) = while_switching(&mut running, scenario, loading).await?;
+        let (took, cpu_us) = (started.elapsed(), running.process.cpu_us() - cpu_before);
+        let busy_us = core_busy_us(self.core).unwrap_or(0).saturating_sub(busy_before.unwrap_or(0));
+        let seen = self.origin.seen().await?;
+        let memory_kib = running.process.memory_kib();
+        let idle_closed = idle.as_ref().map_or(0, IdleConnections::closed_by_peer);
+        drop(idle);
+        running.stop().await;
+        Ok(ClosedRun {
+            contender: contender.kind.name().to_owned(),
+            round,
+            requests: served.requests,
+            failed: served.failed,
+            requests_per_second: served.requests as f64 / seconds as f64,
+            cpu_us_per_request: cpu_us as f64 / served.requests as f64,
+            core_use: cpu_us as f64 / took.as_micros() as f64,
+            others_use: busy_us.saturating_sub(cpu_us) as f64 / took.as_micros() as f64,
+            memory_kib,
+            // The question itself came over a connection of its own.
+            upstream_connections: seen.connections - seen_before.connections - 1,
+            upstream_requests: seen.requests - seen_before.requests - 1,
+            switches,
+            idle_closed,
+        })
+    }
+
+    /// At `per_second` for `duration_ms`.
+    pub(super) async fn open(
+        &self,
+        contender: &Contender,
+        scenario: &Scenario,
+        round: u64,
+        (per_second, duration_ms): (u32, u64),
+    ) -> Result<OpenRun, CompareError> {
+        let mut running = self.start(contender, scenario).await?;
+        let target = address(&running, scenario);
+        let idle = hold_idle(&running, scenario).await?;
+        let cpu_before = running.process.cpu_us();
+        let loading = async { Ok(Load::run(scenario.open_loop(target, per_second, duration_ms)).await?) };
+        let (summary, _) = while_switching(&mut running, scenario, loading).await?;
+        let cpu_us = running.process.cpu_us() - cpu_before;
+        drop(idle);
+        running.stop().await;
+        Ok(OpenRun {
+            contender: contender.kind.name().to_owned(),
+            round,
+            requests: summary.sent,
+            failed: summary.failed.total(),
+            first_failure: summary
+                .failures
+                .first()
+                .map(|failure| format!("{}: {}", failure.kind, failure.detail)),
+            p50_us: summary.latency_us.p50,
+            p99_us: summary.latency_us.p99,
+            max_us: summary.latency_us.max,
+            cpu_us_per_request: cpu_us as f64 / summary.sent.max(1) as f64,
+            connections_closed_by_peer: summary.connections_closed_by_peer,
+        })
+    }
+
+    async fn start(&self, contender: &Contender, scenario: &Scenario) -> Result<Running, CompareError> {
+        let folder = self.scratch.join(contender.kind.name());
+        let cleared = || -> std::io::Result<()> {
+            if folder.exists() {
+                std::fs::remove_dir_all(&folder)?;
+            }
+            std::fs::create_dir(&folder)
+        };
+        cleared().map_err(|error| CompareError::start(&folder, error))?;
+        let running = contender.start(self.core, &folder).await?;
+        let requests =
+            if scenario.reply_bytes > LARGE_REPLY_BYTES { WARM_UP_LARGE_REQUESTS } else { WARM_UP_REQUESTS };
+        let warm_up = LoadOptions {
+            pace: Pace::Closed,
+            until: Until::Count(requests),
+            ..scenario.open_loop(address(&running, scenario), 1, 1)
+        };
+        let warmed = Load::run(warm_up).await?;
+        match warmed.failures.first() {
+            None => Ok(running),
+            Some(failure) => Err(CompareError::NotServing(format!(
+                "{} failed in the warm-up of {}: {}: {}",
+                contender.kind.name(),
+                scenario.name,
+                failure.kind,
+                failure.detail
+            ))),
+        }
+    }
+}
+
+fn address(running: &Running, scenario: &Scenario) -> std::net::SocketAddr {
+    match scenario.wire {
+        Wire::H1 => running.h1(),
+        Wire::H2 => running.h2(),
+    }
+}
+
+async fn hold_idle(running: &Running, scenario: &Scenario) -> Result<Option<IdleConnections>, CompareError> {
+    if scenario.idle_connections == 0 {
+        return Ok(None);
+    }
+    let idle = IdleConnections::open(scenario.idle(running.h1())).await?;
+    match idle.failures().first() {
+        None => Ok(Some(idle)),
+        Some(why) => Err(CompareError::NotServing(format!("an idle connection failed: {why}"))),
+    }
+}
+
+/// Runs `loading`; in the switching scenario, switches the upstream every second meanwhile and counts how often.
+async fn while_switching<T>(
+    running: &mut Running,
+    scenario: &Scenario,
+    loading: impl Future<Output = Result<T, CompareError>>,
+) -> Result<(T, u64), CompareError> {
+    let mut loading = std::pin::pin!(loading);
+    let mut switches = 0;
+    let every = Duration::from_millis(SWITCH_EVERY_MS);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    loop {
+        tokio::select! {
+            loaded = &mut loading => return Ok((loaded?, switches)),
+            _ = ticks.tick(), if scenario.switching => {
+                running.switch_upstream().await?;
+                switches += 1;
+            }
+        }
+    }
+}
