@@ -5,14 +5,11 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-
-use super::CompareError;
-use super::origin::{ORIGIN_PORTS, loopback, wait_until_answering};
+use super::origin::{ORIGIN_PORTS, get, loopback, wait_until_answering};
 use super::process::{Core, Process, find_program};
+use super::{CompareError, switch};
 
 const NGINX_CONFIG: &str = include_str!("../../conf/nginx/nginx.conf");
 const HAPROXY_CONFIG: &str = include_str!("../../conf/haproxy/haproxy.cfg");
@@ -22,6 +19,9 @@ const PEREGRINE_CONFIG: &str = include_str!("../../conf/peregrine/peregrine.toml
 const H1_PORT: u16 = 19180;
 /// Where nginx and HAProxy listen for HTTP/2, which they cannot tell from HTTP/1.1 on one clear-text port.
 const H2_PORT: u16 = 19182;
+
+/// How long a switch of the upstream may take to show, in milliseconds.
+const SWITCH_TIMEOUT_MS: u64 = 5_000;
 
 /// A kind of server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,14 +47,6 @@ impl Kind {
             Self::Nginx => "nginx",
             Self::Haproxy => "haproxy",
             Self::Peregrine => "peregrine",
-        }
-    }
-
-    /// Why a running server of this kind cannot be told to switch its upstream, if so.
-    pub(super) const fn cannot_switch(self) -> Option<&'static str> {
-        match self {
-            Self::Nginx | Self::Haproxy => None,
-            Self::Peregrine => Some("no switch hook for Peregrine yet"),
         }
     }
 }
@@ -105,7 +97,7 @@ impl Contender {
                     "access_log off;\n"
                 };
                 fs::write(folder.join("access_log.conf"), access_log)?;
-                write_nginx_upstream(folder, 0)?;
+                switch::write_nginx_upstream(folder, 0)?;
                 fs::write(folder.join("nginx.conf"), NGINX_CONFIG)
             }
             Kind::Haproxy => fs::write(folder.join("haproxy.cfg"), HAPROXY_CONFIG),
@@ -148,31 +140,27 @@ impl Running {
         }
     }
 
-    /// Sends new requests to the other upstream from now on, in the way that its vendor recommends.
+    /// Sends new requests to the other upstream from now on.
     pub(super) async fn switch_upstream(&mut self) -> Result<(), CompareError> {
         self.upstream = 1 - self.upstream;
         let switched = match self.kind {
-            Kind::Nginx => write_nginx_upstream(&self.folder, self.upstream)
-                .and_then(|()| self.process.signal(Signal::HUP)),
-            Kind::Haproxy => self.switch_haproxy().await,
-            Kind::Peregrine => Err(io::Error::other("no switch hook for Peregrine yet")),
+            Kind::Nginx => switch::nginx(&self.process, &self.folder, self.upstream),
+            Kind::Haproxy => switch::haproxy(&self.folder, self.upstream).await,
+            Kind::Peregrine => switch::peregrine(&self.folder, self.upstream).await,
         };
         switched.map_err(|error| CompareError::Switch(self.kind.name(), error))
     }
 
-    /// The new server first, then the old one into drain: at no moment is there none.
-    async fn switch_haproxy(&self) -> io::Result<()> {
-        let (to, from) = if self.upstream == 0 { ("a", "b") } else { ("b", "a") };
-        for command in
-            [format!("set server bench/{to} state ready"), format!("set server bench/{from} state drain")]
-        {
-            let mut admin = UnixStream::connect(self.folder.join("admin.sock")).await?;
-            admin.write_all(format!("{command}\n").as_bytes()).await?;
-            let mut answer = String::new();
-            admin.read_to_string(&mut answer).await?;
-            if !answer.trim().is_empty() {
-                return Err(io::Error::other(format!("`{command}`: {}", answer.trim())));
+    /// Waits until a request through the contender is answered by the upstream of the last switch.
+    pub(super) async fn wait_until_switched(&self) -> Result<(), CompareError> {
+        let expected = ORIGIN_PORTS[self.upstream].to_string();
+        let deadline = Instant::now() + Duration::from_millis(SWITCH_TIMEOUT_MS);
+        while !get(self.h1(), "/which").await.is_ok_and(|answer| answer.ends_with(&expected)) {
+            if Instant::now() > deadline {
+                let error = io::Error::other("it was told, and requests still go to the old one");
+                return Err(CompareError::Switch(self.kind.name(), error));
             }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
     }
@@ -180,11 +168,6 @@ impl Running {
     pub(super) async fn stop(self) {
         self.process.stop().await;
     }
-}
-
-fn write_nginx_upstream(folder: &Path, upstream: usize) -> io::Result<()> {
-    let line = format!("server {};\n", loopback(ORIGIN_PORTS[upstream]));
-    fs::write(folder.join("upstream.conf"), line)
 }
 
 /// The first line that `program flag` prints, on whichever stream.

@@ -104,6 +104,21 @@ impl Bench<'_> {
         })
     }
 
+    /// Whether the contender can be told to switch its upstream and does: to the other one and back.
+    pub(super) async fn try_switching(
+        &self,
+        contender: &Contender,
+        scenario: &Scenario,
+    ) -> Result<(), CompareError> {
+        let mut running = self.start(contender, scenario).await?;
+        for _ in 0..2 {
+            running.switch_upstream().await?;
+            running.wait_until_switched().await?;
+        }
+        running.stop().await;
+        Ok(())
+    }
+
     async fn start(&self, contender: &Contender, scenario: &Scenario) -> Result<Running, CompareError> {
         let folder = self.scratch.join(contender.kind.name());
         let cleared = || -> std::io::Result<()> {

@@ -14,6 +14,7 @@ mod origin;
 mod process;
 mod report;
 mod scenario;
+mod switch;
 
 use std::io;
 use std::net::TcpListener;
@@ -174,21 +175,25 @@ async fn run_scenario(
     contenders: &[Contender],
     progress: &impl Fn(&str),
 ) -> Result<ScenarioReport, CompareError> {
-    let (able, unable): (Vec<_>, Vec<_>) = contenders
-        .iter()
-        .partition(|contender| !scenario.switching || contender.kind.cannot_switch().is_none());
+    let mut able = Vec::new();
+    let mut not_measured = Vec::new();
+    for contender in contenders {
+        match if scenario.switching { bench.try_switching(contender, scenario).await } else { Ok(()) } {
+            Ok(()) => able.push(contender),
+            Err(why @ CompareError::Switch(..)) => {
+                progress(&format!("{}: not measured: {why}", scenario.name));
+                not_measured.push((contender.kind.name().to_owned(), why.to_string()));
+            }
+            Err(why) => return Err(why),
+        }
+    }
     let mut report = ScenarioReport {
         name: scenario.name.to_owned(),
         title: scenario.title.to_owned(),
         open_loop_rate: 0,
         closed: Vec::new(),
         open: Vec::new(),
-        not_measured: unable
-            .iter()
-            .filter_map(|contender| {
-                Some((contender.kind.name().into(), contender.kind.cannot_switch()?.into()))
-            })
-            .collect(),
+        not_measured,
     };
     for round in 1..=options.rounds {
         for contender in &able {

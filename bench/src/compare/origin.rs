@@ -100,7 +100,7 @@ pub(super) async fn wait_until_answering(
 }
 
 /// One GET on a connection of its own; the whole answer as text.
-async fn get(addr: SocketAddr, path: &str) -> std::io::Result<String> {
+pub(super) async fn get(addr: SocketAddr, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(addr).await?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
