@@ -1,2 +1,7 @@
-//! The `peregrine` binary.
-fn main() {}
+//! The `peregrine` binary: see `cli/` for the commands.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}
