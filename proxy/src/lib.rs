@@ -1,1 +1,54 @@
 //! The edge: listeners, request path, upstream pools, probes, access log.
+//!
+//! ```text
+//!   listen ► detect ► serve ► route ► forward ► respond
+//!   accept,  h1/h2    hyper   host,   hop-by-hop  the body carries the lease
+//!   limits            task    table   headers,    to its last frame; one place
+//!                             once    pool, retry turns errors into answers
+//! ```
+//!
+//! One thread with one runtime per core: a connection, its requests and its upstream connections stay on
+//! one core, and nothing on the request path takes a lock. The edge reads the routing table and cannot
+//! write it. It knows nothing of containers, moves, stores or the API.
+//!
+//! Invariants:
+//! * Every request that enters an upstream holds a lease until its last frame; a retired upstream gets
+//!   no new request, and a core acknowledges a table only when it holds no idle connection to what that
+//!   table has retired.
+//! * What a client does wrong never counts against an upstream.
+//! * A request is sent again only when it provably was not processed.
+//! * An answer that broke off never ends like a complete one.
+
+mod access_log;
+mod body;
+mod clock;
+mod config;
+mod conn;
+mod core;
+mod detect;
+mod edge;
+mod error;
+mod forward;
+mod framing;
+mod headers;
+mod ids;
+mod inflight;
+mod listen;
+mod metrics;
+mod pool;
+mod probe;
+mod resolve;
+mod respond;
+mod route;
+mod serve;
+mod upgrade;
+
+pub use access_log::LogError;
+pub use clock::{now_ms, now_us};
+pub use config::{
+    AccessLogConfig, AccessLogFormat, AccessLogTarget, Config, ConfigError, IpNet, IpNetError, Limits,
+    MIN_HEADER_BYTES,
+};
+pub use edge::{BindError, Edge, RunError};
+pub use error::{Blame, ProxyError, Reason};
+pub use metrics::describe;

@@ -1,0 +1,444 @@
+//! Bodies on their way: a request's to the upstream, an answer's to the client. Frames pass one by one,
+//! so that back-pressure of either side reaches the other; nothing is collected.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use peregrine_routing::TrafficClass;
+
+use crate::error::Reason;
+use crate::headers;
+use crate::inflight::{Flight, FlightGuard, Waits};
+use crate::pool::{Http1Conn, Http2Ticket, UpstreamPool};
+
+/// Why a body broke off. Tells hyper to break the message off too, without a proper end.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("{}", .0.as_str())]
+pub(crate) struct Broken(pub(crate) Reason);
+
+/// Bytes of a request body that are kept until the upstream has shown that it processes the request, so
+/// that a refused stream (retry class B) can be sent elsewhere.
+const MAX_KEPT_BYTES: usize = 64 * 1024;
+
+// --- request -------------------------------------------------------------------------------------------
+
+/// What hyper's client sends as a body.
+pub(crate) enum ForwardBody {
+    Empty,
+    Stream { shared: Rc<RequestBody>, replayed: usize },
+}
+
+/// A request body, shared by the attempts to send it.
+pub(crate) struct RequestBody {
+    /// `None` when it was abandoned: an answer came before the client was asked for a byte.
+    incoming: RefCell<Option<Incoming>>,
+    flight: Rc<Flight>,
+    max_bytes: u64,
+    body_idle_ms: u32,
+    head_timeout_ms: u32,
+    /// Frames that were taken from the client, while they may be needed again.
+    kept: RefCell<Option<Vec<Bytes>>>,
+    taken: Cell<bool>,
+    ended: Cell<bool>,
+    fault: Cell<Option<Reason>>,
+    gate: Option<Arc<ContinueGate>>,
+    /// From when on it is a transfer; 0 is never.
+    late_from_ms: Cell<u64>,
+}
+
+/// Holds a body back until the upstream says `100 Continue` or has had its time (RFC 9110 §10.1.1).
+#[derive(Debug, Default)]
+pub(crate) struct ContinueGate {
+    open: AtomicBool,
+    waker: futures_util::task::AtomicWaker,
+}
+
+impl ContinueGate {
+    pub(crate) fn open(&self) {
+        self.open.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    fn poll_open(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.open.load(Ordering::Acquire) {
+            return Poll::Ready(());
+        }
+        self.waker.register(cx.waker());
+        if self.open.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+/// What a request body needs to know.
+pub(crate) struct RequestBodyLimits {
+    pub(crate) max_bytes: u64,
+    pub(crate) body_idle_ms: u32,
+    pub(crate) head_timeout_ms: u32,
+    /// Whether frames are kept for another attempt.
+    pub(crate) keep: bool,
+    pub(crate) gate: Option<Arc<ContinueGate>>,
+    /// From when on the upload counts as a transfer.
+    pub(crate) late_from_ms: u64,
+}
+
+impl RequestBody {
+    pub(crate) fn new(incoming: Incoming, flight: Rc<Flight>, limits: RequestBodyLimits) -> Rc<Self> {
+        Rc::new(Self {
+            incoming: RefCell::new(Some(incoming)),
+            flight,
+            max_bytes: limits.max_bytes,
+            body_idle_ms: limits.body_idle_ms,
+            head_timeout_ms: limits.head_timeout_ms,
+            kept: RefCell::new(limits.keep.then(Vec::new)),
+            taken: Cell::new(false),
+            ended: Cell::new(false),
+            fault: Cell::new(None),
+            gate: limits.gate,
+            late_from_ms: Cell::new(limits.late_from_ms),
+        })
+    }
+
+    /// A body for one more attempt, if nothing of it is lost.
+    pub(crate) fn attempt(self: &Rc<Self>) -> Option<ForwardBody> {
+        let whole = !self.taken.get() || self.kept.borrow().is_some();
+        whole.then(|| ForwardBody::Stream { shared: Rc::clone(self), replayed: 0 })
+    }
+
+    /// What the client did wrong, if it did.
+    pub(crate) fn fault(&self) -> Option<Reason> {
+        self.fault.get()
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.ended.get() || self.fault.get().is_some()
+    }
+
+    /// Lets go of a body of which the client was not asked for a byte, because the answer is there
+    /// already (a 417, a redirect). The client then knows that it need not send it.
+    pub(crate) fn abandon_if_untouched(&self) -> bool {
+        let untouched = self.gate.as_ref().is_some_and(|gate| !gate.is_open()) && !self.taken.get();
+        if untouched {
+            *self.incoming.borrow_mut() = None;
+        }
+        untouched
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.incoming.borrow().is_none()
+    }
+
+    fn poll_client(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        if let Some(fault) = self.fault.get() {
+            return Poll::Ready(Some(Err(Broken(fault))));
+        }
+        if self.ended.get() {
+            return Poll::Ready(None);
+        }
+        if let Some(gate) = &self.gate {
+            std::task::ready!(gate.poll_open(cx));
+        }
+        let mut slot = self.incoming.borrow_mut();
+        let Some(incoming) = &mut *slot else {
+            // The connection ends with the answer; until then it is to wait.
+            return Poll::Pending;
+        };
+        let polled = Pin::new(incoming).poll_frame(cx);
+        drop(slot);
+        match polled {
+            Poll::Pending => {
+                if self.flight.waits.get() != Waits::RequestBody {
+                    self.flight.wait(Waits::RequestBody, self.body_idle_ms);
+                }
+                Poll::Pending
+            }
+            Poll::Ready(None) => {
+                self.end();
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Err(error))) => {
+                let reason = client_fault(&error);
+                self.fault.set(Some(reason));
+                Poll::Ready(Some(Err(Broken(reason))))
+            }
+            Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(self.pass(frame))),
+        }
+    }
+
+    fn pass(&self, mut frame: Frame<Bytes>) -> Result<Frame<Bytes>, Broken> {
+        self.taken.set(true);
+        if let Some(data) = frame.data_ref() {
+            let total = self.flight.bytes_in.get() + data.len() as u64;
+            self.flight.bytes_in.set(total);
+            if self.max_bytes > 0 && total > self.max_bytes {
+                self.fault.set(Some(Reason::BodyTooLarge));
+                return Err(Broken(Reason::BodyTooLarge));
+            }
+            if self.late_from_ms.get() != 0 && self.flight.core.coarse_now_ms() > self.late_from_ms.get() {
+                self.late_from_ms.set(0);
+                self.flight.reclassify(TrafficClass::Transfer);
+            }
+            let mut kept = self.kept.borrow_mut();
+            if total > MAX_KEPT_BYTES as u64 {
+                *kept = None;
+            }
+            if let Some(kept) = &mut *kept {
+                kept.push(data.clone());
+            }
+        }
+        if let Some(trailers) = frame.trailers_mut() {
+            headers::clean_trailers(trailers);
+            *self.kept.borrow_mut() = None;
+        }
+        if self.is_at_end() {
+            self.end();
+        } else {
+            // Until it is asked for the next frame, the upstream is the one who has to move.
+            self.flight.wait(Waits::UpstreamReads, self.body_idle_ms);
+        }
+        Ok(frame)
+    }
+
+    fn is_at_end(&self) -> bool {
+        self.incoming.borrow().as_ref().is_some_and(Incoming::is_end_stream)
+    }
+
+    fn end(&self) {
+        self.ended.set(true);
+        if self.flight.status.get() == 0 {
+            self.flight.wait(Waits::Head, self.head_timeout_ms);
+        }
+    }
+}
+
+/// A client that breaks its own framing is told apart from one that has gone.
+fn client_fault(error: &hyper::Error) -> Reason {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return match io.kind() {
+                std::io::ErrorKind::InvalidData | std::io::ErrorKind::InvalidInput => Reason::BadRequestBody,
+                _ => Reason::ClientClosed,
+            };
+        }
+        if let Some(h2) = cause.downcast_ref::<h2::Error>() {
+            let rubbish = h2.is_library() && h2.reason() == Some(h2::Reason::PROTOCOL_ERROR);
+            return if rubbish { Reason::BadRequestBody } else { Reason::ClientClosed };
+        }
+        source = cause.source();
+    }
+    Reason::ClientClosed
+}
+
+impl Body for ForwardBody {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        match &mut *self {
+            Self::Empty => Poll::Ready(None),
+            Self::Stream { shared, replayed } => {
+                let kept = shared.kept.borrow().as_ref().and_then(|kept| kept.get(*replayed).cloned());
+                if let Some(data) = kept {
+                    *replayed += 1;
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                let polled = shared.poll_client(cx);
+                if matches!(&polled, Poll::Ready(Some(Ok(frame))) if frame.is_data()) {
+                    *replayed += 1;
+                }
+                polled
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Stream { shared, replayed } => {
+                let kept = shared.kept.borrow().as_ref().map_or(0, Vec::len);
+                (shared.ended.get() || shared.is_at_end()) && *replayed >= kept
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Stream { shared, .. } if shared.taken.get() => SizeHint::default(),
+            Self::Stream { shared, .. } => {
+                shared.incoming.borrow().as_ref().map_or_else(SizeHint::default, Incoming::size_hint)
+            }
+        }
+    }
+}
+
+// --- answer ---------------------------------------------------------------------------------------------
+
+/// What hyper's server sends as a body. Holds the flight until its last frame.
+pub(crate) enum ReplyBody {
+    /// A page of the edge itself.
+    Page(Option<Bytes>, #[expect(dead_code, reason = "ends the flight when dropped")] Option<FlightGuard>),
+    /// No body at all; the flight ends with the head.
+    Empty(#[expect(dead_code, reason = "ends the flight when dropped")] FlightGuard),
+    /// The upstream's body.
+    Stream(FlightGuard),
+}
+
+/// The upstream's half of an answer. Kept in the flight, so that the timekeeper and a cut can drop it
+/// although the client takes nothing.
+pub(crate) struct UpstreamBody {
+    pub(crate) incoming: Incoming,
+    pub(crate) source: Source,
+    pub(crate) body_idle_ms: u32,
+    /// The class that it gets if it goes on beyond `late_from_ms`; 0 is never.
+    pub(crate) late_class: TrafficClass,
+    pub(crate) late_from_ms: u64,
+}
+
+/// Where an answer's body comes from.
+pub(crate) enum Source {
+    /// A connection that this body drives.
+    Http1(Option<Box<Http1Conn>>, Rc<UpstreamPool>),
+    /// A connection that is driven by a task, because the request is still going up.
+    Detached,
+    /// A stream of an HTTP/2 connection.
+    Http2(#[expect(dead_code, reason = "counts the stream until dropped")] Http2Ticket),
+}
+
+impl UpstreamBody {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Source::Http1(Some(conn), _) = &mut self.source else {
+            return Pin::new(&mut self.incoming).poll_frame(cx);
+        };
+        // Errors of the connection come out of the body, so the result says nothing new. What the
+        // connection finds is handed over inside this very call, so there is nobody to be woken.
+        let mut quiet = Context::from_waker(Waker::noop());
+        drop(conn.poll(cx));
+        if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(&mut quiet) {
+            return Poll::Ready(frame);
+        }
+        // Asking for a frame is what lets the connection read on.
+        drop(conn.poll(cx));
+        Pin::new(&mut self.incoming).poll_frame(&mut quiet)
+    }
+
+    /// The whole body has been read: the connection is free.
+    pub(crate) fn done(self) {
+        if let Source::Http1(Some(conn), pool) = self.source {
+            drop(self.incoming);
+            pool.give_back(conn);
+        }
+    }
+}
+
+impl ReplyBody {
+    fn poll_stream(flight: &Rc<Flight>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let mut slot = flight.body.borrow_mut();
+        let Some(body) = &mut *slot else {
+            let ended = flight.complete.get();
+            let reason = flight.reason.get().unwrap_or(Reason::Internal);
+            return Poll::Ready(if ended { None } else { Some(Err(Broken(reason))) });
+        };
+        match body.poll(cx) {
+            Poll::Pending => {
+                if flight.is_expired() {
+                    return Poll::Ready(Some(Err(fail(flight, &mut slot, flight.timeout_reason()))));
+                }
+                flight.note_waker(cx);
+                if flight.waits.get() != Waits::Body {
+                    flight.wait(Waits::Body, body.body_idle_ms);
+                }
+                Poll::Pending
+            }
+            Poll::Ready(Some(Ok(mut frame))) => {
+                if let Some(data) = frame.data_ref() {
+                    flight.bytes_out.set(flight.bytes_out.get() + data.len() as u64);
+                }
+                if let Some(trailers) = frame.trailers_mut() {
+                    headers::clean_trailers(trailers);
+                }
+                if body.incoming.is_end_stream() {
+                    complete(flight, &mut slot);
+                } else {
+                    flight.wait(Waits::Client, body.body_idle_ms);
+                    if body.late_from_ms != 0 && flight.core.coarse_now_ms() > body.late_from_ms {
+                        body.late_from_ms = 0;
+                        flight.reclassify(body.late_class);
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(_))) => {
+                flight.strike();
+                Poll::Ready(Some(Err(fail(flight, &mut slot, Reason::UpstreamBodyAborted))))
+            }
+            Poll::Ready(None) => {
+                complete(flight, &mut slot);
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
+    flight.complete.set(true);
+    if let Some(body) = slot.take() {
+        body.done();
+    }
+}
+
+fn fail(flight: &Flight, slot: &mut Option<UpstreamBody>, reason: Reason) -> Broken {
+    flight.reason.set(Some(reason));
+    *slot = None;
+    Broken(reason)
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        match &mut *self {
+            Self::Page(page, _) => Poll::Ready(page.take().map(|page| Ok(Frame::data(page)))),
+            Self::Empty(_) => Poll::Ready(None),
+            Self::Stream(guard) => Self::poll_stream(&guard.0, cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Page(page, _) => page.is_none(),
+            Self::Empty(_) => true,
+            Self::Stream(guard) => guard.0.complete.get(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Page(page, _) => SizeHint::with_exact(page.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Empty(_) => SizeHint::with_exact(0),
+            Self::Stream(guard) => guard
+                .0
+                .body
+                .borrow()
+                .as_ref()
+                .map_or_else(SizeHint::default, |body| body.incoming.size_hint()),
+        }
+    }
+}

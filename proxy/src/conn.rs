@@ -1,0 +1,272 @@
+//! A client's connection as the edge sees it: its bytes on the way to and from the protocol engine, and
+//! the little state that its requests, its task and the core's timekeeper share.
+//!
+//! Everything here lives on one core; nothing is locked.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use bytes::{Buf, Bytes};
+use http::HeaderValue;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::error::Reason;
+use crate::framing::Follower;
+use crate::respond;
+use crate::upgrade::Tunnel;
+
+/// Why the core asks a connection's task to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kill {
+    /// Nothing is asked.
+    No,
+    /// Finish what is in flight, take nothing new, tell the client.
+    Drain,
+    /// Nothing came for too long: close.
+    Idle,
+    /// A request head did not become complete in time.
+    HeadTimeout,
+    /// Break off, so that the client sees that something is missing.
+    Abort,
+}
+
+/// What a connection's task, its requests and the timekeeper share.
+#[derive(Debug)]
+pub(crate) struct ConnState {
+    pub(crate) peer: SocketAddr,
+    pub(crate) trusted: bool,
+    /// The peer's address as text, formatted once per connection.
+    pub(crate) peer_text: HeaderValue,
+    pub(crate) follower: RefCell<Follower>,
+    /// Requests in flight.
+    pub(crate) in_flight: Cell<u32>,
+    /// When the last request ended, or the connection opened.
+    pub(crate) idle_since_ms: Cell<u64>,
+    /// When the first byte of an incomplete head came; 0 if there is none.
+    pub(crate) head_since_ms: Cell<u64>,
+    /// Whether a request was ever complete.
+    pub(crate) served: Cell<bool>,
+    pub(crate) http2: Cell<bool>,
+    pub(crate) draining: Cell<bool>,
+    kill: Cell<Kill>,
+    waker: RefCell<Option<Waker>>,
+    /// The upstream's half of an upgraded connection, left by the request for the connection's task.
+    pub(crate) tunnel: RefCell<Option<Tunnel>>,
+    /// The status that hyper answered by itself, because it could not read the request.
+    pub(crate) rejected: Cell<Option<Reason>>,
+    /// The client may still be sending: read on for a moment before the socket is closed, or the reset
+    /// that answers those bytes takes our answer with it.
+    pub(crate) linger: Cell<bool>,
+    /// Interim responses to be written before anything else.
+    pub(crate) interim: RefCell<Vec<u8>>,
+    /// The last `Forwarded` value with the host that it was made for.
+    pub(crate) forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
+}
+
+impl ConnState {
+    pub(crate) fn new(peer: SocketAddr, trusted: bool, now_ms: u64) -> Rc<Self> {
+        let ip = peer.ip().to_canonical();
+        let peer_text = HeaderValue::from_str(&ip.to_string());
+        Rc::new(Self {
+            peer,
+            trusted,
+            peer_text: peer_text.unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+            follower: RefCell::new(Follower::new()),
+            in_flight: Cell::new(0),
+            idle_since_ms: Cell::new(now_ms),
+            head_since_ms: Cell::new(now_ms),
+            served: Cell::new(false),
+            http2: Cell::new(false),
+            draining: Cell::new(false),
+            kill: Cell::new(Kill::No),
+            waker: RefCell::new(None),
+            tunnel: RefCell::new(None),
+            rejected: Cell::new(None),
+            linger: Cell::new(false),
+            interim: RefCell::new(Vec::new()),
+            forwarded: RefCell::new(None),
+        })
+    }
+
+    pub(crate) fn peer_ip(&self) -> IpAddr {
+        self.peer.ip().to_canonical()
+    }
+
+    /// Called by the connection's task at each poll: notes whom to wake, and says what is asked.
+    pub(crate) fn asked(&self, cx: &Context<'_>) -> Kill {
+        let mut waker = self.waker.borrow_mut();
+        if waker.as_ref().is_none_or(|known| !known.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        self.kill.replace(Kill::No)
+    }
+
+    pub(crate) fn kill(&self, how: Kill) {
+        self.kill.set(how);
+        self.wake();
+    }
+
+    pub(crate) fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// A request has begun.
+    pub(crate) fn begin(&self) {
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.head_since_ms.set(0);
+        self.served.set(true);
+    }
+
+    /// A request has ended.
+    pub(crate) fn end(&self, now_ms: u64) {
+        self.in_flight.set(self.in_flight.get() - 1);
+        self.idle_since_ms.set(now_ms);
+        if !self.http2.get() && self.follower.borrow().has_partial_head() {
+            self.head_since_ms.set(now_ms);
+        }
+    }
+}
+
+/// The socket under the protocol engine.
+pub(crate) struct ClientStream {
+    socket: TcpStream,
+    state: Rc<ConnState>,
+    /// What was read to find the protocol.
+    prefix: Bytes,
+    /// An answer of our own that takes the place of hyper's bare one.
+    own_answer: Bytes,
+    clock_ms: Rc<Cell<u64>>,
+}
+
+impl ClientStream {
+    pub(crate) const fn new(
+        socket: TcpStream,
+        state: Rc<ConnState>,
+        prefix: Bytes,
+        clock_ms: Rc<Cell<u64>>,
+    ) -> Self {
+        Self { socket, state, prefix, own_answer: Bytes::new(), clock_ms }
+    }
+
+    pub(crate) fn into_socket(self) -> (TcpStream, Bytes) {
+        (self.socket, self.prefix)
+    }
+
+    fn note_read(&self, bytes: &[u8]) {
+        if self.state.http2.get() || bytes.is_empty() {
+            return;
+        }
+        self.state.follower.borrow_mut().read(bytes);
+        if self.state.in_flight.get() == 0 && self.state.head_since_ms.get() == 0 {
+            self.state.head_since_ms.set(self.clock_ms.get());
+        }
+    }
+
+    /// hyper answers what it cannot parse with a bare status line, from inside. It is told apart from a
+    /// forwarded answer by three facts: no request is in flight, a head is left unread, and its exact form.
+    fn bare_rejection(&self, bytes: &[u8]) -> Option<Reason> {
+        if !bytes.starts_with(b"HTTP/1.1 4")
+            || self.state.in_flight.get() > 0
+            || !self.state.follower.borrow().has_partial_head()
+        {
+            return None;
+        }
+        let reason = match bytes.get(9..12)? {
+            b"400" => Reason::BadRequestHead,
+            b"414" => Reason::UriTooLong,
+            b"431" => Reason::HeadTooLarge,
+            _ => return None,
+        };
+        let head = bytes.split(|b| *b == b'\n').nth(1)?;
+        (head == b"connection: close\r").then_some(reason)
+    }
+
+    fn poll_own(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.own_answer.is_empty() {
+            let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, &self.own_answer))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.own_answer.advance(written);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Says whether what hyper wants to write is to be replaced, and by what.
+    fn before_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<bool>> {
+        if !self.own_answer.is_empty() {
+            std::task::ready!(self.poll_own(cx))?;
+        }
+        if let Some(reason) = self.bare_rejection(bytes) {
+            self.state.rejected.set(Some(reason));
+            self.own_answer = respond::raw_answer(reason);
+            return Poll::Ready(Ok(true));
+        }
+        Poll::Ready(Ok(false))
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        if self.prefix.is_empty() {
+            std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        } else {
+            let here = self.prefix.len().min(buf.remaining());
+            buf.put_slice(&self.prefix.split_to(here));
+        }
+        self.note_read(&buf.filled()[before..]);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if std::task::ready!(self.before_write(cx, bytes))? {
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let first = slices.first().map_or(&[][..], |slice| slice);
+        if std::task::ready!(self.before_write(cx, first))? {
+            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+        }
+        Pin::new(&mut self.socket).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// hyper flushes when it has nothing left to write: the place where an interim response fits in
+    /// without cutting a message in two.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.own_answer.is_empty() && !self.state.interim.borrow().is_empty() {
+            let interim = self.state.interim.take();
+            self.own_answer = interim.into();
+        }
+        self.poll_own(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        std::task::ready!(self.poll_own(cx))?;
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,299 @@
+//! What one core of the edge owns: its view of the table, its pools, its flights, its clock.
+//!
+//! A core is one thread with one runtime. Nothing in it is shared with another core except what the
+//! routing room shares (upstreams with their counters) and the control side of the edge, so nothing on
+//! the request path takes a lock.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::Future;
+use std::hash::BuildHasherDefault;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderValue;
+use hyper::client::conn::{http1, http2};
+use hyper::rt::Executor;
+use hyper_util::rt::TokioTimer;
+use peregrine_routing::{Acknowledger, CachedReader, Service, TableReader};
+
+use crate::access_log::CoreLog;
+use crate::clock::now_ms;
+use crate::config::Config;
+use crate::conn::{ConnState, Kill};
+use crate::ids::{IdMaker, Random};
+use crate::inflight::Flights;
+use crate::metrics::{CoreMetrics, ServiceMetrics};
+use crate::pool::{GenerationHasher, Pools};
+use crate::resolve::Resolver;
+
+/// How often the timekeeper looks at deadlines: the precision of every time-out.
+const TICK: Duration = Duration::from_millis(100);
+/// Ticks between two looks at idle connections to upstreams.
+const SWEEP_TICKS: u32 = 3;
+
+/// Runs hyper's tasks on this core.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LocalExecutor;
+
+impl<F: Future<Output = ()> + 'static> Executor<F> for LocalExecutor {
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}
+
+/// A service in the version of the table that this core uses, with its metrics.
+pub(crate) struct ServiceEntry {
+    pub(crate) service: Arc<Service>,
+    pub(crate) metrics: Rc<ServiceMetrics>,
+}
+
+type ServiceCache = HashMap<usize, Rc<ServiceEntry>, BuildHasherDefault<GenerationHasher>>;
+
+/// One core of the edge.
+pub(crate) struct Core {
+    pub(crate) config: Arc<Config>,
+    pub(crate) via: Via,
+    pub(crate) reader: RefCell<CachedReader>,
+    pub(crate) pools: Pools,
+    pub(crate) flights: Flights,
+    pub(crate) conns: Conns,
+    pub(crate) metrics: CoreMetrics,
+    pub(crate) log: Option<CoreLog>,
+    pub(crate) random: Random,
+    pub(crate) ids: IdMaker,
+    pub(crate) resolver: Resolver,
+    pub(crate) http1: http1::Builder,
+    pub(crate) http2: http2::Builder<LocalExecutor>,
+    /// No new requests: connections end after the one they have.
+    pub(crate) draining: Cell<bool>,
+    /// The time for a shutdown is over: what still runs is broken off.
+    pub(crate) aborting: Cell<bool>,
+    clock_ms: Rc<Cell<u64>>,
+    services: RefCell<ServiceCache>,
+}
+
+/// The values of `Via` that this edge adds, by the protocol that a message was received in.
+pub(crate) struct Via {
+    pub(crate) http10: HeaderValue,
+    pub(crate) http11: HeaderValue,
+    pub(crate) http2: HeaderValue,
+}
+
+impl Via {
+    fn new(name: &str) -> Self {
+        let value = |version: &str| {
+            HeaderValue::from_str(&format!("{version} {name}"))
+                .unwrap_or_else(|_| HeaderValue::from_static("1.1 proxy"))
+        };
+        Self { http10: value("1.0"), http11: value("1.1"), http2: value("2.0") }
+    }
+}
+
+impl Core {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        table: &TableReader,
+        resolver: Resolver,
+        log: Option<CoreLog>,
+    ) -> Rc<Self> {
+        let clock_ms = Rc::new(Cell::new(now_ms()));
+        let limits = &config.limits;
+        let mut http1 = http1::Builder::new();
+        // An answer's head may be as large as a request's; hyper answers a larger one with an error.
+        http1.max_headers(limits.max_headers as usize).max_header_size(limits.max_header_bytes as usize);
+        let mut http2 = http2::Builder::new(LocalExecutor);
+        http2
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(limits.http2_stream_window_bytes)
+            .initial_connection_window_size(limits.http2_connection_window_bytes)
+            .max_header_list_size(limits.max_header_bytes);
+        Rc::new(Self {
+            via: Via::new(&config.via_name),
+            reader: RefCell::new(table.cached()),
+            pools: Pools::new(Rc::clone(&clock_ms)),
+            flights: Flights::default(),
+            conns: Conns::default(),
+            metrics: CoreMetrics::new(),
+            log,
+            random: Random::new(),
+            ids: IdMaker::new(),
+            resolver,
+            http1,
+            http2,
+            draining: Cell::new(false),
+            aborting: Cell::new(false),
+            clock_ms,
+            services: RefCell::default(),
+            config,
+        })
+    }
+
+    /// The time of the last request or tick, whichever was later: at most one tick behind.
+    pub(crate) fn coarse_now_ms(&self) -> u64 {
+        self.clock_ms.get()
+    }
+
+    pub(crate) fn set_now(&self, now_ms: u64) {
+        self.clock_ms.set(now_ms);
+    }
+
+    pub(crate) fn clock(&self) -> Rc<Cell<u64>> {
+        Rc::clone(&self.clock_ms)
+    }
+
+    /// This core's entry for a service of the current table. The cache is emptied when the table
+    /// changes; until then an entry keeps its service alive, so its address is its name.
+    pub(crate) fn entry(&self, service: &Arc<Service>) -> Rc<ServiceEntry> {
+        let key = Arc::as_ptr(service) as usize;
+        if let Some(entry) = self.services.borrow().get(&key) {
+            return Rc::clone(entry);
+        }
+        let metrics = self.metrics.service(service.name());
+        let entry = Rc::new(ServiceEntry { service: Arc::clone(service), metrics });
+        self.services.borrow_mut().insert(key, Rc::clone(&entry));
+        entry
+    }
+
+    /// Keeps time: deadlines, idle connections, batches for the log and the metrics.
+    pub(crate) async fn keep_time(self: Rc<Self>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut count = 0_u32;
+        loop {
+            ticks.tick().await;
+            let now_ms = now_ms();
+            self.set_now(now_ms);
+            self.flights.look_at_clock(now_ms);
+            self.conns.look_at_clock(now_ms, &self.config.limits);
+            count = count.wrapping_add(1);
+            if count % SWEEP_TICKS == 0 {
+                self.pools.sweep();
+            }
+            self.metrics.flush(self.flights.len(), self.conns.len());
+            if let Some(log) = &self.log {
+                log.flush();
+                self.metrics.log_dropped(log.take_dropped());
+            }
+        }
+    }
+
+    /// Follows the table: lets go of what it has retired, then acknowledges it.
+    pub(crate) async fn follow_table(self: Rc<Self>, table: TableReader, acknowledger: Acknowledger) {
+        let mut version = 0;
+        acknowledger.acknowledge(self.reader.borrow_mut().load().version());
+        let mut watched: Vec<u64> = Vec::new();
+        loop {
+            version = table.newer_than(version).await;
+            let _ = self.reader.borrow_mut().load();
+            self.services.borrow_mut().clear();
+            self.pools.drop_retired();
+            for upstream in self.flights.retired_upstreams() {
+                if watched.contains(&upstream.generation().0) {
+                    continue;
+                }
+                watched.push(upstream.generation().0);
+                tokio::task::spawn_local(watch_for_cut(Rc::downgrade(&self), upstream));
+            }
+            acknowledger.acknowledge(version);
+        }
+    }
+
+    /// Ends what it can end politely.
+    pub(crate) fn drain(&self) {
+        self.draining.set(true);
+        self.conns.kill_all(Kill::Drain);
+    }
+}
+
+/// Ends the requests of a retired upstream when its hard deadline passes.
+async fn watch_for_cut(core: Weak<Core>, upstream: Arc<peregrine_routing::Upstream>) {
+    loop {
+        let turn = upstream.listen();
+        if upstream.is_cut() {
+            if let Some(core) = core.upgrade() {
+                core.flights.cut(upstream.generation());
+            }
+            return;
+        }
+        if upstream.is_empty() {
+            return;
+        }
+        turn.await;
+    }
+}
+
+/// All client connections of a core.
+#[derive(Default)]
+pub(crate) struct Conns {
+    slots: RefCell<Vec<Option<Rc<ConnState>>>>,
+    free: RefCell<Vec<usize>>,
+    /// Told when a connection has ended.
+    pub(crate) ended: tokio::sync::Notify,
+}
+
+/// A connection's place among the others; ends with its task.
+pub(crate) struct ConnPlace {
+    core: Rc<Core>,
+    slot: usize,
+}
+
+impl Drop for ConnPlace {
+    fn drop(&mut self) {
+        let conns = &self.core.conns;
+        drop(conns.slots.borrow_mut()[self.slot].take());
+        conns.free.borrow_mut().push(self.slot);
+        conns.ended.notify_one();
+    }
+}
+
+impl Conns {
+    pub(crate) fn add(core: &Rc<Core>, conn: &Rc<ConnState>) -> ConnPlace {
+        let conns = &core.conns;
+        let mut slots = conns.slots.borrow_mut();
+        let slot = conns.free.borrow_mut().pop().unwrap_or_else(|| {
+            slots.push(None);
+            slots.len() - 1
+        });
+        slots[slot] = Some(Rc::clone(conn));
+        ConnPlace { core: Rc::clone(core), slot }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.borrow().len() - self.free.borrow().len()
+    }
+
+    fn look_at_clock(&self, now_ms: u64, limits: &crate::config::Limits) {
+        let due: Vec<(Rc<ConnState>, Kill)> = {
+            let slots = self.slots.borrow();
+            slots
+                .iter()
+                .flatten()
+                .filter_map(|conn| Some((Rc::clone(conn), due(conn, now_ms, limits)?)))
+                .collect()
+        };
+        for (conn, how) in due {
+            conn.kill(how);
+        }
+    }
+
+    fn kill_all(&self, how: Kill) {
+        let all: Vec<_> = self.slots.borrow().iter().flatten().map(Rc::clone).collect();
+        for conn in all {
+            conn.kill(how);
+        }
+    }
+}
+
+fn due(conn: &ConnState, now_ms: u64, limits: &crate::config::Limits) -> Option<Kill> {
+    if conn.in_flight.get() > 0 {
+        return None;
+    }
+    let head_since_ms = conn.head_since_ms.get();
+    if head_since_ms != 0 && now_ms.saturating_sub(head_since_ms) >= u64::from(limits.head_timeout_ms) {
+        return Some(Kill::HeadTimeout);
+    }
+    let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
+    (head_since_ms == 0 && idle_ms >= u64::from(limits.idle_timeout_ms)).then_some(Kill::Idle)
+}

@@ -1,0 +1,540 @@
+//! Header rules: what ends at the edge, what goes on, and what the edge adds.
+//!
+//! ```text
+//!   scan (one pass over the names) ► checks ► hop-by-hop fields off (RFC 9110 §7.6.1)
+//!        ► forwarding fields: a stranger's off, a trusted proxy's extended (RFC 7239)
+//!        ► Via, x-request-id, traceparent on
+//! ```
+//!
+//! The received map is changed in place. Names and most values are static or cut from the received head.
+
+use std::net::IpAddr;
+
+use bytes::BytesMut;
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::config::Config;
+use crate::conn::ConnState;
+use crate::error::Reason;
+use crate::ids::Ids;
+
+pub(crate) const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub(crate) const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(crate) const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+pub(crate) const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+pub(crate) const X_PEREGRINE_REASON: HeaderName = HeaderName::from_static("x-peregrine-reason");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const PROXY_AUTHENTICATE: HeaderName = HeaderName::from_static("proxy-authenticate");
+const PROXY_AUTHORIZATION: HeaderName = HeaderName::from_static("proxy-authorization");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+const TRAILERS: HeaderValue = HeaderValue::from_static("trailers");
+const SCHEME: HeaderValue = HeaderValue::from_static("http");
+
+/// Which fields that matter to an edge are there. One bit each.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen(u32);
+
+macro_rules! bits {
+    ($($name:ident = $bit:literal;)*) => { impl Seen { $(pub(crate) const $name: u32 = 1 << $bit;)* } };
+}
+
+bits! {
+    CONNECTION = 0; HOP = 1; TE = 2; TRANSFER_ENCODING = 3; UPGRADE = 4; EXPECT = 5; COOKIE = 6;
+    CONTENT_LENGTH = 7; VIA = 8; FORWARDING = 9; REQUEST_ID = 10; TRACEPARENT = 11; UNDERSCORE = 12;
+    HOST = 13; REASON = 14; TRAILER = 15;
+}
+
+impl Seen {
+    /// Looks at every name once.
+    pub(crate) fn scan(headers: &HeaderMap) -> Self {
+        let mut seen = 0;
+        for name in headers.keys() {
+            seen |= bit_of(name.as_str());
+        }
+        Self(seen)
+    }
+
+    pub(crate) const fn has(self, bits: u32) -> bool {
+        self.0 & bits != 0
+    }
+}
+
+fn bit_of(name: &str) -> u32 {
+    match name.len() {
+        2 if name == "te" => Seen::TE,
+        3 if name == "via" => Seen::VIA,
+        4 if name == "host" => Seen::HOST,
+        6 if name == "expect" => Seen::EXPECT,
+        6 if name == "cookie" => Seen::COOKIE,
+        7 if name == "upgrade" => Seen::UPGRADE,
+        7 if name == "trailer" => Seen::TRAILER,
+        9 if name == "forwarded" => Seen::FORWARDING,
+        9 if name == "x-real-ip" => Seen::FORWARDING,
+        10 if name == "connection" => Seen::CONNECTION,
+        10 if name == "keep-alive" => Seen::HOP,
+        11 if name == "traceparent" => Seen::TRACEPARENT,
+        12 if name == "x-request-id" => Seen::REQUEST_ID,
+        14 if name == "content-length" => Seen::CONTENT_LENGTH,
+        14 if name == "http2-settings" => Seen::HOP,
+        16 if name == "proxy-connection" => Seen::HOP,
+        17 if name == "transfer-encoding" => Seen::TRANSFER_ENCODING,
+        18 if name == "proxy-authenticate" => Seen::HOP,
+        18 if name == "x-peregrine-reason" => Seen::REASON,
+        19 if name == "proxy-authorization" => Seen::HOP,
+        _ if name.starts_with("x-forwarded-") => Seen::FORWARDING,
+        _ if name.as_bytes().contains(&b'_') => Seen::UNDERSCORE,
+        _ => 0,
+    }
+}
+
+/// What the fields of a request say about how it is to be forwarded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    /// A real upgrade of an HTTP/1.1 connection.
+    pub(crate) upgrade: bool,
+    /// `Expect: 100-continue`.
+    pub(crate) expects_continue: bool,
+    /// `TE: trailers`.
+    pub(crate) trailers: bool,
+}
+
+/// Checks the fields that decide on framing and on the connection. What is wrong here never goes on.
+pub(crate) fn check(headers: &HeaderMap, seen: Seen, http11: bool, has_body: bool) -> Result<Wishes, Reason> {
+    let mut wishes = Wishes::default();
+    if seen.has(Seen::TRANSFER_ENCODING) {
+        let mut values = headers.get_all(TRANSFER_ENCODING).iter();
+        let only = values.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        if !only || values.next().is_some() {
+            return Err(Reason::BadTransferEncoding);
+        }
+        if seen.has(Seen::CONTENT_LENGTH) {
+            return Err(Reason::ConflictingLength);
+        }
+    }
+    if seen.has(Seen::EXPECT) {
+        let all_known = headers
+            .get_all(EXPECT)
+            .iter()
+            .all(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+        if !all_known {
+            return Err(Reason::ExpectationFailed);
+        }
+        wishes.expects_continue = has_body;
+    }
+    if seen.has(Seen::TE) {
+        wishes.trailers = has_token(headers, &TE, "trailers");
+    }
+    if seen.has(Seen::UPGRADE) && http11 && has_token(headers, &CONNECTION, "upgrade") {
+        // h2c by Upgrade is obsolete (RFC 9113 §3.1), and through a proxy it is a way around its rules.
+        wishes.upgrade = !has_token(headers, &UPGRADE, "h2c");
+        if wishes.upgrade && has_body {
+            return Err(Reason::UpgradeWithBody);
+        }
+    }
+    Ok(wishes)
+}
+
+/// Takes off what is meant for this connection only (RFC 9110 §7.6.1).
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) {
+    if seen.has(Seen::CONNECTION) {
+        strip_nominated(headers);
+        headers.remove(CONNECTION);
+    }
+    if seen.has(Seen::HOP) {
+        for name in [KEEP_ALIVE, PROXY_CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, HTTP2_SETTINGS] {
+            headers.remove(name);
+        }
+    }
+    if seen.has(Seen::TE) {
+        headers.remove(TE);
+    }
+    if seen.has(Seen::TRANSFER_ENCODING) {
+        headers.remove(TRANSFER_ENCODING);
+    }
+    if seen.has(Seen::UPGRADE) {
+        headers.remove(UPGRADE);
+    }
+}
+
+fn strip_nominated(headers: &mut HeaderMap) {
+    let mut nominated: Vec<HeaderName> = Vec::new();
+    for value in headers.get_all(CONNECTION) {
+        for token in value.as_bytes().split(|b| *b == b',').map(<[u8]>::trim_ascii) {
+            let common = [&b"keep-alive"[..], b"close", b"upgrade", b"te"];
+            if common.iter().any(|known| token.eq_ignore_ascii_case(known)) {
+                continue;
+            }
+            nominated.extend(HeaderName::from_bytes(token));
+        }
+    }
+    for name in nominated {
+        headers.remove(name);
+    }
+}
+
+/// What the edge adds to a request.
+pub(crate) struct Added<'a> {
+    pub(crate) ids: &'a Ids,
+    pub(crate) via: &'a HeaderValue,
+    /// The host as the client sent it; `None` in HTTP/1.0.
+    pub(crate) host: Option<&'a HeaderValue>,
+}
+
+/// Brings the forwarding fields, `Via` and the ids of a request into the form in which it goes on.
+pub(crate) fn add(headers: &mut HeaderMap, seen: Seen, conn: &ConnState, added: &Added<'_>) {
+    if seen.has(Seen::UNDERSCORE) {
+        strip_lookalikes(headers);
+    }
+    if seen.has(Seen::FORWARDING) && !conn.trusted {
+        strip_forwarding(headers);
+    }
+    if seen.has(Seen::FORWARDING) && conn.trusted {
+        extend_forwarding(headers, conn, added);
+    } else {
+        set_forwarding(headers, conn, added);
+    }
+    if seen.has(Seen::VIA) {
+        headers.append(VIA, added.via.clone());
+    } else {
+        headers.insert(VIA, added.via.clone());
+    }
+    headers.insert(X_REQUEST_ID, added.ids.request.clone());
+    headers.insert(TRACEPARENT, added.ids.traceparent.clone());
+}
+
+fn set_forwarding(headers: &mut HeaderMap, conn: &ConnState, added: &Added<'_>) {
+    headers.insert(X_FORWARDED_FOR, conn.peer_text.clone());
+    headers.insert(X_FORWARDED_PROTO, SCHEME);
+    headers.insert(FORWARDED, forwarded_element(conn, added.host));
+    if let Some(host) = added.host {
+        headers.insert(X_FORWARDED_HOST, host.clone());
+    }
+}
+
+fn extend_forwarding(headers: &mut HeaderMap, conn: &ConnState, added: &Added<'_>) {
+    append_to_list(headers, &X_FORWARDED_FOR, &conn.peer_text);
+    append_to_list(headers, &FORWARDED, &forwarded_element(conn, added.host));
+    headers.entry(X_FORWARDED_PROTO).or_insert(SCHEME);
+    if let Some(host) = added.host {
+        headers.entry(X_FORWARDED_HOST).or_insert_with(|| host.clone());
+    }
+}
+
+fn append_to_list(headers: &mut HeaderMap, name: &HeaderName, last: &HeaderValue) {
+    let mut joined = BytesMut::new();
+    for value in headers.get_all(name).iter().chain([last]) {
+        if !joined.is_empty() {
+            joined.extend_from_slice(b", ");
+        }
+        joined.extend_from_slice(value.as_bytes());
+    }
+    if let Ok(joined) = HeaderValue::from_maybe_shared(joined.freeze()) {
+        headers.insert(name, joined);
+    }
+}
+
+/// One element of `Forwarded` (RFC 7239 §4), remembered for the connection: clients stay with a host.
+fn forwarded_element(conn: &ConnState, host: Option<&HeaderValue>) -> HeaderValue {
+    let host = host.map_or(&b""[..], HeaderValue::as_bytes);
+    let mut remembered = conn.forwarded.borrow_mut();
+    if let Some((known, element)) = &*remembered
+        && known.as_bytes() == host
+    {
+        return element.clone();
+    }
+    let element = make_forwarded(conn.peer_ip(), host);
+    // A copy of its own: the host is a piece of the received head, which must not live on for this.
+    if let Ok(host) = HeaderValue::from_bytes(host) {
+        *remembered = Some((host, element.clone()));
+    }
+    element
+}
+
+fn make_forwarded(peer: IpAddr, host: &[u8]) -> HeaderValue {
+    let mut text = match peer {
+        IpAddr::V4(v4) => format!("for={v4}"),
+        IpAddr::V6(v6) => format!("for=\"[{v6}]\""),
+    }
+    .into_bytes();
+    // A host has been checked: it holds no quote and no backslash.
+    let token = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+    if !host.is_empty() {
+        let quote: &[u8] = if host.iter().all(token) { b"" } else { b"\"" };
+        text.extend_from_slice(&[b";host=", quote, host, quote].concat());
+    }
+    text.extend_from_slice(b";proto=http");
+    HeaderValue::from_maybe_shared(bytes::Bytes::from(text)).unwrap_or(SCHEME)
+}
+
+fn strip_forwarding(headers: &mut HeaderMap) {
+    headers.remove(FORWARDED);
+    headers.remove(X_REAL_IP);
+    let others: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
+    for name in others {
+        headers.remove(name);
+    }
+}
+
+/// Origins of the CGI kind take `_` for `-`: such a field would pass for one that the edge guards.
+fn strip_lookalikes(headers: &mut HeaderMap) {
+    let guarded = |name: &HeaderName| {
+        let text = name.as_str();
+        text.contains('_') && bit_of(&text.replace('_', "-")) != 0
+    };
+    let lookalikes: Vec<HeaderName> = headers.keys().filter(|name| guarded(name)).cloned().collect();
+    for name in lookalikes {
+        headers.remove(name);
+    }
+}
+
+/// The client as the edge believes it: the peer, or, behind trusted proxies, the last address in
+/// `X-Forwarded-For` that is not one of them.
+pub(crate) fn client_address(headers: &HeaderMap, seen: Seen, conn: &ConnState, config: &Config) -> IpAddr {
+    let peer = conn.peer_ip();
+    if !conn.trusted || !seen.has(Seen::FORWARDING) {
+        return peer;
+    }
+    let mut client = peer;
+    for value in headers.get_all(X_FORWARDED_FOR).iter().rev() {
+        for part in value.as_bytes().rsplit(|b| *b == b',') {
+            let Some(address) =
+                std::str::from_utf8(part).ok().and_then(|text| text.trim().parse::<IpAddr>().ok())
+            else {
+                return client;
+            };
+            client = address.to_canonical();
+            if !config.trusts(client) {
+                return client;
+            }
+        }
+    }
+    client
+}
+
+/// Joins the crumbs that a cookie field of HTTP/2 may be split into (RFC 9113 §8.2.3).
+pub(crate) fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(COOKIE).iter();
+    let (first, second) = (crumbs.next(), crumbs.next());
+    if first.is_none() || second.is_none() {
+        return;
+    }
+    let joined =
+        headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
+    if let Ok(joined) = HeaderValue::from_maybe_shared(bytes::Bytes::from(joined)) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// The value of a cookie.
+pub(crate) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
+    let crumbs = headers.get_all(COOKIE).iter().flat_map(|value| value.as_bytes().split(|b| *b == b';'));
+    crumbs.map(<[u8]>::trim_ascii).find_map(|crumb| crumb.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
+}
+
+/// Asks an HTTP/1.1 upstream for trailers, in the form that RFC 9110 §10.1.4 wants.
+pub(crate) fn ask_for_trailers(headers: &mut HeaderMap, http1: bool) {
+    headers.insert(TE, TRAILERS);
+    if http1 {
+        headers.append(CONNECTION, HeaderValue::from_static("te"));
+    }
+}
+
+/// Takes off an answer what was meant for the edge only.
+pub(crate) fn clean_response(headers: &mut HeaderMap) -> Seen {
+    let seen = Seen::scan(headers);
+    strip_hop_by_hop(headers, seen);
+    if seen.has(Seen::REASON) {
+        // The reason is the edge's own word.
+        headers.remove(X_PEREGRINE_REASON);
+    }
+    seen
+}
+
+/// Takes off a trailer section what must not come in one (RFC 9110 §6.5.1).
+pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
+    let seen = Seen::scan(trailers);
+    strip_hop_by_hop(trailers, seen);
+    if seen.has(Seen::FORWARDING) {
+        strip_forwarding(trailers);
+    }
+    for name in [HOST, CONTENT_LENGTH, TRAILER, COOKIE, EXPECT] {
+        trailers.remove(name);
+    }
+}
+
+/// Whether a list field holds a token, in any case.
+pub(crate) fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
+    let parts = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+    parts.map(<[u8]>::trim_ascii).any(|part| part.eq_ignore_ascii_case(token.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in fields {
+            map.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        map
+    }
+
+    fn conn(peer: &str, trusted: bool) -> std::rc::Rc<ConnState> {
+        ConnState::new(peer.parse().expect("address"), trusted, 1)
+    }
+
+    fn added_to(headers: &mut HeaderMap, conn: &ConnState, host: &'static str) {
+        let seen = Seen::scan(headers);
+        let ids = Ids { request: HeaderValue::from_static("r"), traceparent: HeaderValue::from_static("t") };
+        let (via, host) = (HeaderValue::from_static("1.1 peregrine"), HeaderValue::from_static(host));
+        add(headers, seen, conn, &Added { ids: &ids, via: &via, host: Some(&host) });
+    }
+
+    fn all(headers: &HeaderMap, name: &str) -> Vec<String> {
+        headers.get_all(name).iter().map(|v| v.to_str().expect("text").to_owned()).collect()
+    }
+
+    #[test]
+    fn fields_that_end_here_do_not_go_on() {
+        let mut headers = map(&[
+            ("connection", "close, X-Secret"),
+            ("connection", "keep-alive"),
+            ("x-secret", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("proxy-authorization", "Basic x"),
+            ("te", "trailers, deflate"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "AAMAAABk"),
+            ("x-kept", "1"),
+        ]);
+        let seen = Seen::scan(&headers);
+        strip_hop_by_hop(&mut headers, seen);
+        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-kept"]);
+    }
+
+    #[test]
+    fn a_strangers_forwarding_fields_are_replaced() {
+        let mut headers = map(&[
+            ("x-forwarded-for", "1.1.1.1"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "evil.example"),
+            ("x-forwarded-port", "443"),
+            ("x_forwarded_for", "1.1.1.1"),
+            ("x-real-ip", "1.1.1.1"),
+            ("forwarded", "for=1.1.1.1"),
+            ("my_own", "1"),
+        ]);
+        added_to(&mut headers, &conn("203.0.113.9:5", false), "shop.example.com:8080");
+        assert_eq!(all(&headers, "x-forwarded-for"), ["203.0.113.9"]);
+        assert_eq!(all(&headers, "x-forwarded-proto"), ["http"]);
+        assert_eq!(all(&headers, "x-forwarded-host"), ["shop.example.com:8080"]);
+        assert_eq!(all(&headers, "forwarded"), ["for=203.0.113.9;host=\"shop.example.com:8080\";proto=http"]);
+        for gone in ["x-forwarded-port", "x_forwarded_for", "x-real-ip"] {
+            assert!(!headers.contains_key(gone), "{gone}");
+        }
+        assert!(headers.contains_key("my_own"));
+    }
+
+    #[test]
+    fn a_trusted_proxys_forwarding_fields_are_extended() {
+        let mut headers = map(&[
+            ("x-forwarded-for", "198.51.100.1"),
+            ("x-forwarded-for", "10.0.0.2"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "shop.example.com"),
+            ("forwarded", "for=198.51.100.1;proto=https"),
+            ("via", "1.1 front"),
+        ]);
+        added_to(&mut headers, &conn("[2001:db8::1]:5", true), "inner");
+        assert_eq!(all(&headers, "x-forwarded-for"), ["198.51.100.1, 10.0.0.2, 2001:db8::1"]);
+        assert_eq!(all(&headers, "x-forwarded-proto"), ["https"]);
+        assert_eq!(all(&headers, "x-forwarded-host"), ["shop.example.com"]);
+        assert_eq!(
+            all(&headers, "forwarded"),
+            ["for=198.51.100.1;proto=https, for=\"[2001:db8::1]\";host=inner;proto=http"]
+        );
+        assert_eq!(all(&headers, "via"), ["1.1 front", "1.1 peregrine"]);
+    }
+
+    #[test]
+    fn the_client_is_the_last_address_that_is_not_ours() {
+        let config =
+            Config { trusted_proxies: vec!["10.0.0.0/8".parse().expect("network")], ..Config::default() };
+        let of = |fields: &[(&'static str, &'static str)], trusted| {
+            let headers = map(fields);
+            let conn = conn("10.0.0.1:5", trusted);
+            client_address(&headers, Seen::scan(&headers), &conn, &config).to_string()
+        };
+        let spoofed = [("x-forwarded-for", "6.6.6.6, 198.51.100.1, 10.0.0.2")];
+        assert_eq!(of(&spoofed, true), "198.51.100.1");
+        assert_eq!(of(&spoofed, false), "10.0.0.1");
+        assert_eq!(of(&[("x-forwarded-for", "10.0.0.9, rubbish, 10.0.0.2")], true), "10.0.0.2");
+        assert_eq!(of(&[], true), "10.0.0.1");
+    }
+
+    #[test]
+    fn transfer_encoding_is_one_chunked_or_refused() {
+        let checked = |fields: &[(&'static str, &'static str)]| {
+            let headers = map(fields);
+            check(&headers, Seen::scan(&headers), true, true)
+        };
+        assert!(checked(&[("transfer-encoding", "Chunked")]).is_ok());
+        for bad in ["gzip, chunked", "chunked, chunked", "identity", "xchunked", "chunked;q=1", ""] {
+            assert_eq!(checked(&[("transfer-encoding", bad)]), Err(Reason::BadTransferEncoding), "{bad}");
+        }
+        let twice = [("transfer-encoding", "chunked"), ("transfer-encoding", "chunked")];
+        assert_eq!(checked(&twice), Err(Reason::BadTransferEncoding));
+        let both = [("transfer-encoding", "chunked"), ("content-length", "3")];
+        assert_eq!(checked(&both), Err(Reason::ConflictingLength));
+        assert_eq!(checked(&[("expect", "200-ok")]), Err(Reason::ExpectationFailed));
+    }
+
+    #[test]
+    fn an_upgrade_is_real_only_with_its_token_and_without_h2c() {
+        let upgrade = |value, connection| {
+            let headers = map(&[("upgrade", value), ("connection", connection)]);
+            check(&headers, Seen::scan(&headers), true, false).map(|wishes| wishes.upgrade)
+        };
+        assert_eq!(upgrade("websocket", "keep-alive, Upgrade"), Ok(true));
+        assert_eq!(upgrade("websocket", "keep-alive"), Ok(false));
+        assert_eq!(upgrade("h2c", "Upgrade, HTTP2-Settings"), Ok(false));
+        assert_eq!(upgrade("websocket, H2C", "Upgrade"), Ok(false));
+        let headers = map(&[("upgrade", "websocket"), ("connection", "upgrade")]);
+        assert_eq!(check(&headers, Seen::scan(&headers), true, true), Err(Reason::UpgradeWithBody));
+    }
+
+    #[test]
+    fn cookie_crumbs_become_one_cookie() {
+        let mut headers = map(&[("cookie", "a=1"), ("cookie", "b=2; c=3")]);
+        assert_eq!(cookie(&headers, "c"), Some(&b"3"[..]));
+        join_cookies(&mut headers);
+        assert_eq!(all(&headers, "cookie"), ["a=1; b=2; c=3"]);
+        assert_eq!(cookie(&headers, "b"), Some(&b"2"[..]));
+        assert_eq!(cookie(&headers, ""), None);
+    }
+
+    #[test]
+    fn a_trailer_section_changes_neither_framing_nor_routing() {
+        let mut trailers = map(&[
+            ("grpc-status", "0"),
+            ("content-length", "5"),
+            ("transfer-encoding", "chunked"),
+            ("host", "evil"),
+            ("x-forwarded-for", "1.1.1.1"),
+            ("connection", "close"),
+        ]);
+        clean_trailers(&mut trailers);
+        assert_eq!(trailers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["grpc-status"]);
+    }
+}

@@ -1,0 +1,386 @@
+//! Requests in flight on one core: what each is waiting for, until when, and what became of it.
+//!
+//! A [`Flight`] begins when a request head is complete and ends when the last frame of the answer has
+//! been handed over, when a tunnel is closed, or when either side has gone. Its end is in one place
+//! ([`Flight::finish`]): the lease goes back, the request is counted and logged.
+//!
+//! Deadlines are fields that the core's timekeeper looks at ten times a second. A timer for each request
+//! would cost more than the request's own bookkeeping.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use http::uri::{Authority, PathAndQuery};
+use http::{HeaderValue, Method, Version};
+use peregrine_routing::{Generation, Lease, Outcome, TrafficClass, Upstream};
+
+use crate::body::UpstreamBody;
+use crate::clock::now_us;
+use crate::conn::{ConnState, Kill};
+use crate::core::{Core, ServiceEntry};
+use crate::error::Reason;
+use crate::ids::Ids;
+
+/// What a request is waiting for. Decides who is to blame when it waits for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// A connection to the upstream.
+    Connect,
+    /// The next part of the request body.
+    RequestBody,
+    /// The upstream to take the request body.
+    UpstreamReads,
+    /// The head of the answer.
+    Head,
+    /// The next part of the answer's body.
+    Body,
+    /// The client to take what is there.
+    Client,
+    /// Either side of a tunnel.
+    Tunnel,
+}
+
+/// The host that a request is for, as it was sent.
+#[derive(Debug, Clone)]
+pub(crate) enum HostText {
+    None,
+    Field(HeaderValue),
+    Authority(Authority),
+}
+
+impl HostText {
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::None => b"",
+            Self::Field(value) => value.as_bytes(),
+            Self::Authority(authority) => authority.as_str().as_bytes(),
+        }
+    }
+}
+
+/// A request in flight.
+pub(crate) struct Flight {
+    pub(crate) core: Rc<Core>,
+    pub(crate) conn: Rc<ConnState>,
+    slot: Cell<usize>,
+    pub(crate) started_us: u64,
+    pub(crate) ids: Ids,
+    pub(crate) method: Method,
+    pub(crate) version: Version,
+    pub(crate) client: std::net::IpAddr,
+    pub(crate) host: RefCell<HostText>,
+    pub(crate) path: Option<PathAndQuery>,
+    /// Referer and user agent, if the log wants them.
+    pub(crate) agent: Option<Box<(Option<HeaderValue>, Option<HeaderValue>)>>,
+    pub(crate) service: RefCell<Option<Rc<ServiceEntry>>>,
+    pub(crate) lease: RefCell<Option<Lease>>,
+    /// The upstream of the last attempt.
+    pub(crate) upstream: RefCell<Option<Arc<Upstream>>>,
+    pub(crate) body: RefCell<Option<UpstreamBody>>,
+    pub(crate) status: Cell<u16>,
+    pub(crate) reason: Cell<Option<Reason>>,
+    pub(crate) attempts: Cell<u8>,
+    pub(crate) bytes_in: Cell<u64>,
+    pub(crate) bytes_out: Cell<u64>,
+    pub(crate) head_us: Cell<u64>,
+    /// The answer was handed over whole.
+    pub(crate) complete: Cell<bool>,
+    pub(crate) waits: Cell<Waits>,
+    deadline_ms: Cell<u64>,
+    expired: Cell<bool>,
+    cut: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+/// Ends the flight when it is dropped: held by the request's future, then by the answer's body.
+pub(crate) struct FlightGuard(pub(crate) Rc<Flight>);
+
+impl Drop for FlightGuard {
+    fn drop(&mut self) {
+        self.0.finish();
+    }
+}
+
+/// What is known of a request when its flight begins.
+pub(crate) struct Start {
+    pub(crate) ids: Ids,
+    pub(crate) method: Method,
+    pub(crate) version: Version,
+    pub(crate) client: std::net::IpAddr,
+    pub(crate) host: HostText,
+    pub(crate) path: Option<PathAndQuery>,
+    pub(crate) agent: Option<Box<(Option<HeaderValue>, Option<HeaderValue>)>>,
+}
+
+impl Flight {
+    pub(crate) fn begin(core: &Rc<Core>, conn: &Rc<ConnState>, start: Start) -> FlightGuard {
+        let flight = Rc::new(Self {
+            core: Rc::clone(core),
+            conn: Rc::clone(conn),
+            slot: Cell::new(0),
+            started_us: now_us(),
+            ids: start.ids,
+            method: start.method,
+            version: start.version,
+            client: start.client,
+            host: RefCell::new(start.host),
+            path: start.path,
+            agent: start.agent,
+            service: RefCell::new(None),
+            lease: RefCell::new(None),
+            upstream: RefCell::new(None),
+            body: RefCell::new(None),
+            status: Cell::new(0),
+            reason: Cell::new(None),
+            attempts: Cell::new(0),
+            bytes_in: Cell::new(0),
+            bytes_out: Cell::new(0),
+            head_us: Cell::new(0),
+            complete: Cell::new(false),
+            waits: Cell::new(Waits::Connect),
+            deadline_ms: Cell::new(0),
+            expired: Cell::new(false),
+            cut: Cell::new(false),
+            waker: RefCell::new(None),
+        });
+        core.set_now(flight.started_us / 1_000);
+        flight.slot.set(core.flights.insert(Rc::clone(&flight)));
+        conn.begin();
+        FlightGuard(flight)
+    }
+
+    // --- waiting ------------------------------------------------------------------------------------
+
+    /// Sets what is waited for from now on, and for how long at most.
+    pub(crate) fn wait(&self, waits: Waits, timeout_ms: u32) {
+        self.waits.set(waits);
+        self.expired.set(false);
+        self.deadline_ms.set(self.core.coarse_now_ms() + u64::from(timeout_ms));
+    }
+
+    /// Notes whom to wake when the wait is over for a reason other than bytes.
+    pub(crate) fn note_waker(&self, cx: &Context<'_>) {
+        let mut waker = self.waker.borrow_mut();
+        if waker.as_ref().is_none_or(|known| !known.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Whether the deadline has passed.
+    pub(crate) fn is_expired(&self) -> bool {
+        self.expired.get()
+    }
+
+    /// Whether the upstream's hard drain deadline has passed.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut.get()
+    }
+
+    /// The reason that a wait which ended by time deserves.
+    pub(crate) fn timeout_reason(&self) -> Reason {
+        match self.waits.get() {
+            Waits::Connect => Reason::ConnectTimeout,
+            Waits::RequestBody => Reason::BodyTimeout,
+            Waits::UpstreamReads | Waits::Head => Reason::UpstreamTimeout,
+            Waits::Body => Reason::UpstreamBodyTimeout,
+            Waits::Client | Waits::Tunnel => Reason::ClientStalled,
+        }
+    }
+
+    /// Called by the timekeeper.
+    fn look_at_clock(&self, now_ms: u64) {
+        let deadline_ms = self.deadline_ms.get();
+        if deadline_ms == 0 || now_ms < deadline_ms || self.expired.get() {
+            return;
+        }
+        self.expired.set(true);
+        if self.waits.get() == Waits::Client {
+            self.let_go_of_upstream(Reason::ClientStalled);
+            self.conn.kill(Kill::Abort);
+        }
+        self.wake();
+    }
+
+    fn cut_now(&self) {
+        self.cut.set(true);
+        let in_body = self.body.borrow().is_some();
+        if in_body {
+            let stalled = self.waits.get() == Waits::Client;
+            self.cut_lease();
+            self.let_go_of_upstream(Reason::UpstreamCut);
+            if stalled && !self.conn.http2.get() {
+                self.conn.kill(Kill::Abort);
+            }
+        }
+        self.wake();
+    }
+
+    /// Names this request in the receipt of its upstream as one that was cut.
+    pub(crate) fn cut_lease(&self) {
+        if let Some(lease) = &mut *self.lease.borrow_mut() {
+            lease.cut(self.ids.request.to_str().unwrap_or("-"));
+        }
+    }
+
+    /// Drops the upstream's half at once, although the client's half may not be able to move.
+    fn let_go_of_upstream(&self, reason: Reason) {
+        self.reason.set(Some(reason));
+        drop(self.body.borrow_mut().take());
+        self.release_lease();
+    }
+
+    // --- the lease ------------------------------------------------------------------------------------
+
+    pub(crate) fn take_lease(&self, lease: Lease) {
+        *self.upstream.borrow_mut() = Some(Arc::clone(lease.upstream()));
+        *self.lease.borrow_mut() = Some(lease);
+    }
+
+    pub(crate) fn mark_sent(&self) {
+        if let Some(lease) = &mut *self.lease.borrow_mut() {
+            lease.mark_sent();
+        }
+    }
+
+    pub(crate) fn reclassify(&self, class: TrafficClass) {
+        if let Some(lease) = &mut *self.lease.borrow_mut() {
+            lease.reclassify(class);
+        }
+    }
+
+    /// Counts an outcome with the upstream of this attempt.
+    pub(crate) fn record(&self, outcome: Outcome) {
+        if let (Some(upstream), Some(service)) = (&*self.upstream.borrow(), &*self.service.borrow()) {
+            upstream.record(outcome, &service.service.policy().passive, self.core.coarse_now_ms());
+        }
+    }
+
+    /// Counts a failure that became no request of its own.
+    pub(crate) fn strike(&self) {
+        if let (Some(upstream), Some(service)) = (&*self.upstream.borrow(), &*self.service.borrow()) {
+            upstream.strike(&service.service.policy().passive, self.core.coarse_now_ms());
+        }
+    }
+
+    pub(crate) fn release_lease(&self) {
+        if let Some(lease) = self.lease.borrow_mut().take() {
+            lease.add_bytes(self.bytes_in.get(), self.bytes_out.get());
+        }
+    }
+
+    pub(crate) fn generation(&self) -> Option<Generation> {
+        self.lease.borrow().as_ref().map(|lease| lease.upstream().generation())
+    }
+
+    // --- the end --------------------------------------------------------------------------------------
+
+    fn finish(&self) {
+        self.judge();
+        drop(self.body.borrow_mut().take());
+        self.release_lease();
+        let now_us = now_us();
+        let total_us = now_us - self.started_us;
+        self.core.metrics.request(self.service.borrow().as_deref(), self.status.get(), total_us);
+        if let Some(reason) = self.reason.get() {
+            self.core.metrics.error(reason);
+        }
+        if let Some(log) = &self.core.log {
+            log.push(self, total_us);
+        }
+        self.core.flights.remove(self.slot.get());
+        self.conn.end(now_us / 1_000);
+    }
+
+    /// An answer that was not handed over whole, without a known reason: the client has gone.
+    fn judge(&self) {
+        if self.complete.get() || self.reason.get().is_some() {
+            return;
+        }
+        let leaving = self.core.aborting.get();
+        self.reason.set(Some(if leaving { Reason::ShuttingDown } else { Reason::ClientClosed }));
+        if self.status.get() == 0 {
+            self.status.set(Reason::ClientClosed.status_code());
+            if self.lease.borrow().is_some() {
+                self.record(Outcome::ClientGone);
+            }
+        }
+        if leaving {
+            self.cut_lease();
+        }
+    }
+}
+
+/// All flights of a core.
+#[derive(Default)]
+pub(crate) struct Flights {
+    slots: RefCell<Vec<Option<Rc<Flight>>>>,
+    free: RefCell<Vec<usize>>,
+}
+
+impl Flights {
+    fn insert(&self, flight: Rc<Flight>) -> usize {
+        let mut slots = self.slots.borrow_mut();
+        if let Some(slot) = self.free.borrow_mut().pop() {
+            slots[slot] = Some(flight);
+            return slot;
+        }
+        slots.push(Some(flight));
+        slots.len() - 1
+    }
+
+    fn remove(&self, slot: usize) {
+        let gone = self.slots.borrow_mut()[slot].take();
+        self.free.borrow_mut().push(slot);
+        // Dropped after the borrow has ended.
+        drop(gone);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.borrow().len() - self.free.borrow().len()
+    }
+
+    fn snapshot(&self, fit: impl Fn(&Flight) -> bool) -> Vec<Rc<Flight>> {
+        self.slots.borrow().iter().flatten().filter(|flight| fit(flight)).map(Rc::clone).collect()
+    }
+
+    /// Ends every wait whose deadline has passed.
+    pub(crate) fn look_at_clock(&self, now_ms: u64) {
+        let due = |flight: &Flight| {
+            let deadline_ms = flight.deadline_ms.get();
+            deadline_ms != 0 && now_ms >= deadline_ms && !flight.expired.get()
+        };
+        for flight in self.snapshot(due) {
+            flight.look_at_clock(now_ms);
+        }
+    }
+
+    /// Upstreams with a flight that are retired.
+    pub(crate) fn retired_upstreams(&self) -> Vec<Arc<Upstream>> {
+        let mut found: Vec<Arc<Upstream>> = Vec::new();
+        for flight in self.slots.borrow().iter().flatten() {
+            let lease = flight.lease.borrow();
+            let Some(upstream) = lease.as_ref().map(Lease::upstream).filter(|u| u.is_retired()) else {
+                continue;
+            };
+            if !found.iter().any(|known| Arc::ptr_eq(known, upstream)) {
+                found.push(Arc::clone(upstream));
+            }
+        }
+        found
+    }
+
+    /// Ends every flight of a generation.
+    pub(crate) fn cut(&self, generation: Generation) {
+        for flight in self.snapshot(|flight| flight.generation() == Some(generation)) {
+            flight.cut_now();
+        }
+    }
+}

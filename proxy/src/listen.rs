@@ -1,0 +1,96 @@
+//! Listening sockets: one per core and address (SO_REUSEPORT), so that the kernel spreads connections
+//! and no core waits for another.
+
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+use crate::core::Core;
+use crate::serve::{Servers, serve};
+
+/// Connections that the kernel holds until they are accepted; it is cut to `net.core.somaxconn`.
+const BACKLOG: i32 = 4_096;
+/// Pause after an error of `accept` that will not go away at once (no file descriptors left).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Binds one socket of a group that shares an address.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<StdListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Tells a core's acceptors to stop.
+#[derive(Default)]
+pub(crate) struct Stop {
+    asked: Cell<bool>,
+    told: Notify,
+}
+
+impl Stop {
+    pub(crate) fn ask(&self) {
+        self.asked.set(true);
+        self.told.notify_waiters();
+    }
+}
+
+/// Accepts until it is told to stop; then takes what is in the queue already, because closing the
+/// socket would reset those clients.
+pub(crate) async fn accept(core: Rc<Core>, servers: Rc<Servers>, listener: TcpListener, stop: Rc<Stop>) {
+    let limit = (core.config.limits.max_connections as usize).div_ceil(core.config.core_count());
+    while !stop.asked.get() {
+        let told = stop.told.notified();
+        if stop.asked.get() {
+            break;
+        }
+        if core.conns.len() >= limit {
+            tokio::select! {
+                () = core.conns.ended.notified() => {}
+                () = told => {}
+            }
+            continue;
+        }
+        tokio::select! {
+            accepted = listener.accept() => take(&core, &servers, accepted).await,
+            () = told => {}
+        }
+    }
+    let mut queued = Vec::new();
+    poll_fn(|cx| {
+        while let Poll::Ready(Ok(accepted)) = listener.poll_accept(cx) {
+            queued.push(accepted);
+        }
+        Poll::Ready(())
+    })
+    .await;
+    for accepted in queued {
+        take(&core, &servers, Ok(accepted)).await;
+    }
+}
+
+async fn take(core: &Rc<Core>, servers: &Rc<Servers>, accepted: io::Result<(TcpStream, SocketAddr)>) {
+    match accepted {
+        Ok((socket, peer)) => {
+            tokio::task::spawn_local(serve(Rc::clone(core), Rc::clone(servers), socket, peer));
+        }
+        // The client left while it was waiting: nothing to pause for.
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+        Err(error) => {
+            tracing::warn!(%error, "cannot accept connections; are there enough file descriptors (ulimit -n)?");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+    }
+}

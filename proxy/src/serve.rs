@@ -1,0 +1,215 @@
+//! A client connection's task: finds its protocol, runs it, and ends it properly.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Poll, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::Request;
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::conn::{ClientStream, ConnState, Kill};
+use crate::core::{Conns, Core, LocalExecutor};
+use crate::detect::{Detected, detect};
+use crate::error::Reason;
+use crate::forward;
+use crate::framing::Framing;
+use crate::respond;
+use crate::upgrade;
+
+/// What is read to find the protocol.
+const FIRST_READ_BYTES: usize = 8 * 1024;
+/// How long, and how much, a client that has been refused may go on sending.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1024 * 1024;
+
+/// hyper's settings for client connections, made once per core.
+pub(crate) struct Servers {
+    http1: http1::Builder,
+    http2: http2::Builder<LocalExecutor>,
+}
+
+impl Servers {
+    pub(crate) fn new(limits: &crate::config::Limits) -> Rc<Self> {
+        let mut http1 = http1::Builder::new();
+        http1
+            // The edge keeps its own time, by core instead of by connection.
+            .header_read_timeout(None)
+            .max_headers(limits.max_headers as usize)
+            .max_header_size(limits.max_header_bytes as usize)
+            .max_buf_size((limits.max_header_bytes as usize).max(64 * 1024));
+        let mut http2 = http2::Builder::new(LocalExecutor);
+        http2
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(limits.http2_max_concurrent_streams)
+            .initial_stream_window_size(limits.http2_stream_window_bytes)
+            .initial_connection_window_size(limits.http2_connection_window_bytes)
+            .max_header_list_size(limits.max_header_bytes)
+            .max_pending_accept_reset_streams(limits.http2_max_pending_reset_streams as usize)
+            .max_local_error_reset_streams(limits.http2_max_local_error_resets as usize);
+        Rc::new(Self { http1, http2 })
+    }
+}
+
+/// Serves one connection to its end.
+pub(crate) async fn serve(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, peer: SocketAddr) {
+    let state = ConnState::new(peer, core.config.trusts(peer.ip()), core.coarse_now_ms());
+    let _place = Conns::add(&core, &state);
+    if socket.set_nodelay(true).is_err() {
+        return;
+    }
+    let mut socket = socket;
+    let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
+    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core.clock());
+    match protocol {
+        Detected::Http2 => serve_http2(&core, &servers, state, stream).await,
+        _ => serve_http1(&core, &servers, state, stream).await,
+    }
+}
+
+/// Reads until the protocol is known. `None` if the client leaves or takes too long.
+async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes, Detected)> {
+    let mut read = BytesMut::with_capacity(FIRST_READ_BYTES);
+    loop {
+        let got = poll_fn(|cx| {
+            if state.asked(cx) != Kill::No {
+                return Poll::Ready(Ok(0));
+            }
+            let mut chunk = [0; 1024];
+            let mut buffer = ReadBuf::new(&mut chunk);
+            ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer))?;
+            read.extend_from_slice(buffer.filled());
+            Poll::Ready(io::Result::Ok(buffer.filled().len()))
+        });
+        if got.await.unwrap_or(0) == 0 {
+            return None;
+        }
+        match detect(&read) {
+            Detected::Unclear => {}
+            found => return Some((read.freeze(), found)),
+        }
+    }
+}
+
+/// How a connection's protocol came to its end.
+enum End {
+    /// By itself.
+    Http(hyper::Result<()>),
+    /// Because it was asked to.
+    Asked(Kill),
+}
+
+async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, stream: ClientStream) {
+    let (its_core, conn) = (Rc::clone(core), Rc::clone(&state));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let framing = request.body().size_hint().exact().map_or(Framing::Chunked, Framing::Length);
+        let conflict = conn.follower.borrow_mut().head(framing);
+        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, conflict)
+    });
+    let mut http = servers.http1.serve_connection(TokioIo::new(stream), service);
+    let end = poll_fn(|cx| {
+        match state.asked(cx) {
+            Kill::No => {}
+            Kill::Drain => {
+                state.draining.set(true);
+                Pin::new(&mut http).graceful_shutdown();
+            }
+            how => return Poll::Ready(End::Asked(how)),
+        }
+        Pin::new(&mut http).poll(cx).map(End::Http)
+    })
+    .await;
+    let parts = http.into_parts();
+    let (socket, _) = parts.io.into_inner().into_socket();
+    let tunnel = state.tunnel.borrow_mut().take();
+    if let (Some(tunnel), End::Http(Ok(()))) = (tunnel, &end) {
+        upgrade::run(socket, parts.read_buf, tunnel).await;
+        return;
+    }
+    finish_http1(core, &state, socket, &end).await;
+}
+
+async fn finish_http1(core: &Core, state: &ConnState, mut socket: TcpStream, end: &End) {
+    if let Some(reason) = state.rejected.get() {
+        note_rejected(core, state, reason);
+        state.linger.set(true);
+    }
+    match end {
+        End::Asked(Kill::HeadTimeout) if state.follower.borrow().has_partial_head() => {
+            note_rejected(core, state, Reason::HeadTimeout);
+            // Best effort: somebody who sends a byte a minute may not read either.
+            drop(socket.try_write(&respond::raw_answer(Reason::HeadTimeout)));
+        }
+        End::Asked(_) | End::Http(_) => {}
+    }
+    drop(socket.shutdown().await);
+    if state.linger.get() {
+        let _ = tokio::time::timeout(LINGER, read_on(&mut socket)).await;
+    }
+}
+
+fn note_rejected(core: &Core, state: &ConnState, reason: Reason) {
+    core.metrics.error(reason);
+    core.metrics.request(None, reason.status_code(), 0);
+    if let Some(log) = &core.log {
+        log.push_rejected(state.peer_ip(), reason.status_code(), reason);
+    }
+}
+
+async fn read_on(socket: &mut TcpStream) {
+    let mut sink = vec![0; 16 * 1024];
+    let mut total = 0;
+    while total < LINGER_BYTES {
+        let read = poll_fn(|cx| {
+            let mut buffer = ReadBuf::new(&mut sink);
+            ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer))?;
+            Poll::Ready(io::Result::Ok(buffer.filled().len()))
+        });
+        match read.await {
+            Ok(0) | Err(_) => return,
+            Ok(read) => total += read,
+        }
+    }
+}
+
+async fn serve_http2(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, stream: ClientStream) {
+    state.http2.set(true);
+    state.follower.borrow_mut().turn_off();
+    let (its_core, conn) = (Rc::clone(core), Rc::clone(&state));
+    let service = service_fn(move |request: Request<Incoming>| {
+        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, false)
+    });
+    let mut http = pin!(servers.http2.serve_connection(TokioIo::new(stream), service));
+    let mut leaving = false;
+    poll_fn(|cx| {
+        match state.asked(cx) {
+            Kill::No => {}
+            Kill::Drain => {
+                state.draining.set(true);
+                http.as_mut().graceful_shutdown();
+            }
+            // First the client is told (GOAWAY), and at the next look the connection is closed.
+            Kill::Idle if !leaving => {
+                leaving = true;
+                http.as_mut().graceful_shutdown();
+            }
+            Kill::Idle | Kill::HeadTimeout | Kill::Abort => return Poll::Ready(()),
+        }
+        http.as_mut().poll(cx).map(|ended| {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "HTTP/2 connection of a client ended");
+            }
+        })
+    })
+    .await;
+}
