@@ -1,1 +1,13 @@
-//! HTTP API: wire types, routes, events, typed client.
+//! The HTTP API: what goes over the wire, who answers it, and the client that asks.
+//!
+//! ```text
+//!   command line, console ─► client ─► HTTP ─► server ─► EngineHandle
+//!                               └───── types ─────┘
+//! ```
+//!
+//! The room knows the engine by its [`EngineHandle`](peregrine_engine::EngineHandle) alone: nothing of
+//! Docker, of the routing table or of how a step works. It decides nothing about services; it checks who
+//! asks, turns words into asks, and turns answers and refusals into words.
+
+pub mod client;
+pub mod types;

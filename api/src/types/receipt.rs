@@ -1,0 +1,147 @@
+//! Receipts.
+
+use jiff::Timestamp;
+use peregrine_engine::model as engine;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{Phase, instant};
+
+/// What a rollout amounted to, as measured. `hard_cut` empty and `failed` 0 is what "no request was lost" means.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Receipt {
+    /// The move that it is of.
+    #[serde(rename = "move")]
+    pub move_id: String,
+    /// Service.
+    pub service: String,
+    /// When it was written.
+    pub time: Timestamp,
+    /// Whole duration.
+    pub duration_ms: u64,
+    /// Duration of each phase, in order.
+    pub phases: Vec<PhaseDuration>,
+    /// Requests sent to the copies of the service during the rollout.
+    pub requests: u64,
+    /// Of these: answers 5xx, and requests without an answer.
+    pub failed: u64,
+    /// Attempts that were made again elsewhere without the client noticing.
+    pub retried: u64,
+    /// Requests that were held at the edge.
+    pub held: u64,
+    /// Longest time to a response head during the rollout less the p50 of the same time.
+    pub longest_extra_wait_ms: u64,
+    /// Body bytes sent to the copies.
+    pub bytes_to_upstream: u64,
+    /// Body bytes sent to clients.
+    pub bytes_to_client: u64,
+    /// Bytes of image brought to the target.
+    pub transferred_bytes: u64,
+    /// One entry for each copy that took part.
+    pub instances: Vec<InstanceReceipt>,
+    /// Ids of requests that were cut at a hard deadline.
+    pub hard_cut: Vec<String>,
+    /// What could not be measured, said plainly.
+    pub notes: Vec<String>,
+}
+
+/// Duration of a phase.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PhaseDuration {
+    /// Phase.
+    pub phase: Phase,
+    /// Duration.
+    pub duration_ms: u64,
+}
+
+/// One copy's part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstanceReceipt {
+    /// Instance id.
+    pub instance: String,
+    /// Machine.
+    pub machine: String,
+    /// It was new in this rollout.
+    pub new: bool,
+    /// It was drained to the last lease.
+    pub drained: bool,
+    /// Requests sent to it during the rollout.
+    pub started: u64,
+    /// Those that ended by themselves.
+    pub completed: ClassCounts,
+    /// Those that were closed politely at a soft deadline.
+    pub soft_closed: ClassCounts,
+}
+
+/// Counts by traffic class.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ClassCounts {
+    /// Requests.
+    pub request: u64,
+    /// Uploads and downloads.
+    pub transfer: u64,
+    /// Server-sent events.
+    pub sse: u64,
+    /// gRPC streams.
+    pub grpc_stream: u64,
+    /// WebSockets and other tunnels.
+    pub websocket: u64,
+    /// Held requests.
+    pub held: u64,
+}
+
+impl Receipt {
+    /// The receipt of a rollout.
+    #[must_use]
+    pub fn of(move_id: &engine::RolloutId, service: &str, receipt: &engine::Receipt) -> Self {
+        Self {
+            move_id: move_id.to_string(),
+            service: service.to_owned(),
+            time: instant(receipt.at),
+            duration_ms: receipt.duration_ms,
+            phases: receipt
+                .phases
+                .iter()
+                .map(|time| PhaseDuration { phase: time.phase.into(), duration_ms: time.duration_ms })
+                .collect(),
+            requests: receipt.requests,
+            failed: receipt.failed,
+            retried: receipt.retried,
+            held: receipt.held,
+            longest_extra_wait_ms: receipt.longest_extra_wait_ms,
+            bytes_to_upstream: receipt.bytes_to_upstream,
+            bytes_to_client: receipt.bytes_to_client,
+            transferred_bytes: receipt.transferred_bytes,
+            instances: receipt.instances.iter().map(Into::into).collect(),
+            hard_cut: receipt.hard_cut.clone(),
+            notes: receipt.notes.clone(),
+        }
+    }
+}
+
+impl From<&engine::InstanceReceipt> for InstanceReceipt {
+    fn from(receipt: &engine::InstanceReceipt) -> Self {
+        Self {
+            instance: receipt.instance.to_string(),
+            machine: receipt.machine.clone(),
+            new: receipt.new,
+            drained: receipt.drained,
+            started: receipt.started,
+            completed: receipt.completed.into(),
+            soft_closed: receipt.soft_closed.into(),
+        }
+    }
+}
+
+impl From<engine::ClassCounts> for ClassCounts {
+    fn from(counts: engine::ClassCounts) -> Self {
+        Self {
+            request: counts.request,
+            transfer: counts.transfer,
+            sse: counts.sse,
+            grpc_stream: counts.grpc_stream,
+            websocket: counts.websocket,
+            held: counts.held,
+        }
+    }
+}
