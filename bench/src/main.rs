@@ -1,6 +1,7 @@
 //! `peregrine-bench`: the tools of the `peregrine_bench` library on the command line.
 
 mod command;
+mod table;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ enum Command {
     Check(command::check::Arguments),
     /// Measure Peregrine beside nginx and HAProxy.
     Compare(command::compare::Arguments),
+    /// Measure the routing table at full size.
+    Table(command::table::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
             Command::Load(arguments) => command::load::run(arguments).await,
             Command::Check(arguments) => command::check::run(&arguments),
             Command::Compare(arguments) => command::compare::run(arguments).await,
+            Command::Table(arguments) => command::table::run(&arguments),
         }
     });
     match done {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::host::HostPattern;
 use crate::keyed::Keyed;
-use crate::path::{PathError, canonical_prefix};
+use crate::path::{PathError, ROOT, canonical_prefix};
 use crate::service::Service;
 use crate::spec::{Change, ServiceSpec, UpstreamSpec};
 use crate::spent::Spent;
@@ -60,6 +60,14 @@ type Route = (HostPattern, Arc<str>);
 struct Touched<'a> {
     name: &'a Arc<str>,
     next: Option<&'a ServiceSpec>,
+    /// Its place and its version in the table now.
+    before: Option<(u32, Arc<Service>)>,
+}
+
+impl Touched<'_> {
+    fn spec_before(&self) -> Option<&ServiceSpec> {
+        self.before.as_ref().map(|(_, service)| service.spec())
+    }
 }
 
 /// A checked batch.
@@ -87,7 +95,7 @@ impl Builder {
     }
 
     pub(crate) fn spec(&self, name: &str) -> Option<&ServiceSpec> {
-        self.service(name).map(|service| service.spec())
+        self.table.services.get(u64::from(*self.slots.get(name)?)).map(|service| service.spec())
     }
 
     pub(crate) fn upstream(&self, generation: Generation) -> Option<&Arc<Upstream>> {
@@ -107,18 +115,14 @@ impl Builder {
         Ok(self.commit(plan))
     }
 
-    fn service(&self, name: &str) -> Option<&Arc<Service>> {
-        self.table.services.get(u64::from(*self.slots.get(name)?))
-    }
-
     // --- check: nothing is changed, everything that can be wrong is found -------------------------
 
     fn check<'a>(&self, changes: &'a [Change]) -> Result<Plan<'a>, TableError> {
-        let mut plan = Plan { touched: touched(changes), removed: HashSet::new(), added: Vec::new() };
+        let mut plan = Plan { touched: self.touched(changes), removed: HashSet::new(), added: Vec::new() };
         self.check_room(&plan.touched)?;
         self.check_generations(&plan.touched)?;
         for (index, touched) in plan.touched.iter().enumerate() {
-            let before = self.spec(touched.name);
+            let before = touched.spec_before();
             if before.map(|spec| &spec.routes) == touched.next.map(|spec| &spec.routes) {
                 continue; // the usual case: weights or upstreams change, routes stay
             }
@@ -131,6 +135,29 @@ impl Builder {
         Ok(plan)
     }
 
+    /// The last word of the batch on each service, in the order of the first.
+    fn touched<'a>(&self, changes: &'a [Change]) -> Vec<Touched<'a>> {
+        let mut index: HashMap<&str, usize> = HashMap::with_capacity(changes.len());
+        let mut touched: Vec<Touched<'a>> = Vec::with_capacity(changes.len());
+        for change in changes {
+            let (name, next) = match change {
+                Change::Put(spec) => (&spec.name, Some(spec)),
+                Change::Remove(name) => (name, None),
+            };
+            if let Some(at) = index.get(&**name) {
+                touched[*at].next = next;
+                continue;
+            }
+            index.insert(name, touched.len());
+            let slot = self.slots.get(&**name).copied();
+            let before = slot.and_then(|slot| {
+                self.table.services.get(u64::from(slot)).map(|service| (slot, Arc::clone(service)))
+            });
+            touched.push(Touched { name, next, before });
+        }
+        touched
+    }
+
     fn check_room(&self, touched: &[Touched<'_>]) -> Result<(), TableError> {
         let is_new =
             |touched: &&Touched<'_>| touched.next.is_some() && self.slots.get(touched.name).is_none();
@@ -141,10 +168,9 @@ impl Builder {
 
     fn check_generations(&self, touched: &[Touched<'_>]) -> Result<(), TableError> {
         let mut named = HashSet::new();
-        for spec in touched.iter().filter_map(|touched| touched.next) {
-            let own: HashSet<Generation> =
-                self.spec(&spec.name).into_iter().flat_map(upstreams).map(|u| u.generation).collect();
-            for upstream in upstreams(spec) {
+        for (touched, next) in touched.iter().filter_map(|touched| Some((touched, touched.next?))) {
+            let own = generations(touched.spec_before());
+            for upstream in upstreams(next) {
                 let generation = upstream.generation;
                 if !named.insert(generation) || self.spent.contains(generation) {
                     return Err(TableError::GenerationReused(generation));
@@ -200,30 +226,35 @@ impl Builder {
 
     /// Upstreams that the service has now and will not have then.
     fn orphans(&self, touched: &Touched<'_>) -> Vec<Arc<Upstream>> {
-        let kept: HashSet<Generation> =
-            touched.next.into_iter().flat_map(upstreams).map(|upstream| upstream.generation).collect();
-        let before = self.spec(touched.name).into_iter().flat_map(upstreams).map(|u| u.generation);
+        let kept = generations(touched.next);
+        let before = touched.spec_before().into_iter().flat_map(upstreams).map(|u| u.generation);
         before.filter(|g| !kept.contains(g)).filter_map(|g| self.upstream(g).cloned()).collect()
     }
 
     fn place(&mut self, touched: &Touched<'_>) -> Option<u32> {
+        let slot = touched.before.as_ref().map(|(slot, _)| *slot);
         let Some(spec) = touched.next else {
-            if let Some(slot) = self.slots.remove(touched.name) {
+            if let Some(slot) = slot {
+                self.slots.remove(touched.name);
                 *self.table.services.slot(u64::from(slot)) = None;
                 self.free.push(slot);
             }
             return None;
         };
-        for upstream in upstreams(spec) {
-            if self.upstream(upstream.generation).is_none() {
-                self.upstreams.insert(&upstream.generation, Arc::new(Upstream::new(upstream)));
-            }
-        }
-        let known = |generation| self.upstreams.get(&generation).cloned();
-        let service = Service::new(Arc::new(spec.clone()), self.service(&spec.name).map(|s| &**s), known);
-        let slot = self.slots.get(&spec.name).copied().unwrap_or_else(|| self.new_slot(&spec.name));
+        let previous = touched.before.as_ref().map(|(_, service)| &**service);
+        let service = Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream));
+        let slot = slot.unwrap_or_else(|| self.new_slot(&spec.name));
         *self.table.services.slot(u64::from(slot)) = Some(Arc::new(service));
         Some(slot)
+    }
+
+    fn live(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
+        if let Some(known) = self.upstream(spec.generation) {
+            return Arc::clone(known);
+        }
+        let fresh = Arc::new(Upstream::new(spec));
+        self.upstreams.insert(&spec.generation, Arc::clone(&fresh));
+        fresh
     }
 
     fn new_slot(&mut self, name: &Arc<str>) -> u32 {
@@ -236,24 +267,17 @@ impl Builder {
     }
 }
 
-/// The last word of the batch on each service, in the order of the first.
-fn touched(changes: &[Change]) -> Vec<Touched<'_>> {
-    let mut index: HashMap<&str, usize> = HashMap::with_capacity(changes.len());
-    let mut touched: Vec<Touched<'_>> = Vec::with_capacity(changes.len());
-    for change in changes {
-        let (name, next) = match change {
-            Change::Put(spec) => (&spec.name, Some(spec)),
-            Change::Remove(name) => (name, None),
-        };
-        match index.get(&**name) {
-            Some(at) => touched[*at].next = next,
-            None => {
-                index.insert(name, touched.len());
-                touched.push(Touched { name, next });
-            }
-        }
+fn generations(spec: Option<&ServiceSpec>) -> HashSet<Generation> {
+    spec.into_iter().flat_map(upstreams).map(|upstream| upstream.generation).collect()
+}
+
+/// A copy to keep. The root prefix, which nearly every route has, is one for all of them.
+fn kept(spec: &ServiceSpec) -> ServiceSpec {
+    let mut spec = spec.clone();
+    for route in spec.routes.iter_mut().filter(|route| &*route.path_prefix == "/") {
+        route.path_prefix = Arc::clone(&ROOT);
     }
-    touched
+    spec
 }
 
 fn upstreams(spec: &ServiceSpec) -> impl Iterator<Item = &UpstreamSpec> {

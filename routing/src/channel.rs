@@ -16,6 +16,7 @@ use crate::upstream::{Generation, Upstream};
 pub fn table() -> (TableWriter, TableReader) {
     let shared = Arc::new(Channel {
         current: ArcSwap::from_pointee(RoutingTable::default()),
+        settled: AtomicU64::new(0),
         published: Event::new(),
         acknowledged: Event::new(),
         edges: Mutex::new(Vec::new()),
@@ -29,6 +30,8 @@ pub fn table() -> (TableWriter, TableReader) {
 #[derive(Debug)]
 struct Channel {
     current: ArcSwap<RoutingTable>,
+    /// The last version whose publication is complete: visible, and what it retires is retired.
+    settled: AtomicU64,
     published: Event,
     acknowledged: Event,
     /// Last version acknowledged by each living edge core. Not on the request path.
@@ -67,6 +70,7 @@ impl TableWriter {
         for upstream in &retired {
             upstream.retire();
         }
+        self.channel.settled.store(self.builder.table().version(), Ordering::Release);
         self.channel.published.notify(usize::MAX);
         Ok(Applied { version: self.builder.table().version(), retired })
     }
@@ -138,11 +142,13 @@ impl TableReader {
         CachedReader { cache: Cache::new(SharedSwap(Arc::clone(&self.channel))) }
     }
 
-    /// Waits until a table newer than `version` is visible, and returns its version.
+    /// Waits until the publication of a table newer than `version` is complete, and returns its version.
+    /// What that table retires is retired by then, so whoever lets go of retired upstreams after this
+    /// and acknowledges the version has kept none.
     pub async fn newer_than(&self, version: u64) -> u64 {
         loop {
             let listener = self.channel.published.listen();
-            let now = self.channel.current.load().version();
+            let now = self.channel.settled.load(Ordering::Acquire);
             if now > version {
                 return now;
             }

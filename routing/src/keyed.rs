@@ -5,14 +5,24 @@
 
 use std::borrow::Borrow;
 use std::hash::{BuildHasher, Hash, RandomState};
+use std::sync::Arc;
 
 use crate::radix::Radix;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Keyed<K, V> {
-    buckets: Radix<Box<[Entry<K, V>]>, 3>,
+    buckets: Radix<Bucket<K, V>, 3>,
     hasher: RandomState,
     len: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Bucket<K, V> {
+    /// One bit for each entry, out of its tag: most keys that are not here are turned away without a look
+    /// at the entries, which are a cache miss further.
+    filter: u64,
+    /// Shared by the copies of the leaf that holds it, until it is changed itself.
+    entries: Arc<[Entry<K, V>]>,
 }
 
 #[derive(Clone, Debug)]
@@ -40,26 +50,26 @@ impl<K: Clone + Eq + Hash, V: Clone> Keyed<K, V> {
         Q: Hash + Eq + ?Sized,
     {
         let hash = self.hasher.hash_one(key);
-        let bucket = self.buckets.get(Self::bucket(hash))?;
+        let bucket = self.buckets.get(Self::bucket(hash)).filter(|bucket| bucket.filter & bit(hash) != 0)?;
         let here = |entry: &&Entry<K, V>| entry.tag == hash as u32 && entry.key.borrow() == key;
-        bucket.iter().find(here).map(|entry| &entry.value)
+        bucket.entries.iter().find(here).map(|entry| &entry.value)
     }
 
     /// Replaces the value of `key` by what `next` makes of it; `None` is no value.
     pub(crate) fn update(&mut self, key: &K, next: impl FnOnce(Option<V>) -> Option<V>) {
         let hash = self.hasher.hash_one(key);
         let slot = self.buckets.slot(Self::bucket(hash));
-        let mut entries = slot.take().map_or_else(Vec::new, <[Entry<K, V>]>::into_vec);
+        let entries = slot.as_ref().map_or(&[][..], |bucket| &bucket.entries);
         let at = entries.iter().position(|entry| entry.tag == hash as u32 && entry.key == *key);
-        let before = at.map(|at| entries.swap_remove(at));
-        self.len -= usize::from(before.is_some());
-        let (key, before) =
-            before.map_or_else(|| (key.clone(), None), |entry| (entry.key, Some(entry.value)));
-        if let Some(value) = next(before) {
-            entries.push(Entry { tag: hash as u32, key, value });
-            self.len += 1;
-        }
-        *slot = (!entries.is_empty()).then(|| entries.into_boxed_slice());
+        let value = next(at.map(|at| entries[at].value.clone()));
+        self.len = self.len + usize::from(value.is_some()) - usize::from(at.is_some());
+        let entry = value.map(|value| Entry { tag: hash as u32, key: key.clone(), value });
+        let (before, after) = entries.split_at(at.unwrap_or(entries.len()));
+        let others = before.iter().chain(after.get(1..).unwrap_or(&[]));
+        // Of a length that is known beforehand, so that it is allocated once.
+        let entries: Arc<[Entry<K, V>]> = others.cloned().chain(entry).collect();
+        let filter = entries.iter().fold(0, |filter, entry| filter | bit(u64::from(entry.tag)));
+        *slot = (!entries.is_empty()).then_some(Bucket { filter, entries });
     }
 
     pub(crate) fn insert(&mut self, key: &K, value: V) {
@@ -76,8 +86,13 @@ impl<K: Clone + Eq + Hash, V: Clone> Keyed<K, V> {
     }
 
     fn bucket(hash: u64) -> u64 {
-        hash >> (64 - Radix::<Box<[Entry<K, V>]>, 3>::BITS)
+        hash >> (64 - Radix::<Bucket<K, V>, 3>::BITS)
     }
+}
+
+/// The bit of a hash in the filter of its bucket; of the half that is the tag.
+const fn bit(hash: u64) -> u64 {
+    1 << (hash & 63)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod channel;
 mod class;
 mod hash;
 mod host;
+mod host_key;
 mod keyed;
 mod outcome;
 mod path;

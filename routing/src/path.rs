@@ -17,7 +17,7 @@ pub enum PathError {
 const SCAN_UP_TO: usize = 12;
 
 /// The prefix of nearly every route: one for all of them.
-static ROOT: LazyLock<Arc<str>> = LazyLock::new(|| "/".into());
+pub(crate) static ROOT: LazyLock<Arc<str>> = LazyLock::new(|| "/".into());
 
 /// The routes of one host. Nearly every host has just one, which then needs no memory of its own.
 #[derive(Clone, Debug)]

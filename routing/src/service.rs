@@ -7,7 +7,7 @@ use crate::balance::{Balance, Draw, Members};
 use crate::class::TrafficClass;
 use crate::hash::{GOLDEN, below};
 use crate::retry::RetryBudget;
-use crate::spec::{ServicePolicy, ServiceSpec};
+use crate::spec::{ServicePolicy, ServiceSpec, UpstreamSpec};
 use crate::upstream::{Generation, Lease, Upstream};
 
 /// A service in one version of the table.
@@ -66,11 +66,11 @@ pub enum NoUpstream {
 }
 
 impl Service {
-    /// A new version of `previous`. `upstream` finds the live upstream of a generation.
+    /// A new version of `previous`. `live` gives the live upstream of a spec.
     pub(crate) fn new(
         spec: Arc<ServiceSpec>,
         previous: Option<&Self>,
-        mut upstream: impl FnMut(Generation) -> Option<Arc<Upstream>>,
+        mut live: impl FnMut(&UpstreamSpec) -> Arc<Upstream>,
     ) -> Self {
         let pools: Box<[Pool]> = spec
             .pools
@@ -80,7 +80,7 @@ impl Service {
                 weight: u64::from(pool.weight),
                 standby: pool.standby,
                 members: Members::new(
-                    pool.upstreams.iter().filter_map(|u| Some((upstream(u.generation)?, u.weight))),
+                    pool.upstreams.iter().map(|upstream| (live(upstream), upstream.weight)),
                 ),
                 turn: previous.and_then(|before| before.turn_of(&pool.name)).unwrap_or_default(),
             })

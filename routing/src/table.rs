@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::host::{HostPattern, MAX_HOST_BYTES};
+use crate::host_key::HostKey;
 use crate::keyed::Keyed;
 use crate::path::PathRoutes;
 use crate::radix::Radix;
@@ -21,7 +22,7 @@ pub struct Match<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct RoutingTable {
     pub(crate) version: u64,
-    exact: Keyed<Arc<str>, PathRoutes>,
+    exact: Keyed<HostKey, PathRoutes>,
     wildcard: Wildcards,
     any: Arc<PathRoutes>,
     pub(crate) services: Radix<Arc<Service>, 4>,
@@ -40,7 +41,7 @@ impl RoutingTable {
     /// host whose prefixes do not match lets the next one try. Among prefixes the longest wins.
     #[must_use]
     pub fn lookup(&self, host: &str, path: &str) -> Option<Match<'_>> {
-        let exact = self.exact.get(host).and_then(|routes| routes.longest(path));
+        let exact = self.exact.get(host.as_bytes()).and_then(|routes| routes.longest(path));
         let found = exact.or_else(|| self.wildcard.longest(host, path)).or_else(|| self.any.longest(path));
         let (path_prefix, slot) = found?;
         Some(Match { service: self.services.get(u64::from(slot))?, path_prefix })
@@ -54,8 +55,8 @@ impl RoutingTable {
     /// Slot of the service that has exactly this pair.
     pub(crate) fn holder(&self, host: &HostPattern, prefix: &str) -> Option<u32> {
         let routes = match host {
-            HostPattern::Exact(host) => self.exact.get(host),
-            HostPattern::Wildcard(suffix) => self.wildcard.suffixes.get(suffix),
+            HostPattern::Exact(host) => self.exact.get(host.as_bytes()),
+            HostPattern::Wildcard(suffix) => self.wildcard.suffixes.get(suffix.as_bytes()),
             HostPattern::Any => Some(&*self.any),
         };
         routes?.get(prefix)
@@ -73,7 +74,7 @@ impl RoutingTable {
             (!routes.is_empty()).then_some(routes)
         };
         match host {
-            HostPattern::Exact(host) => self.exact.update(host, edited),
+            HostPattern::Exact(host) => self.exact.update(&host.into(), edited),
             HostPattern::Wildcard(suffix) => self.wildcard.update(suffix, edited),
             HostPattern::Any => self.any = Arc::new(edited(Some((*self.any).clone())).unwrap_or_default()),
         }
@@ -86,7 +87,7 @@ const MAX_LABELS: usize = MAX_HOST_BYTES / 2 + 2;
 /// Wildcards by what follows their `*.`.
 #[derive(Clone, Debug)]
 struct Wildcards {
-    suffixes: Keyed<Arc<str>, PathRoutes>,
+    suffixes: Keyed<HostKey, PathRoutes>,
     /// How many suffixes there are of so many labels. A host is looked up only at lengths that occur, so
     /// that a client who makes up a host of 127 labels does not buy 127 look-ups.
     by_labels: [u32; MAX_LABELS],
@@ -109,7 +110,7 @@ impl Wildcards {
         let known =
             suffixes.filter(|(_, labels)| self.by_labels.get(*labels).is_some_and(|count| *count > 0));
         known
-            .filter_map(|((at, _), _)| self.suffixes.get(&host[at + 1..]))
+            .filter_map(|((at, _), _)| self.suffixes.get(&host.as_bytes()[at + 1..]))
             .find_map(|routes| routes.longest(path))
     }
 
@@ -117,7 +118,7 @@ impl Wildcards {
         // A suffix that is no canonical host may have more labels; no host that is looked up is below it.
         let labels = suffix.bytes().filter(|byte| *byte == b'.').count() + 1;
         let count = &mut self.by_labels[labels.min(MAX_LABELS - 1)];
-        self.suffixes.update(suffix, |before| {
+        self.suffixes.update(&suffix.into(), |before| {
             let had = u32::from(before.is_some());
             let after = next(before);
             *count = *count + u32::from(after.is_some()) - had;

@@ -4,6 +4,7 @@ pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod load;
 pub(crate) mod origin;
+pub(crate) mod table;
 
 use std::process::ExitCode;
 
