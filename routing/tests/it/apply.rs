@@ -146,7 +146,7 @@ fn a_generation_in_service_keeps_its_name_address_and_protocol() {
         peregrine_routing::UpstreamSpec { protocol: UpstreamProtocol::H2c, ..known.clone() },
         peregrine_routing::UpstreamSpec {
             address: Address::Name { host: "db".into(), port: 1 },
-            ..known.clone()
+            ..known
         },
     ] {
         let mut pool = pool("main", 1, &[]);

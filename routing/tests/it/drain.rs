@@ -134,7 +134,7 @@ impl Account {
     fn visit(&mut self, upstream: &Arc<Upstream>, who: usize, i: u64) -> Result<(), Draining> {
         let class = TrafficClass::ALL[(i % 6) as usize];
         let mut lease = upstream.enter(class)?;
-        let _unsent = upstream.enter(TrafficClass::Request).ok().filter(|_| i % 3 == 0);
+        let _unsent = upstream.enter(TrafficClass::Request).ok().filter(|_| i.is_multiple_of(3));
         lease.mark_sent();
         self.started += 1;
         lease.add_bytes(i, 0);
