@@ -3,9 +3,15 @@
 //! A runtime knows nothing of services beyond the labels that it is given, nothing of traffic, and
 //! decides nothing: it makes real what it is told, and tells what is there.
 
+mod docker;
+pub mod local_engines;
 mod process;
+mod refusing;
+mod transfer;
 
+pub use docker::DockerRuntime;
 pub use process::ProcessRuntime;
+pub use transfer::transfer_image;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -28,8 +34,15 @@ use crate::model::{InstanceId, MachineKind, MachineSpec, Resources};
 pub fn connect(machine: &MachineSpec, data_dir: &Path) -> Result<Arc<dyn Runtime>, RuntimeError> {
     match &machine.kind {
         MachineKind::Process => Ok(Arc::new(ProcessRuntime::new(machine, data_dir))),
-        MachineKind::Docker { .. } => Err(RuntimeError::Unsupported("Docker engines".to_owned())),
+        MachineKind::Docker { endpoint } => Ok(Arc::new(DockerRuntime::new(machine, endpoint)?)),
     }
+}
+
+/// As [`connect`]; a machine that cannot even be tried answers every ask with the reason.
+#[must_use]
+pub fn connect_or_refuse(machine: &MachineSpec, data_dir: &Path) -> Arc<dyn Runtime> {
+    connect(machine, data_dir)
+        .unwrap_or_else(|error| Arc::new(refusing::RefusingRuntime::new(&machine.name, &error)))
 }
 
 /// What is to run, with nothing left to choose.

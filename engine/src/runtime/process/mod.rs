@@ -14,7 +14,7 @@
 mod folder;
 mod output;
 mod ports;
-mod procfs;
+pub(super) mod procfs;
 mod spawn;
 
 use std::collections::{BTreeSet, HashMap};

@@ -10,46 +10,46 @@ use serde::{Deserialize, Serialize};
 
 /// Names one process for as long as the machine is up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ProcessKey {
+pub(in crate::runtime) struct ProcessKey {
     /// Process id.
-    pub(super) pid: i32,
+    pub(in crate::runtime) pid: i32,
     /// Start time in clock ticks since boot: field 22 of `/proc/PID/stat`.
-    pub(super) start_ticks: u64,
+    pub(in crate::runtime) start_ticks: u64,
     /// Start times begin anew with every boot.
-    pub(super) boot_id: String,
+    pub(in crate::runtime) boot_id: String,
 }
 
 /// The fields of `/proc/PID/stat` that are needed here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ProcessStat {
-    pub(super) pid: i32,
-    pub(super) state: char,
-    pub(super) group: i32,
-    pub(super) cpu_ticks: u64,
-    pub(super) threads: u64,
-    pub(super) start_ticks: u64,
-    pub(super) resident_pages: u64,
+pub(in crate::runtime) struct ProcessStat {
+    pub(in crate::runtime) pid: i32,
+    pub(in crate::runtime) state: char,
+    pub(in crate::runtime) group: i32,
+    pub(in crate::runtime) cpu_ticks: u64,
+    pub(in crate::runtime) threads: u64,
+    pub(in crate::runtime) start_ticks: u64,
+    pub(in crate::runtime) resident_pages: u64,
 }
 
 impl ProcessStat {
     /// A zombie has ended; only its parent has not asked yet.
-    pub(super) const fn alive(&self) -> bool {
+    pub(in crate::runtime) const fn alive(&self) -> bool {
         !matches!(self.state, 'Z' | 'X' | 'x')
     }
 }
 
 /// This boot's id; empty where the kernel does not tell it.
-pub(super) fn boot_id() -> String {
+pub(in crate::runtime) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// What the kernel says of a process; `None` if there is none with this pid.
-pub(super) fn stat(pid: i32) -> Option<ProcessStat> {
+pub(in crate::runtime) fn stat(pid: i32) -> Option<ProcessStat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// Every process that can be seen.
-pub(super) fn all() -> Vec<ProcessStat> {
+pub(in crate::runtime) fn all() -> Vec<ProcessStat> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .flatten()
@@ -59,26 +59,26 @@ pub(super) fn all() -> Vec<ProcessStat> {
 }
 
 /// The name of a running process, if it is one.
-pub(super) fn key(pid: i32) -> Option<ProcessKey> {
+pub(in crate::runtime) fn key(pid: i32) -> Option<ProcessKey> {
     let stat = stat(pid)?;
     Some(ProcessKey { pid, start_ticks: stat.start_ticks, boot_id: boot_id() })
 }
 
 /// The process that `key` names, if it is there and has not ended.
-pub(super) fn find(key: &ProcessKey) -> Option<ProcessStat> {
+pub(in crate::runtime) fn find(key: &ProcessKey) -> Option<ProcessStat> {
     let stat = stat(key.pid)?;
     (stat.start_ticks == key.start_ticks && stat.alive() && key.boot_id == boot_id()).then_some(stat)
 }
 
 /// Whether the process was started with `entry` (`NAME=value`) in its environment.
-pub(super) fn environment_has(pid: i32, entry: &str) -> bool {
+pub(in crate::runtime) fn environment_has(pid: i32, entry: &str) -> bool {
     fs::read(format!("/proc/{pid}/environ"))
         .is_ok_and(|environment| environment.split(|byte| *byte == 0).any(|item| item == entry.as_bytes()))
 }
 
 /// Whether something listens at `address`, alone or as part of the unspecified address. Reads the kernel's
 /// table, so that nobody gets a connection that says nothing.
-pub(super) fn listens(address: SocketAddr) -> bool {
+pub(in crate::runtime) fn listens(address: SocketAddr) -> bool {
     ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
         .filter_map(|table| fs::read_to_string(table).ok())
@@ -86,12 +86,12 @@ pub(super) fn listens(address: SocketAddr) -> bool {
 }
 
 /// Clock ticks in a second, as `/proc` counts them.
-pub(super) fn ticks_per_second() -> u64 {
+pub(in crate::runtime) fn ticks_per_second() -> u64 {
     rustix::param::clock_ticks_per_second()
 }
 
 /// Bytes in a page.
-pub(super) fn page_bytes() -> u64 {
+pub(in crate::runtime) fn page_bytes() -> u64 {
     rustix::param::page_size() as u64
 }
 
