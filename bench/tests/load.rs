@@ -246,6 +246,17 @@ async fn idle_connections_are_held_and_missed_when_the_peer_ends_them() {
 }
 
 #[tokio::test]
+async fn an_idle_connection_that_cannot_be_had_spoils_the_run() {
+    let addr = peer(|mut stream| {
+        read_head(&mut stream);
+    });
+    let mut options = options(addr, 0);
+    options.idle_connections = 3;
+    let summary = Load::run(options).await.expect("sound options");
+    assert_eq!((summary.sent, summary.idle_connections_failed, summary.is_clean()), (0, 3, false));
+}
+
+#[tokio::test]
 async fn samples_add_up_to_the_summary() {
     let origin = Origin::bind(OriginOptions::named("alpha")).await.expect("bound");
     let mut options = options(origin.addr(), 0);

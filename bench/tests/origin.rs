@@ -230,21 +230,21 @@ async fn a_shutdown_finishes_what_is_in_flight_and_a_drop_cuts_it() {
 }
 
 #[test]
-fn the_binary_honours_port_and_environment_and_ends_with_0_on_sigterm_after_the_request_in_flight() {
+fn the_binary_honours_host_port_and_environment_and_ends_with_0_on_sigterm_after_the_request_in_flight() {
     let scratch = tempfile::tempdir().expect("a scratch folder");
     let record = scratch.path().join("records");
     let mut child = Command::new(env!("CARGO_BIN_EXE_peregrine-bench"))
         .args(["origin", "--record"])
         .arg(&record)
-        .envs([("PORT", "0"), ("ORIGIN_INSTANCE", "beta"), ("ORIGIN_HEALTHY", "0")])
+        .envs([("HOST", "127.0.0.2"), ("PORT", "0"), ("ORIGIN_INSTANCE", "beta"), ("ORIGIN_HEALTHY", "0")])
         .stdout(Stdio::piped())
         .spawn()
         .expect("started");
     let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
     let mut line = String::new();
     stdout.read_line(&mut line).expect("a line");
-    let port = line.trim().rsplit(':').next().expect("an address").to_owned();
-    let addr: SocketAddr = format!("127.0.0.1:{port}").parse().expect("an address");
+    let addr: SocketAddr = line.trim().rsplit(' ').next().expect("an address").parse().expect("an address");
+    assert_eq!(addr.ip().to_string(), "127.0.0.2");
 
     let exchange = |path: &str, id: &str| {
         let mut stream = TcpStream::connect(addr).expect("a connection");

@@ -113,7 +113,7 @@ pub(crate) async fn run(arguments: Arguments) -> Done {
     } else {
         print_summary(&summary);
     }
-    Ok(if summary.failed.total() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if summary.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn sample_line(sample: &Sample) -> String {
@@ -147,6 +147,9 @@ fn print_summary(summary: &Summary) {
         "connections: {} opened, {} closed by the peer; {} body bytes",
         summary.connections_opened, summary.connections_closed_by_peer, summary.body_bytes
     );
+    if summary.idle_connections_failed > 0 {
+        println!("idle connections that failed: {}", summary.idle_connections_failed);
+    }
     for (instance, requests) in &summary.per_instance {
         println!("instance {instance}: {requests}");
     }

@@ -15,13 +15,16 @@ const DEFAULT_PORT: u16 = 8080;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Address to listen on [default: 0.0.0.0 with the port of PORT, or 8080].
+    /// Address to listen on [default: --host and --port].
     #[arg(long, env = "ORIGIN_LISTEN", value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
-    /// Port to listen on at every address, where there is no --listen.
-    #[arg(long, env = "PORT", value_name = "PORT")]
-    port: Option<u16>,
-    /// Name in `x-instance` [default: the address it listens on].
+    /// Address to listen on, where there is no --listen.
+    #[arg(long, env = "HOST", value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    host: IpAddr,
+    /// Port to listen on, where there is no --listen.
+    #[arg(long, env = "PORT", value_name = "PORT", default_value_t = DEFAULT_PORT)]
+    port: u16,
+    /// Name in `x-instance` [default: PEREGRINE_INSTANCE, or the address it listens on].
     #[arg(long, env = "ORIGIN_INSTANCE", value_name = "NAME")]
     instance: Option<String>,
     /// Version in `x-version`.
@@ -52,12 +55,10 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Done {
-    let everywhere =
-        SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), arguments.port.unwrap_or(DEFAULT_PORT));
-    let listen = arguments.listen.unwrap_or(everywhere);
+    let listen = arguments.listen.unwrap_or(SocketAddr::new(arguments.host, arguments.port));
     let options = OriginOptions {
         listen,
-        instance: arguments.instance,
+        instance: arguments.instance.or_else(|| std::env::var("PEREGRINE_INSTANCE").ok()),
         version: arguments.version_label,
         startup_ms: arguments.startup_ms,
         fault: Fault {

@@ -42,7 +42,10 @@ impl IdleConnections {
             }
             match opening.join_next().await {
                 Some(Ok(Ok(connection))) => idle.held.push(connection),
-                Some(Ok(Err(why))) => idle.failures.push(why),
+                Some(Ok(Err(why))) => {
+                    shared.tally().idle_failed += 1;
+                    idle.failures.push(why);
+                }
                 Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
                 None => {}
             }

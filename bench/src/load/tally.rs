@@ -150,7 +150,9 @@ pub struct Summary {
     pub connections_opened: u64,
     /// Connections that the peer ended although the client would have gone on; idle ones included.
     pub connections_closed_by_peer: u64,
-    /// Answers in HTTP/2 or HTTP/1.1 that announced the end of their connection (`Connection: close`).
+    /// Idle connections that could not be opened or used once.
+    pub idle_connections_failed: u64,
+    /// Answers that announced the end of their connection (`Connection: close`).
     pub close_announced: u64,
     /// Complete 2xx answers by the origin that gave them (`x-instance`).
     pub per_instance: BTreeMap<String, u64>,
@@ -161,6 +163,12 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Whether no request and no idle connection failed.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.failed.total() == 0 && self.idle_connections_failed == 0
+    }
+
     /// Complete 2xx answers per second.
     #[must_use]
     pub fn requests_per_second(&self) -> f64 {
@@ -184,6 +192,7 @@ pub(super) struct Tally {
     pub(super) connections_opened: u64,
     pub(super) connections_closed_by_peer: u64,
     pub(super) close_announced: u64,
+    pub(super) idle_failed: u64,
     instances: Vec<Instance>,
     failures: Vec<Failure>,
     acknowledged: AcknowledgedBits,
@@ -209,6 +218,7 @@ impl Tally {
             connections_opened: 0,
             connections_closed_by_peer: 0,
             close_announced: 0,
+            idle_failed: 0,
             instances: Vec::new(),
             failures: Vec::new(),
             acknowledged: AcknowledgedBits::default(),
@@ -308,6 +318,7 @@ impl Tally {
             body_bytes: self.body_bytes,
             connections_opened: self.connections_opened,
             connections_closed_by_peer: self.connections_closed_by_peer,
+            idle_connections_failed: self.idle_failed,
             close_announced: self.close_announced,
             per_instance: self.per_instance(),
             failures: std::mem::take(&mut self.failures),
