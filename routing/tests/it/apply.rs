@@ -144,10 +144,7 @@ fn a_generation_in_service_keeps_its_name_address_and_protocol() {
     for changed in [
         peregrine_routing::UpstreamSpec { name: "other".into(), ..known.clone() },
         peregrine_routing::UpstreamSpec { protocol: UpstreamProtocol::H2c, ..known.clone() },
-        peregrine_routing::UpstreamSpec {
-            address: Address::Name { host: "db".into(), port: 1 },
-            ..known
-        },
+        peregrine_routing::UpstreamSpec { address: Address::Name { host: "db".into(), port: 1 }, ..known },
     ] {
         let mut pool = pool("main", 1, &[]);
         pool.upstreams.push(changed);
