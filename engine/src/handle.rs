@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use futures_util::stream::BoxStream;
 
+use crate::asks;
+use crate::core::Core;
 use crate::error::EngineError;
 use crate::model::{
     Event, Instance, InstanceId, Machine, MachineSpec, Plan, Receipt, Rollout, RolloutId, Sample, ServiceSpec,
@@ -120,63 +122,122 @@ pub struct InstanceView {
 /// A request key that makes a repeated ask the same ask.
 pub type IdempotencyKey = Option<String>;
 
+/// What came of a configuration file.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigApplied {
+    /// Rollouts that it started.
+    pub rollouts: Vec<RolloutId>,
+    /// What could not be applied, by machine or service; the rest was.
+    pub problems: Vec<(String, EngineError)>,
+}
+
 /// The way to ask the engine. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    inner: Arc<dyn Asks>,
+    core: Arc<Core>,
 }
 
-/// What the engine answers to; one real implementation, in `engine.rs`, kept as a trait object so that the
-/// API needs none of the engine's insides.
-trait Asks: Send + Sync {}
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineHandle").field("install", &self.install()).finish_non_exhaustive()
+    }
+}
 
-#[allow(clippy::unused_async, missing_docs, clippy::needless_pass_by_value, unused_variables)]
 impl EngineHandle {
+    pub(crate) const fn new(core: Arc<Core>) -> Self {
+        Self { core }
+    }
+
     /// The present state: reads never queue behind writes.
     #[must_use]
     pub fn state(&self) -> Arc<State> {
-        unimplemented!()
+        self.core.state()
     }
 
     /// Id of this installation.
     #[must_use]
     pub fn install(&self) -> String {
-        unimplemented!()
+        self.core.install()
     }
 
     // --- machines
+
+    /// Adds a machine, or changes one; an unreachable one may be added. A machine with copies keeps its runtime.
+    ///
+    /// # Errors
+    /// The name is no DNS label, or the machine has copies and another runtime is asked for.
     pub async fn add_machine(&self, spec: MachineSpec) -> Result<Machine, EngineError> {
-        unimplemented!()
+        asks::machines::add(&self.core, spec, false).await
     }
+
+    /// Forgets a machine; it has to be without copies.
+    ///
+    /// # Errors
+    /// It is not known, or has copies.
     pub async fn remove_machine(&self, name: &str) -> Result<(), EngineError> {
-        unimplemented!()
+        asks::machines::remove(&self.core, name).await
     }
+
     /// Asks the machine itself: answers even for an unreachable one, with the problem.
+    ///
+    /// # Errors
+    /// It is not known.
     pub async fn check_machine(&self, name: &str) -> Result<MachineCheck, EngineError> {
-        unimplemented!()
+        asks::machines::check(&self.core, name).await
     }
 
     // --- services
-    /// Removes a service: drains, stops and removes its copies, then forgets it. Long work: follows the rollout machine.
+
+    /// Removes a service: drains, stops and removes its copies, then forgets it. Long work: follows the rollout
+    /// machine; dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// It is not known, another rollout has it, or the removal failed.
     pub async fn remove_service(&self, name: &str) -> Result<(), EngineError> {
-        unimplemented!()
+        asks::services::remove(&self.core, name).await
     }
+
     /// Live picture of the instances of a service (or of all).
+    ///
+    /// # Errors
+    /// The service is not known.
     pub async fn instances(
         &self,
         service: Option<&str>,
         with_stats: bool,
     ) -> Result<Vec<InstanceView>, EngineError> {
-        unimplemented!()
+        asks::views::instances(&self.core, service, with_stats).await
+    }
+
+    /// Applies what `serve`'s configuration file says: machines and services (with the machine of the first
+    /// deploy). Those that came from an earlier file and are not in this one are removed; what was made in
+    /// another way is left alone. Rollouts go on in the background.
+    ///
+    /// # Errors
+    /// The store cannot be written. What is wrong with one machine or service is in the answer.
+    pub async fn apply_config(
+        &self,
+        machines: Vec<MachineSpec>,
+        services: Vec<(ServiceSpec, Option<String>)>,
+    ) -> Result<ConfigApplied, EngineError> {
+        asks::config::apply(&self.core, machines, services).await
     }
 
     // --- rollouts
+
     /// What would be done; changes nothing, starts nothing.
+    ///
+    /// # Errors
+    /// The ask is wrong in itself, names what is not there, or another rollout has the service.
     pub async fn plan(&self, ask: Ask) -> Result<Plan, EngineError> {
-        unimplemented!()
+        asks::rollouts::plan(&self.core, ask).await
     }
+
     /// Starts a rollout. `expect_hash` refuses if the plan is not that one any more. The same key gives the
     /// same rollout. A deploy that changes only settings (or fixed upstreams) needs no rollout: `None`.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::plan`]; the plan has blockers or has changed; the key was used for another ask.
     pub async fn start(
         &self,
         ask: Ask,
@@ -184,62 +245,99 @@ impl EngineHandle {
         expect_hash: Option<String>,
         key: IdempotencyKey,
     ) -> Result<Option<Rollout>, EngineError> {
-        unimplemented!()
+        asks::rollouts::start(&self.core, ask, reason, expect_hash, key).await
     }
+
+    /// Stays at the present weights.
+    ///
+    /// # Errors
+    /// It is not known, has ended, or is on its way back.
     pub async fn pause(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::pause(&self.core, id).await
     }
+
     /// Goes on after a pause.
+    ///
+    /// # Errors
+    /// It is not known, has ended, or is on its way back.
     pub async fn resume(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::resume(&self.core, id).await
     }
+
     /// Skips what is left of a step's waiting, or of the soak.
+    ///
+    /// # Errors
+    /// It is not known, has ended, or is on its way back.
     pub async fn promote(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::promote(&self.core, id).await
     }
+
     /// Goes back, whatever the phase; returns once the ask is durable.
+    ///
+    /// # Errors
+    /// It is not known, has ended, or is removing the old copies already.
     pub async fn abort(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::abort(&self.core, id).await
     }
+
     /// Goes back after the end (or during the soak): a running rollout is aborted, an ended one gets a
     /// rollback rollout of its own, which is returned.
+    ///
+    /// # Errors
+    /// There is nothing to go back to, or as [`EngineHandle::start`].
     pub async fn rollback_rollout(
         &self,
         id: &RolloutId,
         key: IdempotencyKey,
     ) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::rollback(&self.core, id, key).await
     }
+
     /// Waits until the rollout has ended.
+    ///
+    /// # Errors
+    /// It is not known.
     pub async fn ended(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
-        unimplemented!()
+        asks::control::ended(&self.core, id).await
     }
+
+    /// The receipt.
+    ///
+    /// # Errors
+    /// The rollout is not known, or has not ended.
     pub async fn receipt(&self, id: &RolloutId) -> Result<Receipt, EngineError> {
-        unimplemented!()
+        asks::control::receipt(&self.core, id)
     }
+
     /// Latest live reading of a running rollout.
     #[must_use]
     pub fn sample(&self, id: &RolloutId) -> Option<Sample> {
-        unimplemented!()
+        self.core.runs.sample(id)
     }
 
     // --- streams
+
     /// Stored events after `after` (0: from the oldest kept), then live ones for ever. Samples are live only.
     #[must_use]
     pub fn events(&self, after: u64) -> BoxStream<'static, Event> {
-        unimplemented!()
+        self.core.events.after(after)
     }
+
     /// Id of the newest stored event.
     #[must_use]
     pub fn last_event(&self) -> u64 {
-        unimplemented!()
+        self.core.events.last()
     }
+
     /// Output of an instance.
+    ///
+    /// # Errors
+    /// The instance or its machine is not known.
     pub async fn logs(
         &self,
         id: &InstanceId,
         options: LogOptions,
     ) -> Result<BoxStream<'static, Result<LogLine, EngineError>>, EngineError> {
-        unimplemented!()
+        asks::views::logs(&self.core, id, options)
     }
 }

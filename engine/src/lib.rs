@@ -10,15 +10,36 @@
 //! The engine is the only writer of the routing table. It knows nothing of HTTP requests, TLS, the API
 //! or the command line.
 
+mod asks;
+mod check;
+mod core;
+mod draft;
+mod engine;
 mod error;
+mod events;
 mod handle;
+pub mod journal;
+mod keys;
 pub mod model;
+pub mod plan;
+mod probe;
+mod reconcile;
+mod recovery;
+mod render;
+mod rollout;
 pub mod runtime;
 pub mod state;
+mod steps;
 pub mod store;
+mod table;
 
+pub use check::MAX_REPLICAS;
+pub use core::{Connect, EdgeClock};
+pub use draft::MAX_STORED_EVENTS;
+pub use engine::{Engine, EngineConfig};
 pub use error::{EngineError, ErrorKind};
 pub use handle::{
-    Ask, EngineHandle, EngineProblem, IdempotencyKey, InstanceView, MachineCheck, MoveOverrides,
+    Ask, ConfigApplied, EngineHandle, EngineProblem, IdempotencyKey, InstanceView, MachineCheck,
+    MoveOverrides,
 };
 pub use state::State;

@@ -1,0 +1,224 @@
+//! The core that every part of the engine shares: the store with the state over it, the table, the runtimes.
+//!
+//! One commit at a time: made from the present state, checked by [`State::check`], durable in the store, then
+//! applied, then told. A commit that was begun is finished, even if whoever asked for it has gone.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::draft::Draft;
+use crate::error::{EngineError, ErrorKind};
+use crate::events::Events;
+use crate::model::{Event, EventBody, InstanceId, Machine, RolloutId, UnixMs};
+use crate::runtime::Runtime;
+use crate::state::State;
+use crate::store::{Batch, Committed, Store, Write};
+use crate::table::Table;
+
+/// How a machine is reached. Given from outside, so that tests and the binary decide.
+pub type Connect = Arc<dyn Fn(&Machine) -> Arc<dyn Runtime> + Send + Sync>;
+
+/// The edge's monotonic clock in milliseconds, never 0: ejections are written in it.
+pub type EdgeClock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+pub(crate) struct Core {
+    pub(crate) config: crate::engine::EngineConfig,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) table: Table,
+    pub(crate) events: Events,
+    pub(crate) runs: crate::rollout::Runs,
+    pub(crate) tasks: tokio_util::task::TaskTracker,
+    pub(crate) stop: tokio_util::sync::CancellationToken,
+    connect: Connect,
+    state: RwLock<Arc<State>>,
+    revision: tokio::sync::watch::Sender<u64>,
+    commit: tokio::sync::Mutex<()>,
+    runtimes: Mutex<HashMap<String, (Machine, Arc<dyn Runtime>)>>,
+    /// One at a time acts on an instance: a restart must not meet a removal.
+    instances: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        config: crate::engine::EngineConfig,
+        store: Arc<dyn Store>,
+        connect: Connect,
+        table: Table,
+        state: State,
+    ) -> Self {
+        let events = Events::new(Arc::clone(&store), state.last_event);
+        Self {
+            config,
+            store,
+            table,
+            events,
+            runs: crate::rollout::Runs::default(),
+            tasks: tokio_util::task::TaskTracker::new(),
+            stop: tokio_util::sync::CancellationToken::new(),
+            connect,
+            revision: tokio::sync::watch::Sender::new(state.revision),
+            state: RwLock::new(Arc::new(state)),
+            commit: tokio::sync::Mutex::new(()),
+            runtimes: Mutex::default(),
+            instances: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn state(&self) -> Arc<State> {
+        Arc::clone(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn install(&self) -> String {
+        self.state().install.as_ref().map(|install| install.id.clone()).unwrap_or_default()
+    }
+
+    /// Makes, checks, stores, applies and tells one commit. `make` may refuse; then nothing is changed.
+    pub(crate) async fn commit<T, F>(self: &Arc<Self>, make: F) -> Result<T, EngineError>
+    where
+        F: FnOnce(&mut Draft<'_>) -> Result<T, EngineError> + Send + 'static,
+        T: Send + 'static,
+    {
+        let core = Arc::clone(self);
+        // A task of its own: dropping the asker must not part the store from the state.
+        let done = tokio::spawn(async move { core.commit_here(make).await }).await;
+        done.unwrap_or_else(|error| {
+            Err(EngineError::new(
+                ErrorKind::Internal,
+                "engine.stopped",
+                format!("the commit was not finished: {error}"),
+                "The engine is stopping or met a defect; see its log.",
+            ))
+        })
+    }
+
+    async fn commit_here<T, F>(&self, make: F) -> Result<T, EngineError>
+    where
+        F: FnOnce(&mut Draft<'_>) -> Result<T, EngineError>,
+    {
+        let _one_at_a_time = self.commit.lock().await;
+        let state = self.state();
+        let mut draft = Draft::new(&state, now());
+        let value = make(&mut draft)?;
+        let (batch, events) = draft.finish();
+        if batch.writes.is_empty() {
+            return Ok(value);
+        }
+        refuse_illegal(&state, &batch)?;
+        drop(state); // so that it is changed in place unless somebody reads it
+        let writes = batch.writes.clone();
+        let revision = self.store.commit(batch).await.map_err(EngineError::from)?;
+        self.apply(&Committed { revision, writes });
+        self.events.tell(events);
+        Ok(value)
+    }
+
+    fn apply(&self, committed: &Committed) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let Err(illegal) = Arc::make_mut(&mut state).apply(committed) {
+            tracing::error!(key = %illegal.key, reason = %illegal.reason, "a committed record was kept aside");
+        }
+        drop(state);
+        self.revision.send_replace(committed.revision);
+    }
+
+    /// A receiver that is told of every commit that was applied.
+    pub(crate) fn revisions(&self) -> tokio::sync::watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// Waits until the state answers.
+    pub(crate) async fn until<T>(&self, mut answer: impl FnMut(&State) -> Option<T>) -> T {
+        let mut revisions = self.revisions();
+        loop {
+            if let Some(found) = answer(&self.state()) {
+                return found;
+            }
+            if revisions.changed().await.is_err() {
+                std::future::pending::<()>().await; // the core owns the sender: it cannot end before us
+            }
+        }
+    }
+
+    /// Stores and tells one event.
+    pub(crate) async fn tell(
+        self: &Arc<Self>,
+        service: Option<&str>,
+        rollout: Option<&RolloutId>,
+        body: EventBody,
+    ) -> Result<(), EngineError> {
+        let (service, rollout) = (service.map(str::to_owned), rollout.cloned());
+        self.commit(move |draft| {
+            draft.event(service.as_deref(), rollout.as_ref(), body);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Tells without storing: live readings.
+    pub(crate) fn tell_live(&self, service: &str, rollout: &RolloutId, body: EventBody) {
+        self.events.tell_live(Event {
+            id: self.state().last_event,
+            at: now(),
+            service: Some(service.to_owned()),
+            rollout: Some(rollout.clone()),
+            body,
+        });
+    }
+
+    /// The runtime of a machine; connected anew when the machine's record has changed.
+    pub(crate) fn runtime(&self, machine: &str) -> Option<Arc<dyn Runtime>> {
+        let known = self.state().machines.get(machine)?.clone();
+        Some(self.runtime_of(&known))
+    }
+
+    pub(crate) fn runtime_of(&self, machine: &Machine) -> Arc<dyn Runtime> {
+        let mut runtimes = self.runtimes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, runtime)) = runtimes.get(&machine.spec.name)
+            && of.spec == machine.spec
+        {
+            return Arc::clone(runtime);
+        }
+        let runtime = (self.connect)(machine);
+        runtimes.insert(machine.spec.name.clone(), (machine.clone(), Arc::clone(&runtime)));
+        runtime
+    }
+
+    pub(crate) fn instance_lock(&self, id: &InstanceId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
+        locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+        Arc::clone(locks.entry(id.clone()).or_default())
+    }
+
+    pub(crate) fn edge_now_ms(&self) -> u64 {
+        (self.config.edge_clock)()
+    }
+}
+
+fn refuse_illegal(state: &State, batch: &Batch) -> Result<(), EngineError> {
+    // Journal records follow on one another inside a batch too, so they are judged on the way.
+    let mut journals = State { journals: state.journals.clone(), ..State::default() };
+    for write in &batch.writes {
+        let key = match write {
+            Write::Put(key, _) | Write::Delete(key) => key,
+        };
+        let judged = if key.starts_with("journal/") {
+            journals.apply(&Committed { revision: 0, writes: vec![write.clone()] })
+        } else {
+            state.check(write)
+        };
+        judged.map_err(|illegal| {
+            EngineError::new(
+                ErrorKind::Internal,
+                "state.illegal",
+                format!("refused to store {illegal}"),
+                "This is a defect of the engine; nothing was changed. Please report it with the log.",
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// Wall time.
+pub(crate) fn now() -> UnixMs {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
+}

@@ -1,0 +1,136 @@
+//! The engine as a whole: opened on a store and a table, run until it is told to stop.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use peregrine_routing::TableWriter;
+use uuid::Uuid;
+
+use crate::core::{Connect, Core, EdgeClock};
+use crate::error::EngineError;
+use crate::handle::EngineHandle;
+use crate::journal::Install;
+use crate::model::InstanceState;
+use crate::reconcile;
+use crate::recovery;
+use crate::state::State;
+use crate::store::{Committed, Entry, Store, Write};
+use crate::table::Table;
+
+/// What the engine has to be told.
+#[derive(Clone)]
+pub struct EngineConfig {
+    /// Id of this installation, for a store that has none yet; `None` makes one up.
+    pub install: Option<String>,
+    /// The edge's clock; it has to be the one that the edge writes ejections in.
+    pub edge_clock: EdgeClock,
+    /// Between two comparisons of what is wanted with what runs.
+    pub reconcile_interval_ms: u64,
+    /// How long an unknown instance with our label has to be seen before it is removed.
+    pub orphan_grace_ms: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        let begun = std::time::Instant::now();
+        Self {
+            install: None,
+            edge_clock: Arc::new(move || {
+                1 + u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
+            }),
+            reconcile_interval_ms: 3_000,
+            orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
+        }
+    }
+}
+
+/// The engine. [`Engine::run`] does the work; [`EngineHandle`] is the way to ask.
+pub struct Engine {
+    core: Arc<Core>,
+}
+
+impl Engine {
+    /// Reads the store, makes the state from it and puts every service into the table, with new generations.
+    ///
+    /// # Errors
+    /// The store cannot be read or written. A record that cannot be read is no error: it is kept aside.
+    pub async fn open(
+        config: EngineConfig,
+        store: Arc<dyn Store>,
+        connect: Connect,
+        writer: TableWriter,
+    ) -> Result<(Self, EngineHandle), EngineError> {
+        let (revision, entries) = store.range("").await?;
+        let state = replay(revision, entries);
+        for (key, reason) in &state.aside {
+            tracing::error!(%key, %reason, "a stored record is kept aside; what depends on it is held");
+        }
+        let core = Arc::new(Core::new(config, store, connect, Table::new(writer), state));
+        take_install(&core).await?;
+        give_generations(&core).await?;
+        recovery::render_all(&core).await;
+        Ok((Self { core: Arc::clone(&core) }, EngineHandle::new(core)))
+    }
+
+    /// Resumes what was under way and keeps reality like the intent, until `shutdown`. Rollouts stop where
+    /// they are and are resumed by the next start; nothing that runs is touched.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+        recovery::resume_all(&self.core);
+        reconcile::spawn(&self.core);
+        shutdown.await;
+        self.core.stop.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+    }
+}
+
+fn replay(revision: u64, entries: Vec<Entry>) -> State {
+    let mut state = State::default();
+    let writes = entries.into_iter().map(|entry| Write::Put(entry.key, Bytes::from(entry.value))).collect();
+    // What is kept aside is told by the caller, record by record.
+    drop(state.apply(&Committed { revision, writes }));
+    state
+}
+
+async fn take_install(core: &Arc<Core>) -> Result<(), EngineError> {
+    if core.state().install.is_some() {
+        return Ok(());
+    }
+    let id = core.config.install.clone().unwrap_or_else(|| format!("pg_{}", Uuid::new_v4().simple()));
+    core.commit(move |draft| {
+        let created_at = draft.now();
+        draft.put_install(&Install { id, created_at });
+        Ok(())
+    })
+    .await
+}
+
+/// The edge begins with an empty memory, so every copy in the table begins a new stretch of service.
+async fn give_generations(core: &Arc<Core>) -> Result<(), EngineError> {
+    let state = core.state();
+    let routed = |state: InstanceState| {
+        matches!(state, InstanceState::Started | InstanceState::Serving | InstanceState::Soaking)
+    };
+    let ids: Vec<_> = state
+        .instances
+        .values()
+        .filter(|i| routed(i.state) && i.address.is_some())
+        .map(|i| i.id.clone())
+        .collect();
+    drop(state);
+    for batch in ids.chunks(crate::store::MAX_BATCH_WRITES / 2) {
+        let batch = batch.to_vec();
+        core.commit(move |draft| {
+            for id in &batch {
+                if let Some(instance) = draft.state().instances.get(id) {
+                    let mut instance = instance.clone();
+                    instance.generation = draft.generation();
+                    draft.put_instance(&instance);
+                }
+            }
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! Probes of one copy on the real path: what the edge would ask, sent straight to the instance.
+//!
+//! A probe opens its own connection, so that it tells of a copy what a first client would see.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpStream;
+
+use crate::model::{HealthKind, HealthSpec, Protocol};
+
+/// Most bytes of an answer that a probe reads: it looks at the status, not at the content.
+const MAX_PROBE_BODY_BYTES: usize = 1 << 20;
+
+/// How a copy is probed.
+#[derive(Clone, Debug)]
+pub(crate) struct Probe {
+    pub(crate) address: SocketAddr,
+    pub(crate) protocol: Protocol,
+    pub(crate) host: Option<String>,
+    pub(crate) health: HealthSpec,
+}
+
+impl Probe {
+    /// One probe: how long it took, or why it is bad.
+    pub(crate) async fn once(&self) -> Result<Duration, String> {
+        let begun = Instant::now();
+        let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1)));
+        let probe = async {
+            match &self.health.kind {
+                HealthKind::Http { path } => {
+                    let status = self.get(path).await?;
+                    if (200..400).contains(&status) {
+                        Ok(())
+                    } else {
+                        Err(format!("{path} answers {status}"))
+                    }
+                }
+                HealthKind::Tcp | HealthKind::None => self.connect().await.map(drop),
+            }
+        };
+        match tokio::time::timeout(timeout, probe).await {
+            Ok(result) => result.map(|()| begun.elapsed()),
+            Err(_) => Err(format!("no answer within {} ms", timeout.as_millis())),
+        }
+    }
+
+    /// Asks for a path, with a bounded time; returns the status.
+    pub(crate) async fn warm_up(&self, path: &str) -> Result<u16, String> {
+        let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1)) * 5);
+        tokio::time::timeout(timeout, self.get(path))
+            .await
+            .unwrap_or_else(|_| Err(format!("{path}: no answer within {} ms", timeout.as_millis())))
+    }
+
+    async fn connect(&self) -> Result<TcpStream, String> {
+        TcpStream::connect(self.address)
+            .await
+            .map_err(|error| format!("cannot connect to {}: {error}", self.address))
+    }
+
+    async fn get(&self, path: &str) -> Result<u16, String> {
+        let io = TokioIo::new(self.connect().await?);
+        let authority = self.host.clone().unwrap_or_else(|| self.address.to_string());
+        let broken = |error: hyper::Error| format!("{path}: {error}");
+        let builder = http::Request::get(match self.protocol {
+            Protocol::Http1 => path.to_owned(),
+            Protocol::H2c => format!("http://{authority}{path}"),
+        });
+        let builder = builder.header("user-agent", "peregrine-warm").header("accept", "*/*");
+        let builder = match self.protocol {
+            Protocol::Http1 => builder.header("host", &authority).header("connection", "close"),
+            Protocol::H2c => builder,
+        };
+        let request = builder.body(Empty::<Bytes>::new()).map_err(|error| format!("{path}: {error}"))?;
+        // The connection is driven in this task, so that it ends with the probe.
+        match self.protocol {
+            Protocol::Http1 => {
+                let (mut send, driver) = hyper::client::conn::http1::handshake(io).await.map_err(broken)?;
+                answered(send.send_request(request), driver).await.map_err(broken)
+            }
+            Protocol::H2c => {
+                let (mut send, driver) =
+                    hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.map_err(broken)?;
+                answered(send.send_request(request), driver).await.map_err(broken)
+            }
+        }
+    }
+}
+
+async fn answered(
+    response: impl Future<Output = hyper::Result<http::Response<hyper::body::Incoming>>>,
+    driver: impl Future<Output = hyper::Result<()>>,
+) -> hyper::Result<u16> {
+    let exchange = async {
+        let response = response.await?;
+        let status = response.status().as_u16();
+        let mut body = response.into_body();
+        let mut read = 0;
+        while let Some(frame) = body.frame().await {
+            read += frame?.data_ref().map_or(0, Bytes::len);
+            if read > MAX_PROBE_BODY_BYTES {
+                break;
+            }
+        }
+        Ok(status)
+    };
+    tokio::pin!(exchange, driver);
+    tokio::select! {
+        biased;
+        done = &mut exchange => done,
+        ended = &mut driver => match ended {
+            // The connection may close right after the answer, which is still to be read.
+            Ok(()) => exchange.await,
+            Err(error) => Err(error),
+        },
+    }
+}

@@ -1,0 +1,262 @@
+//! The steady comparison of what is wanted with what runs.
+//!
+//! * A copy that serves and does not run is started again, with growing pauses.
+//! * A copy that listens somewhere else gets a new stretch of service there.
+//! * A copy that no rollout needs any more is removed: the ledger of what could not be removed at once.
+//! * An instance with our label that the store does not know is removed after a grace. Nothing else is touched.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::core::Core;
+use crate::model::{EventBody, Finding, Instance, InstanceId, InstanceState};
+use crate::state::State;
+use crate::steps::{Problem, instance_spec, remove_instance};
+
+/// Longest time that a runtime may take to say what runs.
+const INSPECT_LIMIT_MS: u64 = 5_000;
+/// Longest time for a copy to be started again.
+const ENSURE_LIMIT_MS: u64 = 60_000;
+/// Longest pause between two attempts on the same copy.
+const MAX_BACKOFF_MS: u64 = 60_000;
+/// First pause.
+const BASE_BACKOFF_MS: u64 = 1_000;
+/// Grace for what is removed outside of a rollout.
+const REMOVE_GRACE_MS: u32 = 10_000;
+
+pub(crate) fn spawn(core: &Arc<Core>) {
+    let steady = Arc::clone(core);
+    core.tasks.spawn(async move {
+        let mut backoff = Backoff::default();
+        let mut orphans = HashMap::new();
+        loop {
+            tokio::select! {
+                () = round(&steady, &mut backoff, &mut orphans) => {}
+                () = steady.stop.cancelled() => return,
+            }
+            let interval = Duration::from_millis(steady.config.reconcile_interval_ms);
+            tokio::select! {
+                () = tokio::time::sleep(interval) => {}
+                () = steady.stop.cancelled() => return,
+            }
+        }
+    });
+}
+
+type Seen = HashMap<(String, InstanceId), Instant>;
+
+async fn round(core: &Arc<Core>, backoff: &mut Backoff, orphans: &mut Seen) {
+    let state = core.state();
+    let keep: Vec<InstanceId> = wanted(&state).filter(|id| backoff.is_due(id)).collect();
+    let remove: Vec<InstanceId> = strays(&state).filter(|id| backoff.is_due(id)).collect();
+    drop(state);
+    // All at once: a machine that does not answer holds up its own copies only.
+    let mut work = tokio::task::JoinSet::new();
+    for id in keep {
+        let core = Arc::clone(core);
+        work.spawn(async move { (ensure(&core, &id).await, id) });
+    }
+    for id in remove {
+        let core = Arc::clone(core);
+        work.spawn(async move { (clear(&core, &id).await, id) });
+    }
+    while let Some(done) = work.join_next().await {
+        match done {
+            Ok((Ok(()), id)) => backoff.clear(&id),
+            Ok((Err(problem), id)) => {
+                tracing::warn!(instance = %id, problem = %problem.message, "a copy is not as it should be");
+                backoff.failed(&id);
+            }
+            Err(error) => tracing::error!(%error, "the reconciler met a defect"),
+        }
+    }
+    sweep(core, orphans).await;
+}
+
+/// Copies that are to run whatever happens. New copies of a running rollout are its own business: one that
+/// dies there is a verdict.
+fn wanted(state: &State) -> impl Iterator<Item = InstanceId> {
+    state
+        .instances
+        .values()
+        .filter(|i| matches!(i.state, InstanceState::Serving | InstanceState::Soaking))
+        .filter(|i| {
+            let running = state.rollout_of(&i.service);
+            !running.is_some_and(|rollout| rollout.plan.add.iter().any(|added| added.id == i.id))
+        })
+        .map(|i| i.id.clone())
+}
+
+/// Copies in passing states that no running rollout will see to.
+fn strays(state: &State) -> impl Iterator<Item = InstanceId> {
+    state
+        .instances
+        .values()
+        .filter(|i| i.state != InstanceState::Serving)
+        // A service that is held by a rollout whose record cannot be read is left alone.
+        .filter(|i| state.services.get(&i.service).is_none_or(|service| service.rollout.is_none()))
+        .map(|i| i.id.clone())
+}
+
+/// Makes sure that one copy runs and that the table knows where.
+pub(crate) async fn ensure(core: &Arc<Core>, id: &InstanceId) -> Result<(), Finding> {
+    let lock = core.instance_lock(id);
+    let _alone = lock.lock().await;
+    let state = core.state();
+    let Some(instance) = state.instances.get(id).cloned() else { return Ok(()) };
+    let lives =
+        matches!(instance.state, InstanceState::Started | InstanceState::Serving | InstanceState::Soaking);
+    let Some(runtime) = core.runtime(&instance.machine).filter(|_| lives) else { return Ok(()) };
+    let inspect = Duration::from_millis(INSPECT_LIMIT_MS);
+    let status = tokio::time::timeout(inspect, runtime.inspect(id)).await.map_err(|_| silent(&instance))?;
+    let address = match status.map_err(|error| Finding::from(&error))? {
+        Some(status) if status.running && status.address.is_some() => status.address,
+        found => {
+            let change = match found.and_then(|status| status.exit_code) {
+                Some(code) => format!("exited with {code}"),
+                None => "was not running".to_owned(),
+            };
+            tell(core, &instance, &change).await;
+            let spec = instance_spec(&state, &instance, &core.install()).map_err(finding)?;
+            let limit = Duration::from_millis(ENSURE_LIMIT_MS);
+            let ensured = tokio::time::timeout(limit, runtime.ensure(&spec)).await;
+            let address = ensured.map_err(|_| silent(&instance))?.map_err(|error| Finding::from(&error))?;
+            tell(core, &instance, "started again").await;
+            Some(address)
+        }
+    };
+    drop(state);
+    if address != instance.address {
+        moved(core, id, address).await.map_err(|error| finding(error.into()))?;
+    }
+    Ok(())
+}
+
+async fn moved(
+    core: &Arc<Core>,
+    id: &InstanceId,
+    address: Option<std::net::SocketAddr>,
+) -> Result<(), crate::error::EngineError> {
+    let known = id.clone();
+    let service = core
+        .commit(move |draft| {
+            let Some(instance) = draft.state().instances.get(&known) else { return Ok(None) };
+            let mut instance = instance.clone();
+            instance.address = address;
+            instance.generation = draft.generation();
+            draft.put_instance(&instance);
+            let change = format!("listens on {}", address.map_or_else(|| "?".to_owned(), |a| a.to_string()));
+            let body = EventBody::InstanceChanged { instance: known.clone(), change };
+            draft.event(Some(&instance.service), None, body);
+            Ok(Some(instance.service))
+        })
+        .await?;
+    if let Some(service) = service {
+        core.publish(&service).await?;
+    }
+    Ok(())
+}
+
+/// Removes a copy that nobody needs, and takes it off the list of what is left over.
+async fn clear(core: &Arc<Core>, id: &InstanceId) -> Result<(), Finding> {
+    remove_instance(core, id, REMOVE_GRACE_MS).await.map_err(finding)?;
+    let id = id.clone();
+    let cleared = core.commit(move |draft| {
+        for rollout in draft.state().rollouts.values().filter(|rollout| !rollout.leftovers.is_empty()) {
+            let mut rollout = rollout.clone();
+            let before = rollout.leftovers.len();
+            rollout.leftovers.retain(|left| !left.contains(id.as_str()));
+            if rollout.leftovers.len() != before {
+                draft.put_rollout(&rollout);
+            }
+        }
+        Ok(())
+    });
+    cleared.await.map_err(|error| finding(error.into()))
+}
+
+/// Machines first, then the store: what is started in between is known by then.
+async fn sweep(core: &Arc<Core>, seen: &mut Seen) {
+    let machines: Vec<String> = core.state().machines.keys().cloned().collect();
+    let install = core.install();
+    let mut found = Vec::new();
+    let mut lists = tokio::task::JoinSet::new();
+    for machine in machines {
+        let Some(runtime) = core.runtime(&machine) else { continue };
+        let install = install.clone();
+        lists.spawn(async move {
+            let limit = Duration::from_millis(INSPECT_LIMIT_MS);
+            match tokio::time::timeout(limit, runtime.list(&install)).await {
+                Ok(Ok(instances)) => instances.into_iter().map(|i| (machine.clone(), i.id)).collect(),
+                _ => Vec::new(), // it does not answer: nothing is known, nothing is done
+            }
+        });
+    }
+    while let Some(Ok(list)) = lists.join_next().await {
+        found.extend(list);
+    }
+    let state = core.state();
+    found.retain(|(_, id)| !state.instances.contains_key(id));
+    seen.retain(|orphan, _| found.contains(orphan));
+    for orphan in found {
+        let since = *seen.entry(orphan.clone()).or_insert_with(Instant::now);
+        if since.elapsed() < Duration::from_millis(core.config.orphan_grace_ms) {
+            continue;
+        }
+        let (machine, id) = orphan;
+        let Some(runtime) = core.runtime(&machine) else { continue };
+        tracing::warn!(instance = %id, %machine, "an instance of ours that the store does not know is removed");
+        if let Err(error) = runtime.remove(&id, REMOVE_GRACE_MS).await {
+            tracing::warn!(instance = %id, %machine, %error, "it could not be removed; it is tried again");
+        }
+    }
+}
+
+async fn tell(core: &Arc<Core>, instance: &Instance, change: &str) {
+    let body = EventBody::InstanceChanged { instance: instance.id.clone(), change: change.to_owned() };
+    if let Err(error) = core.tell(Some(&instance.service), None, body).await {
+        tracing::warn!(%error, "an event cannot be stored");
+    }
+}
+
+fn silent(instance: &Instance) -> Finding {
+    Finding {
+        code: "machine.unreachable".to_owned(),
+        message: format!("{} does not answer for {}", instance.machine, instance.id),
+        hint: "Check the machine: peregrine machines check.".to_owned(),
+    }
+}
+
+fn finding(problem: Problem) -> Finding {
+    match problem {
+        Problem::Failed(finding) => finding,
+        Problem::Store(error) => {
+            Finding { code: error.code.to_owned(), message: error.message, hint: error.hint }
+        }
+    }
+}
+
+/// Growing pauses between attempts on the same copy.
+#[derive(Default)]
+struct Backoff {
+    failures: HashMap<InstanceId, (u32, Instant)>,
+}
+
+impl Backoff {
+    fn is_due(&self, id: &InstanceId) -> bool {
+        self.failures.get(id).is_none_or(|(_, due)| Instant::now() >= *due)
+    }
+
+    fn failed(&mut self, id: &InstanceId) {
+        let times = self.failures.get(id).map_or(0, |(times, _)| *times);
+        let pause = (BASE_BACKOFF_MS << times.min(10)).min(MAX_BACKOFF_MS);
+        self.failures.insert(id.clone(), (times + 1, Instant::now() + Duration::from_millis(pause)));
+    }
+
+    fn clear(&mut self, id: &InstanceId) {
+        self.failures.remove(id);
+    }
+}

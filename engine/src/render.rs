@@ -1,0 +1,238 @@
+//! From state to routing: what the table says of a service. Pure; the table is derived, never saved.
+//!
+//! ```text
+//!   no rollout:   serving ── weight 1
+//!   rollout:      kept ── share before and after      old ── falling share, then standby
+//!                 new ── rising share; weight 0 and not standby until the shift begins
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use peregrine_routing as routing;
+use routing::{Address, Generation, HealthCheck, HealthCheckKind, HostPattern, PoolSpec, UpstreamSpec};
+
+use crate::model::{
+    BalanceSpec, FixedUpstream, HashBy, HealthKind, HealthSpec, Instance, InstanceState, Protocol, Rollout,
+    Service, ServiceSpec, Workload,
+};
+use crate::state::State;
+
+/// A fixed upstream with the generation of its present stretch of service.
+pub(crate) type FixedGeneration = (FixedUpstream, u64);
+
+/// What the table is to say of a service; `None` if it is not to be in it.
+pub(crate) fn render(state: &State, name: &str, fixed: &[FixedGeneration]) -> Option<routing::ServiceSpec> {
+    let service = state.services.get(name)?;
+    let rollout = state.rollout_of(name);
+    let leaving =
+        rollout.is_some_and(|rollout| state.changes.get(&rollout.id).is_some_and(|c| c.after.is_none()));
+    if service.spec.routes.is_empty() || (leaving && rollout.is_some_and(|r| r.weight_percent == 100)) {
+        return None;
+    }
+    let name: Arc<str> = name.into();
+    Some(routing::ServiceSpec {
+        pools: pools(state, service, rollout, fixed),
+        routes: routes(&service.spec),
+        balance: balance(&service.spec.traffic.balance),
+        policy: policy(state, service, rollout),
+        name,
+    })
+}
+
+fn routes(spec: &ServiceSpec) -> Vec<routing::RouteSpec> {
+    let parsed = spec.routes.iter().filter_map(|route| {
+        // Checked when the service was taken in; a record of an older version must not stop the others.
+        let host = HostPattern::parse(&route.host).ok()?;
+        Some(routing::RouteSpec { host, path_prefix: route.path.as_str().into() })
+    });
+    parsed.collect()
+}
+
+fn pools(
+    state: &State,
+    service: &Service,
+    rollout: Option<&Rollout>,
+    fixed: &[FixedGeneration],
+) -> Vec<PoolSpec> {
+    if matches!(service.spec.workload, Workload::Fixed { .. }) {
+        return vec![fixed_pool(service, fixed)];
+    }
+    let protocol = protocol(service.spec.traffic.protocol);
+    let present: Vec<&Instance> = state.instances_of(&service.spec.name).filter(|i| is_routed(i)).collect();
+    let pool = |name: &str, weight: u32, standby: bool, members: Vec<&Instance>| PoolSpec {
+        name: name.into(),
+        weight,
+        standby,
+        upstreams: members.into_iter().filter_map(|i| upstream(i, protocol)).collect(),
+    };
+    let Some(rollout) = rollout else {
+        let serving = present.into_iter().filter(|i| i.state == InstanceState::Serving).collect();
+        return vec![pool("serving", 1, false, serving)];
+    };
+    let plan = &rollout.plan;
+    let is_new = |i: &Instance| plan.add.iter().any(|added| added.id == i.id);
+    let (new, others): (Vec<&Instance>, Vec<&Instance>) = present.into_iter().partition(|i| is_new(i));
+    let (old, kept): (Vec<&Instance>, Vec<&Instance>) =
+        others.into_iter().partition(|i| plan.retire.contains(&i.id));
+    let weights = Weights::of(rollout);
+    // Falling back on the new copies before they have shown that they work would be no help.
+    let pools = [
+        pool("kept", weights.kept, false, kept),
+        pool("old", weights.old, weights.old == 0, old),
+        pool("new", weights.new, false, new),
+    ];
+    pools.into_iter().filter(|pool| !pool.upstreams.is_empty()).collect()
+}
+
+/// Exact shares at a percentage: the service's traffic is split as it was before (kept and old) for the one
+/// part, and as it will be (kept and new) for the other.
+struct Weights {
+    kept: u32,
+    old: u32,
+    new: u32,
+}
+
+impl Weights {
+    fn of(rollout: &Rollout) -> Self {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).min(1_000);
+        let plan = &rollout.plan;
+        let (kept, old, new) = (count(plan.keep.len()), count(plan.retire.len()), count(plan.add.len()));
+        let percent = u32::from(rollout.weight_percent.min(100));
+        let (before, after) = (kept + old, kept + new);
+        if before == 0 {
+            return Self { kept: 0, old: 0, new: percent };
+        }
+        if after == 0 {
+            return Self { kept: 0, old: 100 - percent, new: 0 };
+        }
+        Self {
+            kept: kept * ((100 - percent) * after + percent * before),
+            old: (100 - percent) * old * after,
+            new: percent * new * before,
+        }
+    }
+}
+
+fn is_routed(instance: &Instance) -> bool {
+    let state =
+        matches!(instance.state, InstanceState::Started | InstanceState::Serving | InstanceState::Soaking);
+    state && instance.generation > 0 && instance.address.is_some()
+}
+
+fn upstream(instance: &Instance, protocol: routing::UpstreamProtocol) -> Option<UpstreamSpec> {
+    Some(UpstreamSpec {
+        generation: Generation(instance.generation),
+        name: instance.id.as_str().into(),
+        address: Address::Socket(instance.address?),
+        protocol,
+        weight: 1,
+    })
+}
+
+fn fixed_pool(service: &Service, fixed: &[FixedGeneration]) -> PoolSpec {
+    let member = |(upstream, generation): &FixedGeneration| {
+        Some(UpstreamSpec {
+            generation: Generation(*generation),
+            name: upstream.address.as_str().into(),
+            address: address(&upstream.address)?,
+            protocol: protocol(service.spec.traffic.protocol),
+            weight: upstream.weight.max(1),
+        })
+    };
+    PoolSpec {
+        name: "serving".into(),
+        weight: 1,
+        standby: false,
+        upstreams: fixed.iter().filter_map(member).collect(),
+    }
+}
+
+/// Reads `10.0.0.5:8080`, `[::1]:80` or `backend.internal:8080`.
+pub(crate) fn address(text: &str) -> Option<Address> {
+    if let Ok(socket) = text.parse::<SocketAddr>() {
+        return (socket.port() != 0).then_some(Address::Socket(socket));
+    }
+    let (host, port) = text.rsplit_once(':')?;
+    let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
+    let host = routing::canonical_host(host).ok()?;
+    (!host.contains(':')).then(|| Address::Name { host: host.as_ref().into(), port })
+}
+
+const fn protocol(protocol: Protocol) -> routing::UpstreamProtocol {
+    match protocol {
+        Protocol::Http1 => routing::UpstreamProtocol::Http1,
+        Protocol::H2c => routing::UpstreamProtocol::H2c,
+    }
+}
+
+fn balance(balance: &BalanceSpec) -> routing::Balance {
+    match balance {
+        BalanceSpec::RoundRobin => routing::Balance::RoundRobin,
+        BalanceSpec::LeastInFlight => routing::Balance::LeastInFlight,
+        BalanceSpec::PeakEwma => routing::Balance::PeakEwma,
+        BalanceSpec::ConsistentHash(by) => routing::Balance::ConsistentHash(match by {
+            HashBy::Header(name) => routing::HashKey::Header(name.as_str().into()),
+            HashBy::Cookie(name) => routing::HashKey::Cookie(name.as_str().into()),
+            HashBy::ClientAddress => routing::HashKey::ClientAddress,
+        }),
+    }
+}
+
+fn policy(state: &State, service: &Service, rollout: Option<&Rollout>) -> routing::ServicePolicy {
+    let traffic = &service.spec.traffic;
+    routing::ServicePolicy {
+        connect_timeout_ms: traffic.connect_timeout_ms,
+        response_head_timeout_ms: traffic.response_head_timeout_ms,
+        body_idle_timeout_ms: traffic.body_idle_timeout_ms,
+        tunnel_idle_timeout_ms: traffic.tunnel_idle_timeout_ms,
+        max_request_body_bytes: traffic.max_request_body_bytes,
+        slow_start_ms: traffic.slow_start_ms,
+        preserve_host: traffic.preserve_host,
+        sticky: traffic
+            .sticky_cookie
+            .as_ref()
+            .map(|cookie| routing::Sticky { cookie: cookie.as_str().into() }),
+        health: health(state, service, rollout),
+        ..routing::ServicePolicy::default()
+    }
+}
+
+/// The edge's probe. While two versions with different probes stand side by side, the probe of the one says
+/// nothing about the other: then it is a connection, and the rollout probes each version in its own way.
+fn health(state: &State, service: &Service, rollout: Option<&Rollout>) -> Option<HealthCheck> {
+    let own = &service.spec.health;
+    let of = |number: u32| state.version(&service.spec.name, number).map(|version| &version.health);
+    let differ = rollout.is_some_and(|rollout| {
+        let after = of(rollout.plan.to_version);
+        let before = rollout.plan.from_version.and_then(of);
+        before.is_some() && after != before
+    });
+    let first_deploy = rollout.filter(|r| r.plan.from_version.is_none()).map(|r| r.plan.to_version);
+    let own = first_deploy.and_then(of).unwrap_or(own);
+    let kind = match &own.kind {
+        HealthKind::None => return None,
+        HealthKind::Tcp => HealthCheckKind::Tcp,
+        HealthKind::Http { .. } if differ => HealthCheckKind::Tcp,
+        HealthKind::Http { path } => HealthCheckKind::Http {
+            path: path.as_str().into(),
+            host: probe_host(&service.spec).map(Into::into),
+        },
+    };
+    Some(check(kind, own))
+}
+
+const fn check(kind: HealthCheckKind, spec: &HealthSpec) -> HealthCheck {
+    HealthCheck {
+        kind,
+        interval_ms: spec.interval_ms,
+        timeout_ms: spec.timeout_ms,
+        healthy_threshold: spec.healthy,
+        unhealthy_threshold: spec.unhealthy,
+    }
+}
+
+/// The host that probes ask for: the first exact one. A wildcard names no host.
+pub(crate) fn probe_host(spec: &ServiceSpec) -> Option<String> {
+    spec.routes.iter().map(|route| &route.host).find(|host| !host.contains('*')).cloned()
+}

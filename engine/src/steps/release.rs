@@ -1,0 +1,75 @@
+//! Release: a copy is stopped and removed, and confirmed to be gone. It needs its empty receipt.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Done, Problem, StepContext, drain};
+use crate::core::Core;
+use crate::model::{EventBody, Finding, InstanceId, InstanceState};
+
+/// Beyond the grace: how long a runtime may take to remove a copy and confirm it.
+pub(super) const REMOVE_LIMIT_MS: u64 = 20_000;
+
+pub(super) async fn forward(context: &StepContext, id: &InstanceId) -> Result<Done, Problem> {
+    let retired = id.clone();
+    context
+        .commit(move |draft, _| {
+            if let Some(instance) = draft.state().instances.get(&retired) {
+                drain::retire(draft, instance, InstanceState::Releasing);
+            }
+            Ok(())
+        })
+        .await?;
+    context.publish().await?;
+    drain::drained(context, std::slice::from_ref(id)).await?;
+    remove_instance(&context.core, id, context.plan.settings.stop_grace_ms).await?;
+    Ok(Done::new(format!("{id} is gone")))
+}
+
+/// Removes a copy and, when it is confirmed to be gone, its record. One without a record is a success.
+pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms: u32) -> Result<(), Problem> {
+    let Some(instance) = core.state().instances.get(id).cloned() else { return Ok(()) };
+    if instance.state != InstanceState::Releasing {
+        let retired = id.clone();
+        core.commit(move |draft| {
+            if let Some(instance) = draft.state().instances.get(&retired) {
+                drain::retire(draft, instance, InstanceState::Releasing);
+            }
+            Ok(())
+        })
+        .await?;
+        core.publish(&instance.service).await?;
+    }
+    let lock = core.instance_lock(id);
+    let limit = Duration::from_millis(u64::from(grace_ms) + REMOVE_LIMIT_MS);
+    let removal = async {
+        let _alone = lock.lock().await;
+        let Some(runtime) = core.runtime(&instance.machine) else {
+            return Err(left(id, &instance.machine, "the machine is not known any more"));
+        };
+        runtime.remove(id, grace_ms).await.map_err(|error| left(id, &instance.machine, &error.to_string()))
+    };
+    match tokio::time::timeout(limit, removal).await {
+        Ok(result) => result?,
+        Err(_) => return Err(left(id, &instance.machine, "it was not confirmed in time")),
+    }
+    let id = id.clone();
+    core.commit(move |draft| {
+        if let Some(instance) = draft.state().instances.get(&id) {
+            draft.delete_instance(&id);
+            let body = EventBody::InstanceChanged { instance: id.clone(), change: "removed".to_owned() };
+            draft.event(Some(&instance.service), None, body);
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(())
+}
+
+fn left(id: &InstanceId, machine: &str, why: &str) -> Problem {
+    Problem::Failed(Finding {
+        code: "instance.not_removed".to_owned(),
+        message: format!("{id} on {machine} could not be removed: {why}"),
+        hint: "It is tried again by itself when the machine answers; nothing uses it.".to_owned(),
+    })
+}

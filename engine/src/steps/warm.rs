@@ -1,0 +1,168 @@
+//! Warm: the new copies have to show that they work before they get traffic.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use tokio::time::Instant;
+
+use super::{Done, Problem, StepContext};
+use crate::model::{Finding, Instance, InstanceId};
+use crate::probe::Probe;
+use crate::render;
+use crate::runtime::{LogOptions, Runtime};
+
+/// Between probes while the copy is not up yet.
+const KNOCK_INTERVAL_MS: u64 = 50;
+/// Longest time that the runtime may take to say whether the copy runs.
+const INSPECT_TIMEOUT_MS: u64 = 2_000;
+/// Lines of output that a failure quotes.
+const QUOTED_LINES: usize = 20;
+/// Longest time to fetch them.
+const QUOTE_TIMEOUT_MS: u64 = 1_000;
+
+pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
+    let mut copies = tokio::task::JoinSet::new();
+    for id in context.new_ids() {
+        let context = context.clone();
+        copies.spawn(async move { warm_one(&context, &id).await });
+    }
+    let count = copies.len();
+    context
+        .waiting_for(Some(format!(
+            "{} good probes in a row of each new copy",
+            context.plan.settings.warm.probes
+        )))
+        .await;
+    while let Some(done) = copies.join_next().await {
+        match done {
+            Ok(result) => result?,
+            Err(error) => {
+                return Err(Problem::Failed(Finding {
+                    code: "engine.defect".to_owned(),
+                    message: format!("warming met a defect: {error}"),
+                    hint: "Please report it with the log of the engine.".to_owned(),
+                }));
+            }
+        }
+    }
+    Ok(Done::new(format!("{count} copies are warm")))
+}
+
+async fn warm_one(context: &StepContext, id: &InstanceId) -> Result<(), Problem> {
+    let (instance, probe) = subject(context, id)?;
+    let runtime = context.runtime(&instance.machine)?;
+    let settings = &context.plan.settings;
+    let deadline = Instant::now() + Duration::from_millis(u64::from(settings.start_timeout_ms));
+    let mut good = 0;
+    let mut last = String::from("it was not probed");
+    while good < settings.warm.probes {
+        match probe.once().await {
+            Ok(_) => good += 1,
+            Err(why) => {
+                good = 0;
+                last = why;
+                fail_if_exited(&*runtime, &instance).await?;
+            }
+        }
+        if good >= settings.warm.probes {
+            break;
+        }
+        if Instant::now() >= deadline {
+            return Err(never_healthy(&*runtime, &instance, settings.start_timeout_ms, &last).await);
+        }
+        let interval = if good == 0 { KNOCK_INTERVAL_MS } else { u64::from(settings.warm.probe_interval_ms) };
+        tokio::time::sleep(Duration::from_millis(interval)).await;
+    }
+    for path in &settings.warm.paths {
+        warm_path(&probe, &instance, path).await?;
+    }
+    // It may have answered its last probe while it died.
+    fail_if_exited(&*runtime, &instance).await
+}
+
+async fn warm_path(probe: &Probe, instance: &Instance, path: &str) -> Result<(), Problem> {
+    let why = match probe.warm_up(path).await {
+        Ok(status) if status < 500 => return Ok(()),
+        Ok(status) => format!("{path} answers {status}"),
+        Err(why) => why,
+    };
+    Err(Problem::Failed(Finding {
+        code: "warm.path_failed".to_owned(),
+        message: format!("{} on {}: warm-up {why}", instance.service, instance.machine),
+        hint: "Correct the version or take the path out of move.warm.paths.".to_owned(),
+    }))
+}
+
+fn subject(context: &StepContext, id: &InstanceId) -> Result<(Instance, Probe), Problem> {
+    let state = context.core.state();
+    let found = || {
+        let instance = state.instances.get(id)?;
+        let change = state.changes.get(context.id()).and_then(|change| change.after.as_deref());
+        let spec = change.or_else(|| state.services.get(&instance.service).map(|service| &service.spec))?;
+        let probe = Probe {
+            address: instance.address?,
+            protocol: spec.traffic.protocol,
+            host: render::probe_host(spec),
+            health: state.version(&instance.service, instance.version)?.health.clone(),
+        };
+        Some((instance.clone(), probe))
+    };
+    found().ok_or_else(|| {
+        Problem::Failed(Finding {
+            code: "instance.unknown".to_owned(),
+            message: format!("there is no running copy {id}"),
+            hint: "Start the rollout again.".to_owned(),
+        })
+    })
+}
+
+/// A copy that has ended is not waited for.
+async fn fail_if_exited(runtime: &dyn Runtime, instance: &Instance) -> Result<(), Problem> {
+    let limit = Duration::from_millis(INSPECT_TIMEOUT_MS);
+    let code = match tokio::time::timeout(limit, runtime.inspect(&instance.id)).await {
+        Ok(Ok(Some(status))) if !status.running => status.exit_code,
+        Ok(Ok(None)) => None,
+        _ => return Ok(()),
+    };
+    let code = code.map_or_else(|| "an unknown code".to_owned(), |code| format!("code {code}"));
+    let output = last_output(runtime, &instance.id).await;
+    Err(Problem::Failed(Finding {
+        code: "instance.exited".to_owned(),
+        message: format!(
+            "{} on {} exited with {code} before it was healthy: {output}",
+            instance.service, instance.machine
+        ),
+        hint: "Read its last output; check command, environment and port.".to_owned(),
+    }))
+}
+
+async fn never_healthy(runtime: &dyn Runtime, instance: &Instance, limit_ms: u32, last: &str) -> Problem {
+    let output = last_output(runtime, &instance.id).await;
+    Problem::Failed(Finding {
+        code: "instance.never_healthy".to_owned(),
+        message: format!(
+            "{} on {} was not healthy within {limit_ms} ms: {last}; its last output: {output}",
+            instance.service, instance.machine
+        ),
+        hint: "Check the port and the health path in the manifest, or raise move.start_timeout_ms."
+            .to_owned(),
+    })
+}
+
+async fn last_output(runtime: &dyn Runtime, id: &InstanceId) -> String {
+    let options = LogOptions { follow: false, tail: Some(QUOTED_LINES), since: None };
+    let mut lines = VecDeque::new();
+    let mut stream = runtime.logs(id, options);
+    let read = async {
+        while let Some(Ok(line)) = stream.next().await {
+            lines.push_back(line.text);
+            if lines.len() > QUOTED_LINES {
+                lines.pop_front();
+            }
+        }
+    };
+    // What came until then is quoted.
+    let _ = tokio::time::timeout(Duration::from_millis(QUOTE_TIMEOUT_MS), read).await;
+    if lines.is_empty() { "(none)".to_owned() } else { Vec::from(lines).join(" | ") }
+}

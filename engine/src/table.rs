@@ -1,0 +1,164 @@
+//! The table's one writer, and what the engine remembers of it: upstreams by generation.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use peregrine_routing::{Change, Generation, PoolSpec, TableError, TableWriter, Upstream, UpstreamSpec};
+
+use crate::core::Core;
+use crate::error::{EngineError, ErrorKind};
+use crate::model::{DrainDeadlines, Workload};
+use crate::render::{FixedGeneration, render};
+
+pub(crate) struct Table {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    writer: TableWriter,
+    fixed: HashMap<String, Vec<FixedGeneration>>,
+}
+
+/// A publication.
+pub(crate) struct Published {
+    /// Version of the table that says it.
+    pub(crate) version: u64,
+    /// Upstreams that have lost their place.
+    pub(crate) retired: Vec<Arc<Upstream>>,
+}
+
+impl Table {
+    pub(crate) fn new(writer: TableWriter) -> Self {
+        Self { inner: Mutex::new(Inner { writer, fixed: HashMap::new() }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn upstream(&self, generation: u64) -> Option<Arc<Upstream>> {
+        self.lock().writer.upstream(Generation(generation)).cloned()
+    }
+
+    /// Share of its service's traffic that a generation is given, in percent.
+    pub(crate) fn share_percent(&self, service: &str, generation: u64) -> f64 {
+        let inner = self.lock();
+        let Some(spec) = inner.writer.service(service) else { return 0.0 };
+        let total: u64 = spec.pools.iter().map(|pool| u64::from(pool.weight)).sum();
+        let own = |pool: &&PoolSpec| pool.upstreams.iter().any(|u| u.generation == Generation(generation));
+        let Some(pool) = spec.pools.iter().find(own).filter(|_| total > 0) else { return 0.0 };
+        #[expect(clippy::cast_precision_loss, reason = "a share for people")]
+        let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
+        let weights = |of: &dyn Fn(&UpstreamSpec) -> bool| -> u64 {
+            pool.upstreams.iter().filter(|u| of(u)).map(|u| u64::from(u.weight)).sum()
+        };
+        let inside = share(weights(&|u| u.generation == Generation(generation)), weights(&|_| true));
+        100.0 * share(u64::from(pool.weight), total) * inside
+    }
+
+    /// Generations of a service's fixed upstreams.
+    pub(crate) fn fixed(&self, service: &str) -> Vec<FixedGeneration> {
+        self.lock().fixed.get(service).cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn forget(&self, generation: u64) {
+        self.lock().writer.forget(Generation(generation));
+    }
+
+    /// Renders a service from the newest state and publishes it. Whoever publishes last has rendered last.
+    pub(crate) fn publish(&self, core: &Core, service: &str) -> Result<Published, EngineError> {
+        let mut inner = self.lock();
+        let fixed = inner.fixed.get(service).map_or(&[][..], Vec::as_slice);
+        let change = match render(&core.state(), service, fixed) {
+            Some(spec) if inner.writer.service(service) == Some(&spec) => None,
+            Some(spec) => Some(Change::Put(spec)),
+            None if inner.writer.service(service).is_none() => None,
+            None => Some(Change::Remove(service.into())),
+        };
+        let Some(change) = change else {
+            return Ok(Published { version: inner.writer.version(), retired: Vec::new() });
+        };
+        let applied = inner.writer.apply(&[change]).map_err(refused)?;
+        Ok(Published { version: applied.version, retired: applied.retired })
+    }
+
+    /// Waits until every edge uses table `version`.
+    pub(crate) async fn acknowledged(&self, version: u64) {
+        let acknowledged = self.lock().writer.acknowledged(version);
+        acknowledged.await;
+    }
+
+    fn set_fixed(&self, service: &str, fixed: Vec<FixedGeneration>) {
+        self.lock().fixed.insert(service.to_owned(), fixed);
+    }
+
+    fn drop_fixed(&self, service: &str) {
+        self.lock().fixed.remove(service);
+    }
+}
+
+fn refused(error: TableError) -> EngineError {
+    let hint = match error {
+        TableError::RouteTaken { .. } => "Give one of the two services another host or path.",
+        TableError::BadPath { .. } => "Correct the path prefix of the route.",
+        _ => "This is a defect of the engine; the table stayed as it was. Please report it with the log.",
+    };
+    EngineError::new(ErrorKind::Conflict, "route.refused", error.to_string(), hint)
+}
+
+impl Core {
+    /// Publishes a service outside of a rollout, and sees to what it retires.
+    pub(crate) async fn publish(self: &Arc<Self>, service: &str) -> Result<u64, EngineError> {
+        self.give_fixed_generations(service).await?;
+        let published = self.table.publish(self, service)?;
+        let deadlines = self.state().services.get(service).map(|s| s.spec.move_settings.drain.clone());
+        for upstream in published.retired {
+            self.see_off(upstream, deadlines.clone().unwrap_or_default());
+        }
+        Ok(published.version)
+    }
+
+    /// Lets a retired upstream finish in the background: cut at its deadlines, then forgotten.
+    pub(crate) fn see_off(self: &Arc<Self>, upstream: Arc<Upstream>, deadlines: DrainDeadlines) {
+        let core = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let left = crate::steps::drain_one(&upstream, &deadlines, std::time::Instant::now());
+            tokio::select! {
+                () = left => core.table.forget(upstream.generation().0),
+                () = core.stop.cancelled() => {}
+            }
+        });
+    }
+
+    /// Fixed upstreams have no record of their own; their generations are given out when they appear.
+    async fn give_fixed_generations(self: &Arc<Self>, service: &str) -> Result<(), EngineError> {
+        let wanted = match self.state().services.get(service).map(|s| s.spec.workload.clone()) {
+            Some(Workload::Fixed { upstreams }) => upstreams,
+            _ => {
+                self.table.drop_fixed(service);
+                return Ok(());
+            }
+        };
+        let known = self.table.fixed(service);
+        let missing = wanted.iter().any(|w| !known.iter().any(|(k, _)| k.address == w.address));
+        let first = if missing {
+            let count = wanted.len();
+            self.commit(move |draft| {
+                let first = draft.generation();
+                for _ in 1..count {
+                    draft.generation();
+                }
+                Ok(first)
+            })
+            .await?
+        } else {
+            0
+        };
+        let fixed = wanted.into_iter().zip(first..).map(|(upstream, fresh)| {
+            let old = known.iter().find(|(k, _)| k.address == upstream.address).map(|(_, g)| *g);
+            (upstream, old.unwrap_or(fresh))
+        });
+        self.table.set_fixed(service, fixed.collect());
+        Ok(())
+    }
+}

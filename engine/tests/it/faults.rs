@@ -1,0 +1,200 @@
+//! Whatever fails, the service is as it was, and what is left over is named.
+
+use peregrine_engine::model::{InstanceState, RolloutState};
+use peregrine_engine::{Ask, ErrorKind, MoveOverrides};
+
+use crate::support::{Bench, move_to, shop, shop_version, until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_fails_leaves_everything_as_it_was() {
+    let bench = Bench::with_shop().await;
+    let before = bench.world.inventory();
+    bench.world.faults("host-b", |faults| {
+        faults.fail.insert("ensure", 1);
+    });
+    let ended = bench.ended(move_to("host-b")).await;
+    assert_eq!(ended.state, RolloutState::Failed);
+    assert_eq!(ended.problem.expect("a reason").code, "runtime.failed");
+    bench.assert_tidy(1).await;
+    assert_eq!(bench.world.inventory(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_copy_that_exits_fails_fast_with_its_last_output() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-b", |faults| faults.exit_at_start = Some(3));
+    let begun = std::time::Instant::now();
+    let ended = bench.ended(move_to("host-b")).await;
+    assert_eq!(ended.state, RolloutState::Failed);
+    let problem = ended.problem.expect("a reason");
+    assert_eq!(problem.code, "instance.exited");
+    assert!(
+        problem.message.contains("code 3") && problem.message.contains("last words"),
+        "{}",
+        problem.message
+    );
+    assert!(begun.elapsed().as_secs() < 3, "the start's own time-out is 5 s");
+    bench.assert_tidy(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_never_gets_healthy_is_given_up_and_the_service_is_untouched() {
+    let bench = Bench::new().await;
+    let mut spec = shop();
+    spec.move_settings.start_timeout_ms = 300;
+    bench.deploy(spec, Some("host-a")).await;
+    bench.edge.load(2);
+    bench.world.faults("host-b", |faults| faults.health_status = Some(500));
+    let ended = bench.ended(move_to("host-b")).await;
+    assert_eq!(ended.state, RolloutState::Failed);
+    assert_eq!(ended.problem.expect("a reason").code, "instance.never_healthy");
+    bench.assert_tidy(1).await;
+    bench.edge.quiet().await;
+    bench.edge.assert_lossless(5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_deploy_that_fails_leaves_no_service_behind() {
+    let bench = Bench::new().await;
+    bench.world.faults("host-a", |faults| faults.exit_at_start = Some(1));
+    let ask = Ask::Deploy {
+        spec: Box::new(shop()),
+        machine: Some("host-a".to_owned()),
+        overrides: MoveOverrides::default(),
+    };
+    let ended = bench.ended(ask).await;
+    assert_eq!(ended.state, RolloutState::Failed);
+    bench.assert_tidy(0).await;
+    assert!(bench.engine.state().services.is_empty());
+    assert!(bench.engine.state().versions.is_empty());
+    assert!(bench.edge.reader().load().lookup("shop.test", "/").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_deploy_keeps_the_specification_of_before() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-a", |faults| faults.exit_at_start = Some(1));
+    let ask = Ask::Deploy {
+        spec: Box::new(shop_version("two")),
+        machine: None,
+        overrides: MoveOverrides::default(),
+    };
+    assert_eq!(bench.ended(ask).await.state, RolloutState::Failed);
+    assert_eq!(bench.engine.state().services["shop"].spec, shop());
+    assert_eq!(bench.engine.state().services["shop"].version, Some(1));
+    bench.assert_tidy(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_undo_that_fails_names_what_is_left_and_it_is_cleared_when_the_machine_answers() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-b", |faults| {
+        faults.health_status = Some(500);
+        faults.fail.insert("remove", 5);
+    });
+    let started = bench.start(move_to("host-b")).await;
+    bench.until(&started, "the warm-up", |r| r.phase == peregrine_engine::model::Phase::Warm).await;
+    bench.engine.abort(&started.id).await.expect("it is heard");
+    let ended = bench.end_of(&started).await;
+    assert_eq!(ended.state, RolloutState::NeedsOperator);
+    let left = &started.plan.add[0].id;
+    assert!(ended.leftovers.iter().any(|text| text.contains(left.as_str())), "{:?}", ended.leftovers);
+    assert_eq!(bench.edge.get("/").await, Ok(200), "the service goes on");
+    bench.assert_tidy(1).await;
+    until("the list to be empty", || {
+        bench.engine.state().rollouts[&started.id].leftovers.is_empty().then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_copy_that_cannot_be_removed_is_named_while_the_new_one_serves() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-a", |faults| {
+        faults.fail.insert("remove", 3);
+    });
+    let ended = bench.ended(move_to("host-b")).await;
+    assert_eq!(ended.state, RolloutState::NeedsOperator);
+    assert_eq!(ended.leftovers.len(), 1);
+    assert_eq!(bench.edge.get("/").await, Ok(200));
+    bench.assert_tidy(1).await;
+    assert_eq!(bench.serving()[0].machine, "host-b");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_dies_is_started_again_at_its_new_address() {
+    let bench = Bench::with_shop().await;
+    let before = bench.serving()[0].clone();
+    bench.world.kill(&before.id);
+    until("another stretch of service", || {
+        bench
+            .serving()
+            .first()
+            .filter(|now| now.generation > before.generation && now.address != before.address)
+            .map(drop)
+    })
+    .await;
+    bench.assert_tidy(1).await;
+    assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_instance_with_our_label_is_removed_after_a_grace_and_a_strangers_is_not() {
+    let bench = Bench::with_shop().await;
+    let ours = bench.world.plant("host-a", &bench.engine.install()).await;
+    let theirs = bench.world.plant("host-a", "pg_somebody_else").await;
+    let check = bench.engine.check_machine("host-a").await.expect("it is known");
+    assert_eq!((check.instances, check.orphans), (1, vec![ours.to_string()]));
+    until("ours to go", || (!bench.world.runs("host-a", &ours)).then_some(())).await;
+    assert!(bench.world.runs("host-a", &theirs));
+    assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_bad_rollout_stops_no_other() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-b", |faults| {
+        faults.hang.extend(["ensure", "inspect", "remove", "list"]);
+    });
+    let stuck = bench.start(move_to("host-b")).await;
+    let mut other = shop();
+    other.name = "books".to_owned();
+    other.routes[0].host = "books.test".to_owned();
+    bench.deploy(other, Some("host-a")).await;
+    assert!(!bench.engine.state().rollouts[&stuck.id].state.is_terminal());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unreachable_machine_blocks_a_move_to_it_and_can_be_checked() {
+    let bench = Bench::with_shop().await;
+    bench.world.faults("host-b", |faults| faults.unreachable = true);
+    let refused =
+        bench.engine.start(move_to("host-b"), "t".to_owned(), None, None).await.expect_err("blocked");
+    assert_eq!(refused.kind, ErrorKind::Blocked);
+    assert_eq!(refused.findings[0].code, "machine.unreachable");
+    let check = bench.engine.check_machine("host-b").await.expect("it is known");
+    assert_eq!(check.problem.expect("it does not answer").code, "machine.unreachable");
+    assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_step_and_every_undo_run_twice_come_to_the_same_end() {
+    // A crash right after each settlement makes the next life repeat what was under way; here each verb of the
+    // runtime fails once, so that it is repeated inside one life.
+    for verb in ["ensure", "inspect", "remove", "info", "list"] {
+        let bench = Bench::with_shop().await;
+        for machine in ["host-a", "host-b"] {
+            bench.world.faults(machine, |faults| {
+                faults.fail.insert(verb, 1);
+            });
+        }
+        let started = bench.engine.start(move_to("host-b"), "t".to_owned(), None, None).await;
+        if let Ok(Some(started)) = started {
+            bench.end_of(&started).await;
+        }
+        bench.assert_tidy(1).await;
+        assert_eq!(bench.edge.get("/").await, Ok(200), "{verb}");
+        let state = bench.engine.state();
+        assert!(state.instances.values().all(|i| i.state == InstanceState::Serving));
+    }
+}
