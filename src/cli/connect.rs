@@ -102,7 +102,8 @@ pub(crate) fn credential(global: &Global, environment: &Environment) -> Result<C
 }
 
 fn read(path: &Path) -> Result<String> {
-    let length = std::fs::metadata(path).map_err(|error| Failure::file(path, "read the token file", &error))?.len();
+    let length =
+        std::fs::metadata(path).map_err(|error| Failure::file(path, "read the token file", &error))?.len();
     if length > MAX_TOKEN_BYTES {
         return Err(Failure::usage(format!("{} is not a token file: it has {length} bytes", path.display())));
     }
@@ -124,7 +125,8 @@ fn checked(token: &str, source: &str) -> Result<String> {
 fn effective_user_is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     // The owner of our own entry in /proc is the effective user; elsewhere the home folder decides.
-    std::fs::metadata("/proc/self").map_or_else(|_| std::env::var_os("USER").is_some_and(|u| u == "root"), |m| m.uid() == 0)
+    std::fs::metadata("/proc/self")
+        .map_or_else(|_| std::env::var_os("USER").is_some_and(|u| u == "root"), |m| m.uid() == 0)
 }
 
 #[cfg(test)]
@@ -155,8 +157,12 @@ mod tests {
         assert_eq!(plain.token.as_deref(), Some("from-data"));
         let by_environment = Environment { token: Some("from-env".into()), ..environment() };
         let of_environment = credential(&global(&[&data]), &by_environment).unwrap();
-        assert_eq!((of_environment.token.as_deref(), &*of_environment.source), (Some("from-env"), "PEREGRINE_TOKEN"));
-        let of_file = credential(&global(&["--token-file", file.to_str().unwrap()]), &by_environment).unwrap();
+        assert_eq!(
+            (of_environment.token.as_deref(), &*of_environment.source),
+            (Some("from-env"), "PEREGRINE_TOKEN")
+        );
+        let of_file =
+            credential(&global(&["--token-file", file.to_str().unwrap()]), &by_environment).unwrap();
         assert_eq!(of_file.token.as_deref(), Some("from-file"));
         let of_option = credential(&global(&["--token", "from-option"]), &by_environment).unwrap();
         assert_eq!((of_option.token.as_deref(), &*of_option.source), (Some("from-option"), "--token"));

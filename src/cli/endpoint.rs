@@ -81,11 +81,14 @@ fn host_and_port(text: &str, default_port: u16) -> Result<(String, u16), String>
     let bad_port = || format!("`{text}` has a bad port");
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
-            let (host, after) = rest.split_once(']').ok_or_else(|| format!("`{text}` has no closing bracket"))?;
+            let (host, after) =
+                rest.split_once(']').ok_or_else(|| format!("`{text}` has no closing bracket"))?;
             (host, if after.is_empty() { None } else { Some(after.strip_prefix(':').ok_or_else(bad_port)?) })
         }
         None => match text.split_once(':') {
-            Some((_, port)) if port.contains(':') => return Err(format!("write an IPv6 address as [{text}]")),
+            Some((_, port)) if port.contains(':') => {
+                return Err(format!("write an IPv6 address as [{text}]"));
+            }
             Some((host, port)) => (host, Some(port)),
             None => (text, None),
         },
@@ -110,9 +113,13 @@ impl EngineUrl {
             Self::Tcp(..) if ssh_keys => Err("--ssh-key and --host-key belong to ssh://".to_owned()),
             Self::Ssh { .. } if tls => Err("--tls-… and --insecure belong to tcp://".to_owned()),
             Self::Unix(path) => Ok(DockerEndpoint::Unix { path }),
-            Self::Tcp(host, port) => Ok(DockerEndpoint::Tcp { host, port, tls: keys.tls, insecure: keys.insecure }),
+            Self::Tcp(host, port) => {
+                Ok(DockerEndpoint::Tcp { host, port, tls: keys.tls, insecure: keys.insecure })
+            }
             Self::Ssh { user, host, port, socket } => {
-                let key = keys.ssh_key.ok_or("ssh:// needs --ssh-key FILE (a private key on the server's machine)")?;
+                let key = keys
+                    .ssh_key
+                    .ok_or("ssh:// needs --ssh-key FILE (a private key on the server's machine)")?;
                 let host_key = keys.host_key.ok_or_else(|| {
                     format!("ssh:// needs --host-key 'ssh-ed25519 AAAA…': `ssh-keyscan -p {port} {host}` shows it; compare it on the host")
                 })?;
@@ -128,9 +135,15 @@ pub(crate) fn text(endpoint: &DockerEndpoint) -> String {
     match endpoint {
         DockerEndpoint::Unix { path } => format!("unix://{path}"),
         DockerEndpoint::Tcp { host, port, tls, .. } => {
-            format!("tcp://{}:{port}{}", bracketed(host), if tls.is_some() { " (TLS)" } else { " (clear text)" })
+            format!(
+                "tcp://{}:{port}{}",
+                bracketed(host),
+                if tls.is_some() { " (TLS)" } else { " (clear text)" }
+            )
         }
-        DockerEndpoint::Ssh { host, port, user, socket, .. } => format!("ssh://{user}@{}:{port}{socket}", bracketed(host)),
+        DockerEndpoint::Ssh { host, port, user, socket, .. } => {
+            format!("ssh://{user}@{}:{port}{socket}", bracketed(host))
+        }
     }
 }
 
@@ -147,14 +160,27 @@ mod tests {
         assert_eq!(parsed("unix:///run/docker.sock"), EngineUrl::Unix("/run/docker.sock".into()));
         assert_eq!(parsed("tcp://10.0.0.7"), EngineUrl::Tcp("10.0.0.7".into(), 2376));
         assert_eq!(parsed("tcp://[::1]:2375/"), EngineUrl::Tcp("::1".into(), 2375));
-        let ssh = |port, socket: &str| EngineUrl::Ssh { user: "ana".into(), host: "h".into(), port, socket: socket.into() };
+        let ssh = |port, socket: &str| EngineUrl::Ssh {
+            user: "ana".into(),
+            host: "h".into(),
+            port,
+            socket: socket.into(),
+        };
         assert_eq!(parsed("ssh://ana@h"), ssh(22, "/var/run/docker.sock"));
         assert_eq!(parsed("ssh://ana@h:2222/run/user/1/docker.sock"), ssh(2222, "/run/user/1/docker.sock"));
     }
 
     #[test]
     fn a_wrong_address_shows_a_right_one() {
-        for bad in ["/var/run/docker.sock", "unix://docker.sock", "http://h", "ssh://h", "ssh://a:b@h", "tcp://", "tcp://h:x"] {
+        for bad in [
+            "/var/run/docker.sock",
+            "unix://docker.sock",
+            "http://h",
+            "ssh://h",
+            "ssh://a:b@h",
+            "tcp://",
+            "tcp://h:x",
+        ] {
             let error = bad.parse::<EngineUrl>().unwrap_err();
             assert!(error.contains("ssh://user@") || error.contains("port"), "{bad}: {error}");
         }
@@ -163,7 +189,8 @@ mod tests {
 
     #[test]
     fn ssh_needs_its_keys_and_a_socket_takes_none() {
-        let keys = Keys { ssh_key: Some("/k".into()), host_key: Some("ssh-ed25519 AAAA".into()), ..Keys::default() };
+        let keys =
+            Keys { ssh_key: Some("/k".into()), host_key: Some("ssh-ed25519 AAAA".into()), ..Keys::default() };
         assert!(parsed("ssh://a@h").endpoint(Keys::default()).unwrap_err().contains("--ssh-key"));
         let no_pin = Keys { host_key: None, ..keys.clone() };
         assert!(parsed("ssh://a@h").endpoint(no_pin).unwrap_err().contains("ssh-keyscan"));

@@ -35,7 +35,10 @@ impl Exit {
         (Self::Auth, "the server does not accept the token, or there is none"),
         (Self::NotFound, "no such service, machine, move, version or instance"),
         (Self::Conflict, "something else is in the way, such as a running move of the same service"),
-        (Self::Unreachable, "the server cannot be reached or does not answer in time"),
+        (
+            Self::Unreachable,
+            "the server, or a machine that it needs, cannot be reached or does not answer in time",
+        ),
         (Self::Blocked, "the plan has blockers; nothing was changed"),
         (Self::Failed, "it was tried and failed; the message says what is left to do"),
         (Self::WentBack, "rolled back or aborted: the old copies serve, the service is unharmed"),

@@ -20,6 +20,8 @@ pub(crate) struct Failure {
     pub(crate) why: Vec<String>,
     /// What to do next.
     pub(crate) hint: Option<String>,
+    /// A rendered picture of it (the lines of a file with what is wrong), shown before the message.
+    pub(crate) block: Option<String>,
     /// More fields of the JSON form, such as the move or the findings.
     pub(crate) details: Map<String, Value>,
     /// The reader of standard output has gone: there is nobody to tell.
@@ -38,6 +40,7 @@ impl Failure {
             message: message.into(),
             why: Vec::new(),
             hint: None,
+            block: None,
             details: Map::new(),
             silent: false,
         }
@@ -67,6 +70,12 @@ impl Failure {
             Ok(value) => self.details.insert(name.to_owned(), value),
             Err(error) => self.details.insert(name.to_owned(), Value::String(error.to_string())),
         };
+        self
+    }
+
+    /// The same with a rendered picture.
+    pub(crate) fn block(mut self, block: impl Into<String>) -> Self {
+        self.block = Some(block.into());
         self
     }
 

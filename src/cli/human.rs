@@ -58,7 +58,11 @@ pub(crate) fn count(number: u64) -> String {
 
 /// Requests per second.
 pub(crate) fn rate(per_second: f64) -> String {
-    if per_second >= 9.95 || per_second == 0.0 { format!("{per_second:.0}/s") } else { format!("{per_second:.1}/s") }
+    if per_second >= 9.95 || per_second == 0.0 {
+        format!("{per_second:.0}/s")
+    } else {
+        format!("{per_second:.1}/s")
+    }
 }
 
 /// A plural where one is due: `1 copy`, `2 copies`.

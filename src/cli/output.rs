@@ -56,7 +56,8 @@ impl Surroundings {
 impl Output {
     /// Decides before the arguments are parsed, so that a mistake in them is told in the right form too.
     pub(crate) fn new(arguments: &[OsString], surroundings: Surroundings) -> Self {
-        let options: Vec<&OsString> = arguments.iter().skip(1).take_while(|argument| *argument != "--").collect();
+        let options: Vec<&OsString> =
+            arguments.iter().skip(1).take_while(|argument| *argument != "--").collect();
         let given = |names: &[&str]| options.iter().any(|option| names.iter().any(|name| *option == name));
         let json = given(&["--json"]);
         let color = !given(&["--no-color"]) && !surroundings.no_color && !surroundings.dumb;
@@ -121,7 +122,9 @@ impl Output {
     }
 
     fn failure_text(&self, failure: &Failure) -> String {
-        let mut text = format!("{} {}", self.paint(AnsiColor::Red, "error:"), failure.message);
+        let mut text =
+            failure.block.as_ref().map(|block| format!("{}\n", block.trim_end())).unwrap_or_default();
+        text.push_str(&format!("{} {}", self.paint(AnsiColor::Red, "error:"), failure.message));
         for why in &failure.why {
             text.push_str(&format!("\n  {}   {}", self.dim("why"), indent(why)));
         }

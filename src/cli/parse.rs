@@ -9,6 +9,8 @@ use jiff::{SignedDuration, Timestamp};
 
 /// Longest duration that is accepted, so that a slip (`10000h`) is told instead of obeyed.
 const MAX_DURATION_DAYS: u64 = 365;
+/// Looking more often tells nothing more.
+const MIN_INTERVAL_MS: u64 = 100;
 
 /// A duration with its unit: `500ms`, `30s`, `10m`, `1h30m`; a bare `0` is fine.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
@@ -39,7 +41,8 @@ pub(crate) fn steps(text: &str) -> Result<Steps, String> {
     let mut steps = Vec::new();
     for part in text.split(',') {
         let part = part.trim().trim_end_matches('%');
-        let percent: u8 = part.parse().map_err(|_| format!("`{part}` is not a percentage: write 1,10,50,100"))?;
+        let percent: u8 =
+            part.parse().map_err(|_| format!("`{part}` is not a percentage: write 1,10,50,100"))?;
         if percent == 0 || percent > 100 {
             return Err(format!("{percent} is not between 1 and 100"));
         }
@@ -72,10 +75,13 @@ pub(crate) fn abort_on(text: &str) -> Result<AbortOn, String> {
     const EXAMPLE: &str = "write error-rate=1%,p95=+50% (or p95=off)";
     let mut guards = AbortOn::default();
     for part in text.split(',') {
-        let (name, value) = part.split_once('=').ok_or_else(|| format!("`{part}` has no value: {EXAMPLE}"))?;
+        let (name, value) =
+            part.split_once('=').ok_or_else(|| format!("`{part}` has no value: {EXAMPLE}"))?;
         let (name, value) = (name.trim(), value.trim());
         match name {
-            "error-rate" if guards.error_ratio_increase.is_some() => return Err("error-rate is given twice".into()),
+            "error-rate" if guards.error_ratio_increase.is_some() => {
+                return Err("error-rate is given twice".into());
+            }
             "p95" if guards.p95_increase.is_some() => return Err("p95 is given twice".into()),
             "error-rate" => {
                 let ratio = percent(value)?;
@@ -113,21 +119,27 @@ pub(crate) fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A moment as a Unix time in milliseconds: a duration back from now (`10m`) or an RFC 3339 time.
-pub(crate) fn since(text: &str) -> Result<u64, String> {
+/// Time between two looks: a duration of at least 100 ms.
+pub(crate) fn interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    if interval < Duration::from_millis(MIN_INTERVAL_MS) {
+        return Err(format!("shorter than {MIN_INTERVAL_MS} ms"));
+    }
+    Ok(interval)
+}
+
+/// A moment: a duration back from now (`10m`) or an RFC 3339 time.
+pub(crate) fn since(text: &str) -> Result<Timestamp, String> {
     since_at(text, Timestamp::now())
 }
 
-fn since_at(text: &str, now: Timestamp) -> Result<u64, String> {
-    let moment = match text.parse::<Timestamp>() {
-        Ok(moment) => moment,
-        Err(_) => {
-            let back = duration(text)
-                .map_err(|_| "neither a duration (10m) nor a time (2026-01-31T12:00:00Z)".to_owned())?;
-            now.checked_sub(back).map_err(|_| "too long ago".to_owned())?
-        }
-    };
-    u64::try_from(moment.as_millisecond()).map_err(|_| "before 1970".to_owned())
+fn since_at(text: &str, now: Timestamp) -> Result<Timestamp, String> {
+    if let Ok(moment) = text.parse::<Timestamp>() {
+        return Ok(moment);
+    }
+    let back = duration(text)
+        .map_err(|_| "neither a duration (10m) nor a time (2026-01-31T12:00:00Z)".to_owned())?;
+    now.checked_sub(back).map_err(|_| "too long ago".to_owned())
 }
 
 #[cfg(test)]
@@ -165,7 +177,16 @@ mod tests {
         assert_eq!(abort_on("p95=50%, error-rate=1%"), Ok(both));
         assert_eq!(abort_on("p95=off").unwrap().p95_increase, Some(None));
         assert_eq!(abort_on("p95=+150%").unwrap().p95_increase, Some(Some(1.5)));
-        for bad in ["", "error-rate", "error-rate=1", "error-rate=150%", "p99=+5%", "p95=-5%", "p95=NaN%", "p95=1%,p95=2%"] {
+        for bad in [
+            "",
+            "error-rate",
+            "error-rate=1",
+            "error-rate=150%",
+            "p99=+5%",
+            "p95=-5%",
+            "p95=NaN%",
+            "p95=1%,p95=2%",
+        ] {
             assert!(abort_on(bad).is_err(), "{bad}");
         }
         assert!(abort_on("latency=5%").unwrap_err().contains("error-rate=1%"));
@@ -174,8 +195,9 @@ mod tests {
     #[test]
     fn since_is_a_duration_back_or_a_time() {
         let now: Timestamp = "2026-01-31T12:00:00Z".parse().unwrap();
-        assert_eq!(since_at("10m", now), Ok(1_769_859_600_000 + 600_000));
-        assert_eq!(since_at("2026-01-31T11:40:00Z", now), Ok(1_769_859_600_000));
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        assert_eq!(since_at("10m", now), Ok(at("2026-01-31T11:50:00Z")));
+        assert_eq!(since_at("2026-01-31T11:40:00Z", now), Ok(at("2026-01-31T11:40:00Z")));
         assert!(since_at("yesterday", now).unwrap_err().contains("10m"));
     }
 

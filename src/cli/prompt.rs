@@ -18,7 +18,8 @@ pub(crate) fn confirm(question: &str, yes: bool) -> Result {
     drop(write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush()));
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).map_err(|error| {
-        Failure::usage(format!("the answer cannot be read: {error}")).hint("give --yes to do it without a question")
+        Failure::usage(format!("the answer cannot be read: {error}"))
+            .hint("give --yes to do it without a question")
     })?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(());

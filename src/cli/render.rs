@@ -1,8 +1,6 @@
 //! What comes from the server, as text for people. Pure: types in, text out.
 
-use peregrine_api::types::{
-    Finding, Move, MoveKind, MovePlanned, MoveState, Place, Plan, Receipt, ServiceState, Step,
-};
+use peregrine_api::types::{DryRun, Finding, Move, MoveKind, MoveState, Place, Plan, Receipt, Step};
 
 use super::human;
 use super::output::Output;
@@ -12,7 +10,9 @@ use super::table::{Table, clean};
 pub(crate) fn what(of: &Move) -> String {
     let change = match of.kind {
         MoveKind::Move => format!("{} → {}", machines(&of.from), machines(&of.to)),
-        MoveKind::Deploy | MoveKind::Rollback if of.from_version != Some(of.to_version) => versions(of.from_version, of.to_version),
+        MoveKind::Deploy | MoveKind::Rollback if of.from_version != Some(of.to_version) => {
+            versions(of.from_version, of.to_version)
+        }
         MoveKind::Deploy | MoveKind::Rollback => format!("to {}", machines(&of.to)),
         MoveKind::Scale => format!("{} more, {} fewer", of.to.len(), of.from.len()),
     };
@@ -52,11 +52,6 @@ pub(crate) fn word(value: impl serde::Serialize) -> String {
     }
 }
 
-/// A state of a service in one word.
-pub(crate) fn service_state(state: ServiceState) -> String {
-    word(state)
-}
-
 fn versions(from: Option<u32>, to: u32) -> String {
     from.map_or_else(|| format!("version {to}"), |from| format!("version {from} → {to}"))
 }
@@ -70,8 +65,9 @@ pub(crate) fn machines(places: &[Place]) -> String {
 }
 
 /// What a plan would do.
-pub(crate) fn plan(planned: &MovePlanned, out: &Output) -> String {
-    let Plan { service, kind: of, from_version, to_version, add, retire, keep, settings, estimate, .. } = &planned.plan;
+pub(crate) fn plan(planned: &DryRun, out: &Output) -> String {
+    let Plan { service, kind: of, from_version, to_version, add, retire, keep, settings, estimate, .. } =
+        &planned.plan;
     let mut text = format!("{} {}\n", kind(*of), clean(service));
     let mut line = |name: &str, value: String| text.push_str(&format!("  {:<9} {value}\n", out.dim(name)));
     line("version", versions(from_version.filter(|from| from != to_version), *to_version));
@@ -88,7 +84,11 @@ pub(crate) fn plan(planned: &MovePlanned, out: &Output) -> String {
     if settings.soak_ms > 0 {
         line("soak", human::millis(settings.soak_ms));
     }
-    let mut takes = format!("about {} besides image and start, pause {}", human::millis(estimate.duration_ms), human::millis(estimate.pause_ms));
+    let mut takes = format!(
+        "about {} besides image and start, pause {}",
+        human::millis(estimate.duration_ms),
+        human::millis(estimate.pause_ms)
+    );
     if let Some(bytes) = estimate.transfer_bytes {
         takes.push_str(&format!(", image {}", human::bytes(bytes)));
     }
@@ -135,8 +135,11 @@ pub(crate) fn receipt(receipt: &Receipt, out: &Output) -> String {
         human::millis(receipt.duration_ms),
     );
     let mut line = |name: &str, value: String| text.push_str(&format!("  {:<9} {value}\n", out.dim(name)));
-    let phases: Vec<_> =
-        receipt.phases.iter().map(|part| format!("{} {}", part.phase.name(), human::millis(part.duration_ms))).collect();
+    let phases: Vec<_> = receipt
+        .phases
+        .iter()
+        .map(|part| format!("{} {}", part.phase.name(), human::millis(part.duration_ms)))
+        .collect();
     line("phases", phases.join(", "));
     line("retried", format!("{}, held {}", human::count(receipt.retried), human::count(receipt.held)));
     line(
@@ -152,7 +155,8 @@ pub(crate) fn receipt(receipt: &Receipt, out: &Output) -> String {
         let side = if part.new { "new" } else { "old" };
         let drained = if part.drained { ", drained to the last request" } else { "" };
         let soft: u64 = class_counts(&part.soft_closed).iter().map(|(_, count)| count).sum();
-        let closed = if soft > 0 { format!(", {} closed politely", human::count(soft)) } else { String::new() };
+        let closed =
+            if soft > 0 { format!(", {} closed politely", human::count(soft)) } else { String::new() };
         let classes: Vec<_> = class_counts(&part.completed)
             .iter()
             .filter(|(name, count)| *count > 0 && *name != "request")
@@ -170,7 +174,14 @@ pub(crate) fn receipt(receipt: &Receipt, out: &Output) -> String {
         );
     }
     if !receipt.hard_cut.is_empty() {
-        line("cut", format!("{}: {}", human::plural(receipt.hard_cut.len() as u64, "request", "requests"), clean(&receipt.hard_cut.join(", "))));
+        line(
+            "cut",
+            format!(
+                "{}: {}",
+                human::plural(receipt.hard_cut.len() as u64, "request", "requests"),
+                clean(&receipt.hard_cut.join(", "))
+            ),
+        );
     }
     for note in &receipt.notes {
         line("note", clean(note));
@@ -191,9 +202,12 @@ fn class_counts(counts: &peregrine_api::types::ClassCounts) -> [(&'static str, u
 
 /// Moves, newest first.
 pub(crate) fn moves(moves: &[Move], out: &Output) -> String {
-    let mut table = Table::new(&["id", "what", "state", "phase", "weight", "failed", "started", "took"]).numeric(&[4, 5]);
+    let mut table =
+        Table::new(&["id", "what", "state", "phase", "weight", "failed", "started", "took"]).numeric(&[4, 5]);
     for of in moves {
-        let took = of.ended_at.map_or_else(|| "-".to_owned(), |end| human::millis(human::millis_between(of.started_at, end)));
+        let took = of
+            .ended_at
+            .map_or_else(|| "-".to_owned(), |end| human::millis(human::millis_between(of.started_at, end)));
         let failed = of.totals.as_ref().map_or_else(|| "-".to_owned(), |totals| human::count(totals.failed));
         let phase = if of.state.is_terminal() { "-" } else { of.phase.name() };
         table.row(vec![
@@ -215,16 +229,39 @@ pub(crate) fn one_move(of: &Move, out: &Output) -> String {
     let mut text = format!("{}\n", what(of));
     let mut line = |name: &str, value: String| text.push_str(&format!("  {:<9} {value}\n", out.dim(name)));
     line("id", of.id.clone());
-    line("state", format!("{}, phase {}, step {} of {}, {} % on the new copies", state(of.state), of.phase.name(), of.step.index + 1, of.step.total, of.weight_percent));
+    line(
+        "state",
+        format!(
+            "{}, phase {}, step {} of {}, {} % on the new copies",
+            state(of.state),
+            of.phase.name(),
+            of.step.index + 1,
+            of.step.total,
+            of.weight_percent
+        ),
+    );
     line("reason", clean(&of.reason));
     line("started", human::moment(of.started_at));
     if let Some(end) = of.ended_at {
-        line("ended", format!("{} (after {})", human::moment(end), human::millis(human::millis_between(of.started_at, end))));
+        line(
+            "ended",
+            format!(
+                "{} (after {})",
+                human::moment(end),
+                human::millis(human::millis_between(of.started_at, end))
+            ),
+        );
     }
     let phases: Vec<_> = of
         .phases
         .iter()
-        .map(|part| format!("{} {}", part.phase.name(), part.duration_ms.map_or_else(|| "…".to_owned(), human::millis)))
+        .map(|part| {
+            format!(
+                "{} {}",
+                part.phase.name(),
+                part.duration_ms.map_or_else(|| "…".to_owned(), human::millis)
+            )
+        })
         .collect();
     line("phases", phases.join(", "));
     for (name, places) in [("old", &of.from), ("new", &of.to)] {
@@ -233,7 +270,10 @@ pub(crate) fn one_move(of: &Move, out: &Output) -> String {
         }
     }
     if let Some(totals) = &of.totals {
-        line("requests", format!("{}, failed {}", human::count(totals.requests), human::count(totals.failed)));
+        line(
+            "requests",
+            format!("{}, failed {}", human::count(totals.requests), human::count(totals.failed)),
+        );
     }
     if let Some(waiting) = &of.waiting_for {
         line("waits for", clean(waiting));
@@ -279,8 +319,10 @@ pub(crate) mod tests {
 
     /// A receipt as the server tells it.
     pub(crate) fn a_receipt() -> Receipt {
-        let none = json!({"request": 0, "transfer": 0, "sse": 0, "grpc_stream": 0, "websocket": 0, "held": 0});
-        let some = json!({"request": 31000, "transfer": 0, "sse": 0, "grpc_stream": 0, "websocket": 3, "held": 0});
+        let none =
+            json!({"request": 0, "transfer": 0, "sse": 0, "grpc_stream": 0, "websocket": 0, "held": 0});
+        let some =
+            json!({"request": 31000, "transfer": 0, "sse": 0, "grpc_stream": 0, "websocket": 3, "held": 0});
         serde_json::from_value(json!({
             "move": "mov_1", "service": "shop", "time": "2026-01-31T12:00:03Z", "duration_ms": 2950,
             "phases": [{"phase": "start", "duration_ms": 1200}, {"phase": "shift", "duration_ms": 900}],
@@ -300,9 +342,15 @@ pub(crate) mod tests {
     #[test]
     fn a_receipt_begins_with_what_was_lost() {
         let text = receipt(&a_receipt(), &plain());
-        assert!(text.starts_with("0 failed of 31,204 requests, longest extra wait 38 ms, 2.95 s in all\n"), "{text}");
+        assert!(
+            text.starts_with("0 failed of 31,204 requests, longest extra wait 38 ms, 2.95 s in all\n"),
+            "{text}"
+        );
         assert!(text.contains("phases    start 1.20 s, shift 900 ms"), "{text}");
-        assert!(text.contains("ins_1 on host-a: 31,003 requests, 3 WebSockets, drained to the last request"), "{text}");
+        assert!(
+            text.contains("ins_1 on host-a: 31,003 requests, 3 WebSockets, drained to the last request"),
+            "{text}"
+        );
         assert!(text.contains("image 182 MiB"), "{text}");
         assert!(!text.contains("cut"), "{text}");
     }

@@ -1,9 +1,16 @@
-//! Options that the commands which start a rollout share: deploy, move, rollback, scale.
+//! What the commands that start a rollout share (deploy, move, rollback, scale): options, and the ends.
 
 use clap::Args;
+use peregrine_api::types::{self, Applied, DryRun};
 
+use super::exit::Exit;
+use super::failure::{Failure, Result};
 use super::output::Output;
 use super::parse::{self, AbortOn, Steps};
+use super::render;
+use super::session::Session;
+use super::table::clean;
+use super::watch;
 
 /// Heading of the options that change how this one rollout goes about it.
 const HOW: &str = "How it goes about it (else as the service is set)";
@@ -69,5 +76,99 @@ impl WaitOptions {
         } else {
             Follow::Wait
         }
+    }
+}
+
+impl Overrides {
+    /// As the server takes them.
+    pub(crate) fn to_wire(&self) -> types::Overrides {
+        let guards = self.abort_on.unwrap_or_default();
+        types::Overrides {
+            steps: self.steps.clone().map(|steps| steps.0),
+            soak_ms: self.soak,
+            error_ratio_increase: guards.error_ratio_increase,
+            p95_increase: guards.p95_increase,
+        }
+    }
+}
+
+/// Shows plans; one that is blocked is a failure with its blockers.
+pub(crate) fn conclude_plan(out: &Output, planned: &[DryRun]) -> Result {
+    let blocked: Vec<_> = planned.iter().filter(|planned| !planned.would_start).collect();
+    let text = || planned.iter().map(|planned| render::plan(planned, out)).collect::<Vec<_>>().join("\n");
+    let Some(first) = blocked.first() else {
+        return match planned {
+            [one] => out.data(one, text),
+            several => out.data(&several, text),
+        };
+    };
+    if !out.json {
+        out.raw(text().as_bytes())?;
+    }
+    let services: Vec<_> = blocked.iter().map(|planned| planned.plan.service.as_str()).collect();
+    let blockers: Vec<_> = blocked.iter().flat_map(|planned| &planned.plan.blockers).collect();
+    let mut failure = Failure::new(
+        Exit::Blocked,
+        "plan.blocked",
+        format!("{} cannot be done as planned", clean(&services.join(", "))),
+    );
+    for blocker in &blockers {
+        failure = failure.why(format!("{} [{}]", blocker.message, blocker.code));
+    }
+    let hint = first.plan.blockers.first().map(|blocker| blocker.hint.clone()).unwrap_or_default();
+    Err(failure.hint(hint).detail("blockers", &blockers).detail("plans", planned))
+}
+
+/// Watches what was started, if anything had to be.
+pub(crate) async fn conclude_applied(session: &Session, applied: Applied, wait: WaitOptions) -> Result {
+    match applied.rollout {
+        Some(started) => {
+            let outcome = watch::follow(session, started, wait.follow(&session.out)).await?;
+            watch::conclude(session, &outcome)
+        }
+        None => {
+            let unchanged = serde_json::json!({ "move": null, "service": applied.service });
+            session
+                .out
+                .data(&unchanged, || format!("{}: nothing has to be moved", clean(&applied.service.name)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_given_stays_as_the_service_is_set() {
+        assert_eq!(Overrides::default().to_wire(), types::Overrides::default());
+    }
+
+    #[test]
+    fn options_go_to_the_server_in_its_units() {
+        let given = Overrides {
+            steps: parse::steps("50,100").ok(),
+            soak: parse::duration_ms("10m").ok(),
+            abort_on: parse::abort_on("error-rate=1%,p95=off").ok(),
+        };
+        let wire = given.to_wire();
+        assert_eq!((wire.steps, wire.soak_ms), (Some(vec![50, 100]), Some(600_000)));
+        assert_eq!((wire.error_ratio_increase, wire.p95_increase), (Some(0.01), Some(None)));
+    }
+
+    #[test]
+    fn a_watch_in_json_is_a_stream_and_leaving_is_never_the_default() {
+        use std::ffi::OsString;
+        let out = |arguments: &[&str]| {
+            Output::new(
+                &arguments.iter().map(OsString::from).collect::<Vec<_>>(),
+                super::super::output::Surroundings::default(),
+            )
+        };
+        let watch = WaitOptions { watch: true, detach: false };
+        assert_eq!(watch.follow(&out(&["peregrine", "--json"])), Follow::Stream);
+        assert_eq!(watch.follow(&out(&["peregrine"])), Follow::Wait);
+        assert_eq!(WaitOptions::default().follow(&out(&["peregrine", "--json"])), Follow::Wait);
+        assert_eq!(WaitOptions { watch: false, detach: true }.follow(&out(&["peregrine"])), Follow::Detach);
     }
 }

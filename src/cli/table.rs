@@ -60,7 +60,9 @@ impl Table {
 
     fn render_tabs(&self) -> String {
         let mut lines = vec![self.header.join("\t")];
-        lines.extend(self.rows.iter().map(|row| row.iter().map(|cell| clean(cell)).collect::<Vec<_>>().join("\t")));
+        lines.extend(
+            self.rows.iter().map(|row| row.iter().map(|cell| clean(cell)).collect::<Vec<_>>().join("\t")),
+        );
         lines.join("\n")
     }
 }

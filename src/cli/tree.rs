@@ -185,7 +185,9 @@ fn node(command: &Command, above: &str) -> Node {
 
 fn option(arg: &Arg) -> Parameter {
     let takes_value = arg.get_action().takes_values();
-    let names = || arg.get_value_names().map(|names| names.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
+    let names = || {
+        arg.get_value_names().map(|names| names.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+    };
     let text = |values: &[clap::builder::OsStr]| {
         let values: Vec<_> = values.iter().map(|value| value.to_string_lossy().into_owned()).collect();
         (!values.is_empty()).then(|| values.join(","))
@@ -284,6 +286,9 @@ mod tests {
         let page = std::fs::read_to_string(&path).expect("docs/cli.md");
         let wanted = tree(&args::build()).markdown();
         let differs = page.lines().zip(wanted.lines()).position(|(page, wanted)| page != wanted);
-        assert!(page == wanted, "docs/cli.md differs from line {differs:?}: peregrine help --markdown > docs/cli.md");
+        assert!(
+            page == wanted,
+            "docs/cli.md differs from line {differs:?}: peregrine help --markdown > docs/cli.md"
+        );
     }
 }

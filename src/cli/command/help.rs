@@ -45,7 +45,11 @@ impl Help {
     }
 
     fn unknown(&self) -> Failure {
-        Failure::new(Exit::Usage, "cli.unknown_command", format!("there is no command `{}`", self.words.join(" ")))
-            .hint("peregrine help lists the commands")
+        Failure::new(
+            Exit::Usage,
+            "cli.unknown_command",
+            format!("there is no command `{}`", self.words.join(" ")),
+        )
+        .hint("peregrine help lists the commands")
     }
 }

@@ -49,9 +49,9 @@ fn write_pages(command: &clap::Command, name: &str, folder: &Path, pages: &mut V
     let page = render(&command.clone().name(name.to_owned()))?;
     std::fs::write(&path, page).map_err(|error| Failure::file(&path, "write", &error))?;
     pages.push(file);
-    command.get_subcommands().try_for_each(|below| {
-        write_pages(below, &format!("{name}-{}", below.get_name()), folder, pages)
-    })
+    command
+        .get_subcommands()
+        .try_for_each(|below| write_pages(below, &format!("{name}-{}", below.get_name()), folder, pages))
 }
 
 fn render(command: &clap::Command) -> Result<Vec<u8>> {

@@ -35,7 +35,8 @@ impl Live {
         let lines = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND));
         let line = |template: &str| {
             // The templates are constants of this file; one that does not parse falls back to the default style.
-            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner());
+            let style =
+                ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner());
             let bar = lines.add(ProgressBar::new(100));
             bar.set_style(style.progress_chars("█▓░").tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
             bar

@@ -28,7 +28,9 @@ impl Plain {
     /// Tells it.
     pub(crate) fn tell(&mut self, news: &News, now: Timestamp) {
         if let News::Reading(sample) = news {
-            let due = self.last_reading.is_none_or(|last| human::millis_between(last, sample.time) >= READING_EVERY_MS);
+            let due = self
+                .last_reading
+                .is_none_or(|last| human::millis_between(last, sample.time) >= READING_EVERY_MS);
             if !due {
                 return;
             }
@@ -52,7 +54,9 @@ fn line(news: &News) -> Option<String> {
         News::Verdict { verdict, message } => format!("verdict {}: {}", clean(verdict), clean(message)),
         News::Reading(sample) => reading(sample),
         News::Waiting(what) => format!("waiting for {}", clean(what)),
-        News::TurnedBack(problem) => format!("going back: {} [{}]", render::finding(problem), clean(&problem.code)),
+        News::TurnedBack(problem) => {
+            format!("going back: {} [{}]", render::finding(problem), clean(&problem.code))
+        }
         News::State(state) => render::state(*state).to_owned(),
         News::Instance(change) => clean(change),
         News::Done(state) => render::state(*state).to_owned(),

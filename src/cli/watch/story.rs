@@ -88,11 +88,6 @@ pub(crate) struct Story {
 }
 
 impl Story {
-    /// Id of the newest stored event that was told: a stream goes on after it.
-    pub(crate) const fn last_event(&self) -> u64 {
-        self.last_event
-    }
-
     /// The move has ended, and it was told.
     pub(crate) const fn has_ended(&self) -> bool {
         self.ended
@@ -106,8 +101,8 @@ impl Story {
             }
             self.last_event = event.id;
         }
-        if self.ended {
-            return Vec::new();
+        if self.ended || self.phase.is_some_and(|(_, since)| event.time < since) {
+            return Vec::new(); // a reading was ahead of the stream and has told it
         }
         match &event.body {
             EventBody::MovePhase { phase } => self.enter(*phase, event.time),
@@ -122,7 +117,9 @@ impl Story {
             EventBody::MoveSample(sample) => vec![News::Reading(sample.clone())],
             EventBody::MoveTurnedBack { problem } => self.turn_back(problem),
             EventBody::MoveDone { state, .. } => self.end(*state, event.time),
-            EventBody::InstanceChanged { instance, change } => vec![News::Instance(format!("{instance} {change}"))],
+            EventBody::InstanceChanged { instance, change } => {
+                vec![News::Instance(format!("{instance} {change}"))]
+            }
             _ => Vec::new(),
         }
     }
@@ -133,7 +130,7 @@ impl Story {
         if self.ended {
             return Vec::new();
         }
-        let mut news = Vec::new();
+        let mut news = if self.phase.is_none() { ended_phases(of) } else { Vec::new() };
         if let Some(current) = of.phases.last()
             && self.phase.is_none_or(|(_, since)| current.started_at > since)
         {
@@ -203,6 +200,17 @@ impl Story {
     }
 }
 
+/// The phases that were over when the watch began.
+fn ended_phases(of: &Move) -> Vec<News> {
+    let mut news = Vec::new();
+    for part in of.phases.iter().rev().skip(1).rev() {
+        let bytes =
+            (part.phase == Phase::Prepare && of.transferred_bytes > 0).then_some(of.transferred_bytes);
+        news.extend(part.duration_ms.map(|took_ms| News::Ended { phase: part.phase, took_ms, bytes }));
+    }
+    news
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -221,8 +229,16 @@ mod tests {
     #[test]
     fn a_phase_ends_when_the_next_one_begins_and_says_how_long_it_took() {
         let mut story = Story::default();
-        assert_eq!(story.hear(&event(1, 0.0, "move.phase", json!({"phase": "prepare"}))), [News::Begun(Phase::Prepare)]);
-        story.hear(&event(2, 0.5, "move.progress", json!({"message": "image", "bytes_done": 4096, "bytes_total": 4096})));
+        assert_eq!(
+            story.hear(&event(1, 0.0, "move.phase", json!({"phase": "prepare"}))),
+            [News::Begun(Phase::Prepare)]
+        );
+        story.hear(&event(
+            2,
+            0.5,
+            "move.progress",
+            json!({"message": "image", "bytes_done": 4096, "bytes_total": 4096}),
+        ));
         let next = story.hear(&event(3, 1.2, "move.phase", json!({"phase": "start"})));
         let ended = News::Ended { phase: Phase::Prepare, took_ms: 1_200, bytes: Some(4096) };
         assert_eq!(next, [ended, News::Begun(Phase::Start)]);
@@ -235,7 +251,7 @@ mod tests {
         assert_eq!(story.hear(&phase).len(), 1);
         assert!(story.hear(&phase).is_empty());
         assert!(story.hear(&event(4, 0.0, "move.weight", json!({"weight_percent": 1}))).is_empty());
-        assert_eq!(story.last_event(), 5);
+        assert_eq!(story.last_event, 5);
     }
 
     #[test]
@@ -254,12 +270,30 @@ mod tests {
     }
 
     #[test]
+    fn a_watch_that_begins_in_the_middle_tells_the_phases_that_are_over_and_no_old_event() {
+        let mut story = Story::default();
+        let of = a_move("running");
+        let news = story.read(&of, of.started_at);
+        assert_eq!(news[0], News::Ended { phase: Phase::Start, took_ms: 1_200, bytes: None });
+        assert_eq!(news[1], News::Begun(Phase::Shift));
+        assert!(story.hear(&event(1, 0.0, "move.phase", json!({"phase": "start"}))).is_empty());
+        assert_eq!(
+            story.hear(&event(2, 1.5, "move.weight", json!({"weight_percent": 100}))),
+            [News::Weight(100)]
+        );
+    }
+
+    #[test]
     fn the_end_is_told_once_whoever_tells_it_first() {
         let mut story = Story::default();
         let of = a_move("rolled_back");
         assert!(story.read(&of, of.started_at).contains(&News::Done(MoveState::RolledBack)));
         assert!(story.has_ended());
-        assert!(story.hear(&event(9, 3.0, "move.done", json!({"state": "rolled_back", "problem": null}))).is_empty());
+        assert!(
+            story
+                .hear(&event(9, 3.0, "move.done", json!({"state": "rolled_back", "problem": null})))
+                .is_empty()
+        );
     }
 
     #[test]
@@ -277,7 +311,8 @@ mod tests {
 
     #[test]
     fn progress_in_bytes_says_of_how_many() {
-        let progress = Progress { message: "image to host-b".into(), done: Some(12 << 20), total: Some(182 << 20) };
+        let progress =
+            Progress { message: "image to host-b".into(), done: Some(12 << 20), total: Some(182 << 20) };
         assert_eq!(progress.text(), "image to host-b: 12.0 MiB of 182 MiB (6 %)");
         let unknown = Progress { total: None, ..progress };
         assert_eq!(unknown.text(), "image to host-b: 12.0 MiB");
