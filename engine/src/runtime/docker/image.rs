@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bollard::models::{CreateImageInfo, ImageInspect};
-use bollard::query_parameters::{CreateImageOptionsBuilder, ImportImageOptionsBuilder};
+use bollard::query_parameters::{CreateImageOptionsBuilder, ImportImageOptionsBuilder, RemoveImageOptions};
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
@@ -30,6 +30,17 @@ pub(super) async fn find(engine: &Engine, reference: &str) -> Result<Option<Imag
     match docker.inspect_image(reference).await {
         Ok(image) => Ok(Some(read(image))),
         Err(error) if verdict(&error) == Verdict::Missing => Ok(None),
+        Err(error) => Err(engine.translate(&error)),
+    }
+}
+
+/// See [`crate::runtime::Runtime::remove_image`].
+pub(super) async fn remove(engine: &Engine, reference: &str) -> Result<(), RuntimeError> {
+    check(engine, reference)?;
+    let docker = engine.docker().await?;
+    match docker.remove_image(reference, None::<RemoveImageOptions>, None).await {
+        Ok(_) => Ok(()),
+        Err(error) if verdict(&error) == Verdict::Missing => Ok(()),
         Err(error) => Err(engine.translate(&error)),
     }
 }

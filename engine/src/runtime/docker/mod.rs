@@ -136,6 +136,10 @@ impl Runtime for DockerRuntime {
     ) -> BoxFuture<'a, Result<ImageInfo, RuntimeError>> {
         image::import(&self.engine, image, stream, progress).boxed()
     }
+
+    fn remove_image<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<(), RuntimeError>> {
+        image::remove(&self.engine, reference).boxed()
+    }
 }
 
 /// An engine and the way to it.
