@@ -10,4 +10,13 @@
 //! asks, turns words into asks, and turns answers and refusals into words.
 
 pub mod client;
+pub mod codes;
+mod config;
+pub mod request;
+mod server;
+mod token;
 pub mod types;
+
+pub use config::{Config, DEFAULT_PORT, Limits, MetricsText, ReadinessChecks};
+pub use server::{Api, BindError, openapi_json};
+pub use token::{TOKEN_FILE, TOKEN_PREFIX, TokenError, read_token, token_file};

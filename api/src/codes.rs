@@ -1,0 +1,92 @@
+//! The codes of problems: a public, stable list. A code is never given another meaning.
+//!
+//! Those of the API itself are here in full. Those of the engine are listed by name in [`ENGINE`]; their
+//! status follows from their kind, and their detail and hint are the engine's.
+
+use crate::types::ProblemKind;
+
+/// A code with all that is the same for every occurrence.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Code {
+    /// Code.
+    pub code: &'static str,
+    /// HTTP status.
+    pub status: u16,
+    /// Kind.
+    pub kind: ProblemKind,
+    /// The code in words.
+    pub title: &'static str,
+    /// What to do next, unless the occurrence says better.
+    pub hint: &'static str,
+    /// Whether the same request may succeed later.
+    pub retryable: bool,
+}
+
+macro_rules! codes {
+    ($($name:ident = $code:literal $status:literal $kind:ident $retryable:literal $title:literal $hint:literal;)*) => {
+        $(
+            #[doc = concat!("`", $code, "`: ", $title, ".")]
+            pub const $name: Code = Code {
+                code: $code,
+                status: $status,
+                kind: ProblemKind::$kind,
+                title: $title,
+                hint: $hint,
+                retryable: $retryable,
+            };
+        )*
+        /// Every code of the API itself.
+        pub const OWN: &[&Code] = &[$(&$name),*];
+    };
+}
+
+codes! {
+    AUTH_MISSING = "auth.missing" 401 Auth false "A token is needed" "send the header `Authorization: Bearer TOKEN`; the token is in the file api-token of the server's data folder";
+    AUTH_INVALID = "auth.invalid" 401 Auth false "The token is not valid" "use the token in the file api-token of the server's data folder";
+    HOST_REFUSED = "auth.host_refused" 403 Auth false "The API is not asked under this name" "ask it by its IP address or as localhost, or add the name to `allowed_hosts`";
+    ORIGIN_REFUSED = "auth.origin_refused" 403 Auth false "A page of another site may not use the API" "call the API from a page that it serves itself, or not from a browser";
+    NO_ROUTE = "request.no_such_route" 404 NotFound false "There is no such route" "see /api/openapi.json for the routes";
+    METHOD = "request.method_not_allowed" 405 Invalid false "The route does not know this method" "see the Allow header for the methods";
+    MALFORMED_JSON = "request.malformed_json" 400 Invalid false "The body is not JSON" "send one JSON document (RFC 8259) in UTF-8";
+    INVALID_FIELD = "request.invalid_field" 422 Invalid false "A field has a value that cannot be used" "correct the fields in `errors`; /api/openapi.json has the schema";
+    UNKNOWN_FIELD = "request.unknown_field" 422 Invalid false "A field is not known" "correct or remove the fields in `errors`; /api/openapi.json has the schema";
+    CONTENT_TYPE = "request.content_type" 415 Invalid false "The body is not declared as JSON" "send the header `Content-Type: application/json`";
+    TOO_LARGE = "request.too_large" 413 Invalid false "The body is too large" "send less";
+    QUERY = "request.invalid_query" 400 Invalid false "A query parameter cannot be used" "correct or remove the parameter; /api/openapi.json lists them";
+    HEADER = "request.invalid_header" 400 Invalid false "A header cannot be used" "correct or remove the header";
+    PATH = "request.invalid_path" 400 Invalid false "The path cannot be used" "escape the path as UTF-8 (RFC 3986)";
+    CURSOR = "request.invalid_cursor" 400 Invalid false "The cursor is not one of ours" "use `next_cursor` of the page before, or begin without a cursor";
+    BODY_TIMEOUT = "request.body_timeout" 408 Invalid true "The body did not come in time" "send it again";
+    TIMEOUT = "request.timed_out" 504 Internal true "There was no answer in time" "what was asked may go on: look before you ask again, or ask again with the same Idempotency-Key";
+    KEY_REUSED = "idempotency.key_reused" 422 Invalid false "The key was used for another request" "use a new Idempotency-Key for a new request";
+    KEY_BUSY = "idempotency.in_progress" 409 Conflict true "A request with this key is under way" "wait for its answer, then ask again";
+    NO_MACHINE = "machine.not_found" 404 NotFound false "There is no such machine" "list the machines: GET /api/v1/machines";
+    NO_SERVICE = "service.not_found" 404 NotFound false "There is no such service" "list the services: GET /api/v1/services";
+    NO_MOVE = "move.not_found" 404 NotFound false "There is no such move" "list the moves: GET /api/v1/moves";
+    NO_INSTANCE = "instance.not_found" 404 NotFound false "There is no such instance" "list the instances: GET /api/v1/instances";
+    NO_RECEIPT = "move.no_receipt" 409 Conflict true "There is no receipt yet" "wait for the end of the move: GET /api/v1/moves/{id}/events";
+    NOTHING_TO_DO = "move.nothing_to_do" 409 Conflict false "Nothing would change" "look at where the service is: GET /api/v1/status";
+    INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
+}
+
+/// Every code that the engine refuses with, as far as it is known here; others are passed on as they are.
+pub const ENGINE: &[&str] = &[];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_code_is_listed_twice_and_each_says_what_to_do() {
+        let mut names: Vec<_> = OWN.iter().map(|code| code.code).collect();
+        names.sort_unstable();
+        let all = names.len();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        for code in OWN {
+            assert!(!code.hint.is_empty() && !code.title.ends_with('.'), "{code:?}");
+            assert!(code.code.split('.').count() == 2, "{code:?}");
+            assert!((400..600).contains(&code.status), "{code:?}");
+        }
+    }
+}
