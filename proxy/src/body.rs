@@ -43,6 +43,8 @@ pub(crate) struct RequestBody {
     max_bytes: u64,
     body_idle_ms: u32,
     head_timeout_ms: u32,
+    /// The first frame, if it was there with the head.
+    first: RefCell<Option<Frame<Bytes>>>,
     /// Frames that were taken from the client, while they may be needed again.
     kept: RefCell<Option<Vec<Bytes>>>,
     taken: Cell<bool>,
@@ -84,6 +86,7 @@ pub(crate) struct RequestBodyLimits {
     pub(crate) max_bytes: u64,
     pub(crate) body_idle_ms: u32,
     pub(crate) head_timeout_ms: u32,
+    pub(crate) first: Option<Frame<Bytes>>,
     /// Whether frames are kept for another attempt.
     pub(crate) keep: bool,
     pub(crate) gate: Option<Arc<ContinueGate>>,
@@ -99,6 +102,7 @@ impl RequestBody {
             max_bytes: limits.max_bytes,
             body_idle_ms: limits.body_idle_ms,
             head_timeout_ms: limits.head_timeout_ms,
+            first: RefCell::new(limits.first),
             kept: RefCell::new(limits.keep.then(Vec::new)),
             taken: Cell::new(false),
             ended: Cell::new(false),
@@ -146,6 +150,10 @@ impl RequestBody {
         }
         if let Some(gate) = &self.gate {
             std::task::ready!(gate.poll_open(cx));
+        }
+        let first = self.first.borrow_mut().take();
+        if let Some(first) = first {
+            return Poll::Ready(Some(self.pass(first)));
         }
         let mut slot = self.incoming.borrow_mut();
         let Some(incoming) = &mut *slot else {
@@ -209,7 +217,7 @@ impl RequestBody {
     }
 
     fn is_at_end(&self) -> bool {
-        self.incoming.borrow().as_ref().is_some_and(Incoming::is_end_stream)
+        self.first.borrow().is_none() && self.incoming.borrow().as_ref().is_some_and(Incoming::is_end_stream)
     }
 
     fn end(&self) {
@@ -217,6 +225,19 @@ impl RequestBody {
         if self.flight.status.get() == 0 {
             self.flight.wait(Waits::Head, self.head_timeout_ms);
         }
+    }
+}
+
+/// Looks at what of a chunked body came with the head. A body that is malformed from the start is
+/// refused before any upstream hears of the request.
+///
+/// # Errors
+/// The client's fault.
+pub(crate) fn first_frame(incoming: &mut Incoming) -> Result<Option<Frame<Bytes>>, Reason> {
+    match Pin::new(incoming).poll_frame(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(Some(Ok(frame))) => Ok(Some(frame)),
+        Poll::Ready(Some(Err(error))) => Err(client_fault(&error)),
+        Poll::Ready(None) | Poll::Pending => Ok(None),
     }
 }
 
@@ -355,7 +376,7 @@ impl ReplyBody {
         match body.poll(cx) {
             Poll::Pending => {
                 if flight.is_expired() {
-                    return Poll::Ready(Some(Err(fail(flight, &mut slot, flight.timeout_reason()))));
+                    return fail(flight, &mut slot, flight.timeout_reason(), cx);
                 }
                 flight.note_waker(cx);
                 if flight.waits.get() != Waits::Body {
@@ -383,7 +404,7 @@ impl ReplyBody {
             }
             Poll::Ready(Some(Err(_))) => {
                 flight.strike();
-                Poll::Ready(Some(Err(fail(flight, &mut slot, Reason::UpstreamBodyAborted))))
+                fail(flight, &mut slot, Reason::UpstreamBodyAborted, cx)
             }
             Poll::Ready(None) => {
                 complete(flight, &mut slot);
@@ -400,10 +421,13 @@ fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     }
 }
 
-fn fail(flight: &Flight, slot: &mut Option<UpstreamBody>, reason: Reason) -> Broken {
+/// Lets go of the upstream, and breaks the answer off at the next poll: hyper drops what it holds when
+/// a body fails, and what came before the failure is to reach the client.
+fn fail<T>(flight: &Flight, slot: &mut Option<UpstreamBody>, reason: Reason, cx: &Context<'_>) -> Poll<T> {
     flight.reason.set(Some(reason));
     *slot = None;
-    Broken(reason)
+    cx.waker().wake_by_ref();
+    Poll::Pending
 }
 
 impl Body for ReplyBody {

@@ -53,6 +53,8 @@ pub(crate) struct ConnState {
     pub(crate) served: Cell<bool>,
     pub(crate) http2: Cell<bool>,
     pub(crate) draining: Cell<bool>,
+    /// Requests that the client cancelled before their answers' heads, less those that it did not.
+    pub(crate) cancelled: Cell<u32>,
     kill: Cell<Kill>,
     waker: RefCell<Option<Waker>>,
     /// The upstream's half of an upgraded connection, left by the request for the connection's task.
@@ -62,8 +64,10 @@ pub(crate) struct ConnState {
     /// The client may still be sending: read on for a moment before the socket is closed, or the reset
     /// that answers those bytes takes our answer with it.
     pub(crate) linger: Cell<bool>,
-    /// Interim responses to be written before anything else.
+    /// Interim responses that wait to be written. They have their place before the answer's head.
     pub(crate) interim: RefCell<Vec<u8>>,
+    /// Whether the answer's head is still to come.
+    pub(crate) before_head: Cell<bool>,
     /// The last `Forwarded` value with the host that it was made for.
     pub(crate) forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
 }
@@ -83,12 +87,14 @@ impl ConnState {
             served: Cell::new(false),
             http2: Cell::new(false),
             draining: Cell::new(false),
+            cancelled: Cell::new(0),
             kill: Cell::new(Kill::No),
             waker: RefCell::new(None),
             tunnel: RefCell::new(None),
             rejected: Cell::new(None),
             linger: Cell::new(false),
             interim: RefCell::new(Vec::new()),
+            before_head: Cell::new(false),
             forwarded: RefCell::new(None),
         })
     }
@@ -122,6 +128,7 @@ impl ConnState {
         self.in_flight.set(self.in_flight.get() + 1);
         self.head_since_ms.set(0);
         self.served.set(true);
+        self.before_head.set(true);
     }
 
     /// A request has ended.
@@ -204,6 +211,13 @@ impl ClientStream {
         if !self.own_answer.is_empty() {
             std::task::ready!(self.poll_own(cx))?;
         }
+        if !self.state.interim.borrow().is_empty() {
+            let interim = self.state.interim.take();
+            if bytes.starts_with(b"HTTP/1.1 ") {
+                self.own_answer = interim.into();
+                std::task::ready!(self.poll_own(cx))?;
+            }
+        }
         if let Some(reason) = self.bare_rejection(bytes) {
             self.state.rejected.set(Some(reason));
             self.own_answer = respond::raw_answer(reason);
@@ -248,7 +262,11 @@ impl AsyncWrite for ClientStream {
         if std::task::ready!(self.before_write(cx, first))? {
             return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
         }
-        Pin::new(&mut self.socket).poll_write_vectored(cx, slices)
+        // One piece is cheaper as such.
+        match slices {
+            [one] => Pin::new(&mut self.socket).poll_write(cx, one),
+            _ => Pin::new(&mut self.socket).poll_write_vectored(cx, slices),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -258,7 +276,10 @@ impl AsyncWrite for ClientStream {
     /// hyper flushes when it has nothing left to write: the place where an interim response fits in
     /// without cutting a message in two.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.own_answer.is_empty() && !self.state.interim.borrow().is_empty() {
+        if self.own_answer.is_empty()
+            && self.state.before_head.get()
+            && !self.state.interim.borrow().is_empty()
+        {
             let interim = self.state.interim.take();
             self.own_answer = interim.into();
         }

@@ -31,6 +31,7 @@ use tokio::net::TcpStream;
 
 use crate::body::{
     Broken, ContinueGate, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source, UpstreamBody,
+    first_frame,
 };
 use crate::clock::now_us;
 use crate::conn::ConnState;
@@ -73,10 +74,11 @@ pub(crate) async fn handle(
     request: Request<Incoming>,
     conflict: bool,
 ) -> Result<Response<ReplyBody>, Broken> {
-    let (mut parts, incoming) = request.into_parts();
+    let (parts, mut incoming) = request.into_parts();
     let seen = Seen::scan(&parts.headers);
     let has_body = !incoming.is_end_stream();
-    let target = route::target(&parts.method, &parts.uri, parts.version, &parts.headers);
+    let target = allowed(&parts.method)
+        .and_then(|()| route::target(&parts.method, &parts.uri, parts.version, &parts.headers));
     let guard = begin(&core, &conn, &parts, seen, target.as_ref());
     let checked = target.and_then(|target| {
         let wishes = check(&parts, seen, has_body, conflict)?;
@@ -92,10 +94,15 @@ pub(crate) async fn handle(
     if too_large > 0 && incoming.size_hint().lower() > too_large {
         return Ok(refuse(Reason::BodyTooLarge, &parts.headers, guard));
     }
+    let chunked = has_body && seen.has(Seen::TRANSFER_ENCODING) && !wishes.expects_continue;
+    let first = match if chunked { first_frame(&mut incoming) } else { Ok(None) } {
+        Ok(first) => first,
+        Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
+    };
     let form = Form::of(&parts.headers);
     let choice = Choice::of(&entry.service, &parts.headers, &guard.0, wishes);
-    prepare(&mut parts, seen, &conn, &core, &guard.0, &target, has_body, &incoming);
-    let outgoing = outgoing(parts, incoming, target, wishes, &guard.0, &entry, has_body, seen);
+    let inbound = Inbound { parts, incoming, first, target, wishes, seen, has_body };
+    let outgoing = inbound.into_outgoing(&core, &guard.0, &entry);
     Ok(send(&core, &entry, guard, outgoing, choice, form).await)
 }
 
@@ -131,14 +138,17 @@ fn begin(
     Flight::begin(core, conn, Start { ids, method, version, client, host, path, agent })
 }
 
+fn allowed(method: &Method) -> Result<(), Reason> {
+    match *method {
+        Method::CONNECT => Err(Reason::ConnectNotSupported),
+        Method::TRACE => Err(Reason::MethodNotAllowed),
+        _ => Ok(()),
+    }
+}
+
 fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> Result<Wishes, Reason> {
     if conflict {
         return Err(Reason::ConflictingLength);
-    }
-    match parts.method {
-        Method::CONNECT => return Err(Reason::ConnectNotSupported),
-        Method::TRACE => return Err(Reason::MethodNotAllowed),
-        _ => {}
     }
     headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
 }
@@ -155,92 +165,81 @@ fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>,
 
 // --- the request as it goes on -----------------------------------------------------------------------
 
-#[expect(clippy::too_many_arguments, reason = "one step of a way, split out for reading")]
-fn prepare(
-    parts: &mut request::Parts,
-    seen: Seen,
-    conn: &ConnState,
-    core: &Core,
-    flight: &Flight,
-    target: &route::Target,
-    has_body: bool,
-    incoming: &Incoming,
-) {
-    let via = match parts.version {
-        Version::HTTP_10 => &core.via.http10,
-        Version::HTTP_2 => &core.via.http2,
-        _ => &core.via.http11,
-    };
-    if seen.has(Seen::COOKIE) && parts.version == Version::HTTP_2 {
-        headers::join_cookies(&mut parts.headers);
-    }
-    let host = match &target.host {
-        HostText::None => None,
-        HostText::Field(value) => Some(value.clone()),
-        HostText::Authority(authority) => HeaderValue::from_str(authority.as_str()).ok(),
-    };
-    if !matches!(target.host, HostText::Field(_))
-        && let Some(host) = &host
-    {
-        parts.headers.insert(HOST, host.clone());
-    }
-    if !seen.has(Seen::UPGRADE) {
-        headers::strip_hop_by_hop(&mut parts.headers, seen);
-    }
-    headers::add(&mut parts.headers, seen, conn, &Added { ids: &flight.ids, via, host: host.as_ref() });
-    if has_body {
-        if incoming.size_hint().exact().is_none() {
-            // Said aloud, because hyper takes a GET without a length for one without a body.
-            parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        }
-    } else if !seen.has(Seen::CONTENT_LENGTH)
-        && matches!(parts.method, Method::POST | Method::PUT | Method::PATCH)
-    {
-        parts.headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-    }
-}
-
-#[expect(clippy::too_many_arguments, reason = "one step of a way, split out for reading")]
-fn outgoing(
-    mut parts: request::Parts,
+/// A request that was received and may go on.
+struct Inbound {
+    parts: request::Parts,
     incoming: Incoming,
+    first: Option<http_body::Frame<bytes::Bytes>>,
     target: route::Target,
     wishes: Wishes,
-    flight: &Rc<Flight>,
-    entry: &ServiceEntry,
-    has_body: bool,
     seen: Seen,
-) -> Outgoing {
-    let policy = entry.service.policy();
-    let mut upgrade = None;
-    if seen.has(Seen::UPGRADE) {
-        upgrade = if wishes.upgrade { parts.headers.get(UPGRADE).cloned() } else { None };
-        headers::strip_hop_by_hop(&mut parts.headers, seen);
+    has_body: bool,
+}
+
+impl Inbound {
+    fn into_outgoing(mut self, core: &Core, flight: &Rc<Flight>, entry: &ServiceEntry) -> Outgoing {
+        let upgrade = if self.wishes.upgrade { self.parts.headers.get(UPGRADE).cloned() } else { None };
+        self.rewrite_headers(core, flight);
+        let Self { mut parts, incoming, first, target, wishes, has_body, .. } = self;
+        if !parts.extensions.is_empty() {
+            parts.extensions = http::Extensions::new();
+        }
+        parts.version = Version::HTTP_11;
+        if parts.uri.scheme().is_some() || parts.uri.authority().is_some() {
+            parts.uri = Uri::from(target.path.clone());
+        }
+        let policy = entry.service.policy();
+        let gate = wishes.expects_continue.then(Arc::<ContinueGate>::default);
+        let body = has_body.then(|| {
+            let limits = RequestBodyLimits {
+                first,
+                max_bytes: policy.max_request_body_bytes,
+                body_idle_ms: policy.body_idle_timeout_ms,
+                head_timeout_ms: policy.response_head_timeout_ms,
+                // Only HTTP/2 upstreams can refuse a request after some of it was sent.
+                keep: entry.service.upstreams().any(|(_, u)| u.protocol() == UpstreamProtocol::H2c),
+                gate: gate.clone(),
+                late_from_ms: flight.started_us / 1_000 + TRANSFER_AFTER_MS,
+            };
+            RequestBody::new(incoming, Rc::clone(flight), limits)
+        });
+        let idempotent = is_idempotent(&parts.method);
+        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, idempotent, gate }
     }
-    if !parts.extensions.is_empty() {
-        parts.extensions = http::Extensions::new();
-    }
-    let gate = wishes.expects_continue.then(Arc::<ContinueGate>::default);
-    let body = has_body.then(|| {
-        let limits = RequestBodyLimits {
-            max_bytes: policy.max_request_body_bytes,
-            body_idle_ms: policy.body_idle_timeout_ms,
-            head_timeout_ms: policy.response_head_timeout_ms,
-            // Only HTTP/2 upstreams can refuse a request after some of it was sent.
-            keep: entry.service.upstreams().any(|(_, upstream)| upstream.protocol() == UpstreamProtocol::H2c),
-            gate: gate.clone(),
-            late_from_ms: flight.started_us / 1_000 + TRANSFER_AFTER_MS,
+
+    fn rewrite_headers(&mut self, core: &Core, flight: &Flight) {
+        let Self { parts, seen, .. } = self;
+        let (headers, seen) = (&mut parts.headers, *seen);
+        let via = match parts.version {
+            Version::HTTP_10 => &core.via.http10,
+            Version::HTTP_2 => &core.via.http2,
+            _ => &core.via.http11,
         };
-        RequestBody::new(incoming, Rc::clone(flight), limits)
-    });
-    let idempotent = is_idempotent(&parts.method);
-    let mut out = Outgoing { parts: None, body, path: target.path, wishes, upgrade, idempotent, gate };
-    parts.version = Version::HTTP_11;
-    if parts.uri.scheme().is_some() || parts.uri.authority().is_some() {
-        parts.uri = Uri::from(out.path.clone());
+        if seen.has(Seen::COOKIE) && parts.version == Version::HTTP_2 {
+            headers::join_cookies(headers);
+        }
+        let host = match &self.target.host {
+            HostText::None => None,
+            HostText::Field(value) => Some(value.clone()),
+            HostText::Authority(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+        };
+        // First off, then on: a field that the client nominates must not be one that the edge adds.
+        headers::strip_hop_by_hop(headers, seen);
+        if let Some(host) = &host
+            && (matches!(self.target.host, HostText::Authority(_)) || seen.has(Seen::CONNECTION))
+        {
+            headers.insert(HOST, host.clone());
+        }
+        let added = Added { ids: &flight.ids, via, host: host.as_ref() };
+        headers::add(headers, seen, &flight.conn, &added);
+        let sends = matches!(parts.method, Method::POST | Method::PUT | Method::PATCH);
+        if self.has_body && self.incoming.size_hint().exact().is_none() {
+            // Said aloud, because hyper takes a GET without a length for one without a body.
+            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        } else if !self.has_body && sends && !seen.has(Seen::CONTENT_LENGTH) {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        }
     }
-    out.parts = Some(parts);
-    out
 }
 
 /// RFC 9110 §9.2.2.
@@ -276,16 +275,7 @@ impl Outgoing {
             parts.headers.insert(UPGRADE, protocol.clone());
             parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         }
-        let mut request = Request::from_parts(parts, body);
-        if let Some(gate) = &self.gate {
-            let gate = Arc::clone(gate);
-            hyper::ext::on_informational(&mut request, move |interim| {
-                if interim.status() == StatusCode::CONTINUE {
-                    gate.open();
-                }
-            });
-        }
-        Some(request)
+        Some(Request::from_parts(parts, body))
     }
 
     /// A copy, because a stream that is refused does not give the request back.
@@ -495,6 +485,8 @@ async fn attempt_http1(
             flight.wait(Waits::Head, policy.response_head_timeout_ms);
         }
         core.metrics.upstream_connection(conn.reused);
+        let client = (flight.version == Version::HTTP_11).then(|| Rc::clone(&flight.conn));
+        conn.interims.expect(client, out.gate.clone());
         match exchange(flight, &mut conn, request).await {
             Exchanged::Head(response) => return Ok((response, source(out, conn, pool))),
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
@@ -716,6 +708,7 @@ fn answer(
         return switch(entry, guard, out, parts, source);
     }
     let flight = &guard.0;
+    flight.conn.before_head.set(false);
     headers::clean_response(&mut parts.headers);
     set_sticky_cookie(entry, flight, preferred, &mut parts.headers);
     parts.version = Version::HTTP_11;

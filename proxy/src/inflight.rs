@@ -94,6 +94,10 @@ pub(crate) struct Flight {
     waker: RefCell<Option<Waker>>,
 }
 
+/// Requests that one HTTP/2 client may cancel more than it lets be answered, before its connection ends:
+/// each has cost an upstream a request already (CVE-2023-44487).
+const MAX_CANCELLED: u32 = 200;
+
 /// Ends the flight when it is dropped: held by the request's future, then by the answer's body.
 pub(crate) struct FlightGuard(pub(crate) Rc<Flight>);
 
@@ -301,7 +305,9 @@ impl Flight {
 
     /// An answer that was not handed over whole, without a known reason: the client has gone.
     fn judge(&self) {
+        let cancelled = self.conn.cancelled.get();
         if self.complete.get() || self.reason.get().is_some() {
+            self.conn.cancelled.set(cancelled.saturating_sub(1));
             return;
         }
         let leaving = self.core.aborting.get();
@@ -310,6 +316,11 @@ impl Flight {
             self.status.set(Reason::ClientClosed.status_code());
             if self.lease.borrow().is_some() {
                 self.record(Outcome::ClientGone);
+            }
+            self.conn.cancelled.set(cancelled + 1);
+            if self.conn.http2.get() && cancelled >= MAX_CANCELLED {
+                tracing::info!(peer = %self.conn.peer, "an HTTP/2 client cancels all of its requests: closed");
+                self.conn.kill(Kill::Abort);
             }
         }
         if leaving {

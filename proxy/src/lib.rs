@@ -33,6 +33,7 @@ mod framing;
 mod headers;
 mod ids;
 mod inflight;
+mod interim;
 mod listen;
 mod metrics;
 mod pool;

@@ -24,6 +24,7 @@ use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
 use crate::core::LocalExecutor;
+use crate::interim::{Interims, UpstreamStream};
 
 /// How long a connection that has sent its answer may take to become idle.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -31,12 +32,13 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
 
-type Http1Io = TokioIo<TcpStream>;
+type Http1Io = TokioIo<UpstreamStream>;
 
 /// One HTTP/1.1 connection to an upstream.
 pub(crate) struct Http1Conn {
     pub(crate) sender: http1::SendRequest<ForwardBody>,
     conn: http1::Connection<Http1Io, ForwardBody>,
+    pub(crate) interims: Rc<Interims>,
     ended: bool,
     idle_since_ms: u64,
     /// It has served a request before.
@@ -57,7 +59,7 @@ impl Http1Conn {
     /// Takes the socket back after an upgrade, with what was read beyond the head.
     pub(crate) fn into_socket(self) -> (TcpStream, bytes::Bytes) {
         let parts = self.conn.into_parts();
-        (parts.io.into_inner(), parts.read_buf)
+        (parts.io.into_inner().into_socket(), parts.read_buf)
     }
 
     fn is_idle(&self) -> bool {
@@ -186,8 +188,10 @@ impl UpstreamPool {
         builder: &http1::Builder,
         socket: TcpStream,
     ) -> hyper::Result<Box<Http1Conn>> {
-        let (sender, conn) = builder.handshake(TokioIo::new(socket)).await?;
-        Ok(Box::new(Http1Conn { sender, conn, ended: false, idle_since_ms: 0, reused: false }))
+        let interims = Rc::<Interims>::default();
+        let stream = UpstreamStream::new(socket, Rc::clone(&interims));
+        let (sender, conn) = builder.handshake(TokioIo::new(stream)).await?;
+        Ok(Box::new(Http1Conn { sender, conn, interims, ended: false, idle_since_ms: 0, reused: false }))
     }
 
     /// A place on an HTTP/2 connection that is open.
@@ -332,12 +336,6 @@ impl Pools {
             keyed.pool.sweep();
             !(keyed.pool.is_unused() && Rc::strong_count(&keyed.pool) == 1)
         });
-    }
-
-    /// Idle HTTP/1.1 connections of all generations.
-    #[cfg(test)]
-    pub(crate) fn idle(&self) -> usize {
-        self.by_generation.borrow().values().map(|keyed| keyed.pool.idle.borrow().len()).sum()
     }
 }
 

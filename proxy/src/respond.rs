@@ -38,6 +38,7 @@ pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response
     flight.reason.set(Some(reason));
     flight.status.set(reason.status_code());
     flight.complete.set(true);
+    flight.conn.before_head.set(false);
     let request_id = flight.ids.request.clone();
     let page = page(reason, form, request_id.to_str().unwrap_or("-"));
     let http2 = flight.conn.http2.get();

@@ -79,7 +79,7 @@ fn path(method: &Method, uri: &Uri) -> Result<PathAndQuery, Reason> {
         Some(path) if path.as_str().starts_with('/') => Ok(path),
         // "http://host?query" has an empty path, which goes on as "/" (RFC 9112 §3.2.1).
         Some(path) if uri.scheme().is_some() => {
-            PathAndQuery::try_from(format!("/{path}")).map_err(|_| Reason::BadTarget)
+            PathAndQuery::try_from(format!("/{}", path.as_str())).map_err(|_| Reason::BadTarget)
         }
         None if uri.scheme().is_some() => Ok(PathAndQuery::from_static("/")),
         _ => Err(Reason::BadTarget),

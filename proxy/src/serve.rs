@@ -62,9 +62,22 @@ impl Servers {
 }
 
 /// Serves one connection to its end.
-pub(crate) async fn serve(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, peer: SocketAddr) {
+pub(crate) fn serve(
+    core: Rc<Core>,
+    servers: Rc<Servers>,
+    socket: TcpStream,
+    peer: SocketAddr,
+) -> impl Future<Output = ()> {
     let state = ConnState::new(peer, core.config.trusts(peer.ip()), core.coarse_now_ms());
-    let _place = Conns::add(&core, &state);
+    // Counted at once, so that the acceptor knows how many there are.
+    let place = Conns::add(&core, &state);
+    async move {
+        run(core, servers, socket, state).await;
+        drop(place);
+    }
+}
+
+async fn run(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, state: Rc<ConnState>) {
     if socket.set_nodelay(true).is_err() {
         return;
     }

@@ -1,0 +1,13 @@
+//! The edge from outside: real sockets, scripted clients and scripted origins.
+
+mod bodies;
+mod drain;
+mod forwarding;
+mod health;
+mod limits;
+mod malformed;
+mod observe;
+mod retries;
+mod shutdown;
+mod support;
+mod tunnels;
