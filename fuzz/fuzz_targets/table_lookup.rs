@@ -46,7 +46,11 @@ impl Run {
         let routes = routes.filter_map(|text| {
             let (host, path) = text.split_at(text.find('/').unwrap_or(text.len()));
             let host = HostPattern::parse(host).ok()?;
-            assert_eq!(HostPattern::parse(&host.to_string()).as_ref(), Ok(&host), "patterns are shown as they are read");
+            assert_eq!(
+                HostPattern::parse(&host.to_string()).as_ref(),
+                Ok(&host),
+                "patterns are shown as they are read"
+            );
             Some(RouteSpec { host, path_prefix: path.into() })
         });
         let upstream = UpstreamSpec {
@@ -152,7 +156,8 @@ impl Model {
 
     fn lookup(&self, host: &str, path: &str) -> Option<(&str, &str)> {
         let fitting = self.all().into_iter().filter(|(_, (pattern, prefix))| {
-            fits_host(pattern, host) && (prefix.is_empty() || path == prefix || path.starts_with(&format!("{prefix}/")))
+            fits_host(pattern, host)
+                && (prefix.is_empty() || path == prefix || path.starts_with(&format!("{prefix}/")))
         });
         let rank = |pattern: &str| if pattern == host { usize::MAX } else { pattern.len() };
         let best = fitting.max_by_key(|(_, (pattern, prefix))| (rank(pattern), prefix.len()));
@@ -168,6 +173,7 @@ fn fits_host(pattern: &str, host: &str) -> bool {
 }
 
 fn prefix(path: &str) -> Option<String> {
-    let is_path = path.starts_with('/') && !path.contains(|c: char| c <= ' ' || c == '\x7f' || "?#".contains(c));
+    let is_path =
+        path.starts_with('/') && !path.contains(|c: char| c <= ' ' || c == '\x7f' || "?#".contains(c));
     is_path.then(|| path.trim_end_matches('/').to_owned())
 }

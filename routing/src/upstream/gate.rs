@@ -156,7 +156,7 @@ mod tests {
                     assert!(gate.state().is_drained(), "a refused caller was seen inside");
                 })
             });
-            late.map(|thread| thread.join().expect("no panic"));
+            late.into_iter().for_each(|thread| thread.join().expect("no panic"));
         });
     }
 }
