@@ -352,7 +352,9 @@ impl UpstreamBody {
             return Poll::Ready(frame);
         }
         // Asking for a frame is what lets the connection read on.
-        drop(conn.poll(cx));
+        if conn.poll(cx).is_ready() {
+            conn.discard();
+        }
         Pin::new(&mut self.incoming).poll_frame(&mut quiet)
     }
 

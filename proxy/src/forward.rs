@@ -540,32 +540,33 @@ enum Exchanged {
 /// Sends a request and waits for the head of its answer, driving the connection meanwhile.
 async fn exchange(flight: &Flight, conn: &mut Http1Conn, request: Request<ForwardBody>) -> Exchanged {
     let mut answer = pin!(conn.sender.try_send_request(request));
-    let mut sent = false;
     std::future::poll_fn(move |cx| {
         // What the connection finds comes out of `answer`, inside this call: nobody needs to be woken.
-        drop(conn.poll(cx));
         let mut quiet = Context::from_waker(Waker::noop());
-        match answer.as_mut().poll(&mut quiet) {
+        let ended = conn.poll(cx).is_ready();
+        let mut polled = answer.as_mut().poll(&mut quiet);
+        if ended && polled.is_pending() {
+            // The upstream closed before it was asked: the request lies unsent in the connection's queue.
+            conn.discard();
+            polled = answer.as_mut().poll(&mut quiet);
+        }
+        match polled {
             Poll::Ready(Ok(response)) => {
                 flight.mark_sent();
-                return Poll::Ready(Exchanged::Head(response));
+                Poll::Ready(Exchanged::Head(response))
             }
-            Poll::Ready(Err(mut error)) => {
-                return Poll::Ready(match error.take_message() {
-                    Some(request) if !sent => Exchanged::Returned(request, error.into_error()),
-                    _ => {
-                        flight.mark_sent();
-                        Exchanged::Failed(error.into_error())
-                    }
-                });
+            Poll::Ready(Err(mut error)) => match error.take_message() {
+                Some(request) => Poll::Ready(Exchanged::Returned(request, error.into_error())),
+                None => {
+                    flight.mark_sent();
+                    Poll::Ready(Exchanged::Failed(error.into_error()))
+                }
+            },
+            Poll::Pending => {
+                flight.mark_sent();
+                stopped(flight, cx).map(Exchanged::Stopped)
             }
-            Poll::Pending => {}
         }
-        if !sent {
-            sent = true;
-            flight.mark_sent();
-        }
-        stopped(flight, cx).map(Exchanged::Stopped)
     })
     .await
 }
@@ -785,7 +786,7 @@ fn switch(
     if upstream.poll(&mut Context::from_waker(Waker::noop())).is_pending() {
         return unasked(guard);
     }
-    let (socket, early) = upstream.into_socket();
+    let Some((socket, early)) = upstream.into_socket() else { return unasked(guard) };
     let protocol = parts.headers.get(UPGRADE).unwrap_or(asked).clone();
     headers::clean_response(&mut parts.headers);
     parts.headers.insert(UPGRADE, protocol);

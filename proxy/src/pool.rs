@@ -37,7 +37,7 @@ type Http1Io = TokioIo<UpstreamStream>;
 /// One HTTP/1.1 connection to an upstream.
 pub(crate) struct Http1Conn {
     pub(crate) sender: http1::SendRequest<ForwardBody>,
-    conn: http1::Connection<Http1Io, ForwardBody>,
+    conn: Option<http1::Connection<Http1Io, ForwardBody>>,
     pub(crate) interims: Rc<Interims>,
     ended: bool,
     idle_since_ms: u64,
@@ -48,18 +48,24 @@ pub(crate) struct Http1Conn {
 impl Http1Conn {
     /// Moves bytes both ways. Ready when the connection has ended or was upgraded.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<hyper::Result<()>> {
-        if self.ended {
+        let Some(conn) = self.conn.as_mut().filter(|_| !self.ended) else {
             return Poll::Ready(Ok(()));
-        }
-        let polled = Pin::new(&mut self.conn).poll(cx);
+        };
+        let polled = Pin::new(conn).poll(cx);
         self.ended = polled.is_ready();
         polled
     }
 
     /// Takes the socket back after an upgrade, with what was read beyond the head.
-    pub(crate) fn into_socket(self) -> (TcpStream, bytes::Bytes) {
-        let parts = self.conn.into_parts();
-        (parts.io.into_inner().into_socket(), parts.read_buf)
+    pub(crate) fn into_socket(self) -> Option<(TcpStream, bytes::Bytes)> {
+        let parts = self.conn?.into_parts();
+        Some((parts.io.into_inner().into_socket(), parts.read_buf))
+    }
+
+    /// Drops the connection proper. That hands a request which was still queued in it back to its sender.
+    pub(crate) fn discard(&mut self) {
+        self.ended = true;
+        self.conn = None;
     }
 
     fn is_idle(&self) -> bool {
@@ -191,7 +197,14 @@ impl UpstreamPool {
         let interims = Rc::<Interims>::default();
         let stream = UpstreamStream::new(socket, Rc::clone(&interims));
         let (sender, conn) = builder.handshake(TokioIo::new(stream)).await?;
-        Ok(Box::new(Http1Conn { sender, conn, interims, ended: false, idle_since_ms: 0, reused: false }))
+        Ok(Box::new(Http1Conn {
+            sender,
+            conn: Some(conn),
+            interims,
+            ended: false,
+            idle_since_ms: 0,
+            reused: false,
+        }))
     }
 
     /// A place on an HTTP/2 connection that is open.
