@@ -102,3 +102,41 @@ fn no_wake_up_is_lost_between_publishing_and_acknowledging() {
         }
     });
 }
+
+#[test]
+fn a_version_is_announced_only_when_what_it_retires_is_retired() {
+    const VERSIONS: usize = 2_000;
+    let (mut writer, reader) = table();
+    let put = |generation: u64| {
+        let mut service = named("web", &["a.test"], Vec::new());
+        service.pools = vec![peregrine_routing::PoolSpec {
+            name: "main".into(),
+            weight: 1,
+            standby: false,
+            upstreams: vec![peregrine_routing::UpstreamSpec {
+                generation: peregrine_routing::Generation(generation),
+                name: "copy".into(),
+                address: peregrine_routing::Address::Socket(([127, 0, 0, 1], 80).into()),
+                protocol: peregrine_routing::UpstreamProtocol::Http1,
+                weight: 1,
+            }],
+        }];
+        Change::Put(service)
+    };
+    writer.apply(&[put(1)]).expect("is accepted");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut version, mut before) = (1, reader.load());
+            while version < VERSIONS as u64 {
+                version = block_on(reader.newer_than(version));
+                let old = before.lookup("a.test", "/").expect("is there").service;
+                let gone = old.upstreams().all(|(_, upstream)| upstream.is_retired());
+                assert!(gone || before.version() >= version, "version {version} was announced too early");
+                before = reader.load();
+            }
+        });
+        for generation in 2..=VERSIONS as u64 {
+            writer.apply(&[put(generation)]).expect("is accepted");
+        }
+    });
+}
