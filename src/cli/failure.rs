@@ -19,11 +19,11 @@ pub(crate) struct Failure {
     /// Why, if more is known than the message says. One entry a line.
     pub(crate) why: Vec<String>,
     /// What to do next.
-    pub(crate) hint: Option<String>,
+    pub(crate) hint: Option<Box<str>>,
     /// A rendered picture of it (the lines of a file with what is wrong), shown before the message.
-    pub(crate) block: Option<String>,
+    pub(crate) block: Option<Box<str>>,
     /// More fields of the JSON form, such as the move or the findings.
-    pub(crate) details: Map<String, Value>,
+    pub(crate) details: Box<Map<String, Value>>,
     /// The reader of standard output has gone: there is nobody to tell.
     pub(crate) silent: bool,
 }
@@ -41,7 +41,7 @@ impl Failure {
             why: Vec::new(),
             hint: None,
             block: None,
-            details: Map::new(),
+            details: Box::default(),
             silent: false,
         }
     }
@@ -59,8 +59,8 @@ impl Failure {
 
     /// The same with what to do next.
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        let hint = hint.into();
-        self.hint = (!hint.is_empty()).then_some(hint);
+        let hint: String = hint.into();
+        self.hint = (!hint.is_empty()).then(|| hint.into());
         self
     }
 
@@ -75,7 +75,7 @@ impl Failure {
 
     /// The same with a rendered picture.
     pub(crate) fn block(mut self, block: impl Into<String>) -> Self {
-        self.block = Some(block.into());
+        self.block = Some(block.into().into());
         self
     }
 
@@ -107,7 +107,7 @@ impl Failure {
         }
         object.insert("hint".into(), json!(self.hint));
         object.insert("exit_code".into(), json!(self.exit.code()));
-        for (name, value) in &self.details {
+        for (name, value) in self.details.iter() {
             object.entry(name.clone()).or_insert_with(|| value.clone());
         }
         Value::Object(object)

@@ -54,7 +54,7 @@ pub(crate) struct Node {
     /// Its own options.
     pub(crate) options: Vec<Parameter>,
     /// Commands below it; empty for one that does something.
-    pub(crate) commands: Vec<Node>,
+    pub(crate) commands: Vec<Self>,
 }
 
 /// An argument or option.

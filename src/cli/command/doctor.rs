@@ -80,7 +80,7 @@ impl Check {
 
     fn of_failure(name: &str, failure: &Failure) -> Self {
         let why = failure.why.first().map(|why| format!(": {why}")).unwrap_or_default();
-        Self::failed(name, format!("{}{why}", failure.message), failure.hint.clone().unwrap_or_default())
+        Self::failed(name, format!("{}{why}", failure.message), failure.hint.as_deref().unwrap_or_default())
     }
 
     fn text(&self, out: &Output) -> String {
