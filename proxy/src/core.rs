@@ -168,7 +168,7 @@ impl Core {
             self.flights.look_at_clock(now_ms);
             self.conns.look_at_clock(now_ms, &self.config.limits);
             count = count.wrapping_add(1);
-            if count % SWEEP_TICKS == 0 {
+            if count.is_multiple_of(SWEEP_TICKS) {
                 self.pools.sweep();
             }
             self.metrics.flush(self.flights.len(), self.conns.len());

@@ -263,10 +263,10 @@ impl Outgoing {
     fn for_http1(&mut self, upstream: &Upstream, policy: &ServicePolicy) -> Option<Request<ForwardBody>> {
         let body = self.body()?;
         let mut parts = self.parts.take()?;
-        if !policy.preserve_host || !parts.headers.contains_key(HOST) {
-            if let Ok(host) = HeaderValue::from_str(&upstream.address().to_string()) {
-                parts.headers.insert(HOST, host);
-            }
+        if (!policy.preserve_host || !parts.headers.contains_key(HOST))
+            && let Ok(host) = HeaderValue::from_str(&upstream.address().to_string())
+        {
+            parts.headers.insert(HOST, host);
         }
         if self.wishes.trailers {
             headers::ask_for_trailers(&mut parts.headers, true);

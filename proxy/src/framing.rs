@@ -8,8 +8,6 @@
 //! if the head has `Transfer-Encoding`, and skips bodies by the same rules as the parser. It never
 //! decides where a body ends: if it loses its way, the worst case is a refused request.
 
-use memchr::memmem;
-
 /// How the body of a request is delimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Framing {
@@ -117,13 +115,13 @@ impl Follower {
 /// RFC 9112 §2.2 allows. The parser takes a bare LF for a line end too.
 fn head_end(bytes: &[u8]) -> Option<usize> {
     let start = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n'))?;
-    let body = &bytes[start..];
-    let crlf = memmem::find(body, b"\r\n\r\n").map(|at| at + 4);
-    // Only a head with a bare LF can end earlier; look for it only in front of the proper end.
-    let before = &body[..crlf.unwrap_or(body.len())];
-    let bare = memmem::find(before, b"\n\n").map(|at| at + 2);
-    let mixed = memmem::find(before, b"\n\r\n").map(|at| at + 3);
-    [crlf, bare, mixed].into_iter().flatten().min().map(|end| start + end)
+    memchr::memchr_iter(b'\n', &bytes[start..]).map(|at| start + at + 1).find_map(|line| {
+        match bytes[line..] {
+            [b'\n', ..] => Some(line + 1),
+            [b'\r', b'\n', ..] => Some(line + 2),
+            _ => None,
+        }
+    })
 }
 
 fn has_content_length(head: &[u8]) -> bool {

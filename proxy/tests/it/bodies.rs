@@ -265,18 +265,15 @@ fn http1_clients_reach_h2c_upstreams() {
 #[test]
 fn a_client_that_expects_continue_is_asked_when_the_origin_asks() {
     let origin = Origin::scripted(|conn| {
-        while let Some(head) = conn.head() {
-            assert!(head.to_ascii_lowercase().contains("expect: 100-continue"), "{head}");
-            if head.contains("/refuse") {
-                conn.write(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 2\r\n\r\nno");
-                return;
-            }
-            conn.write(b"HTTP/1.1 100 Continue\r\n\r\n");
-            while conn.more().is_some() {
-                conn.answer("thanks");
-                break;
-            }
+        let Some(head) = conn.head() else { return };
+        assert!(head.to_ascii_lowercase().contains("expect: 100-continue"), "{head}");
+        if head.contains("/refuse") {
+            conn.write(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 2\r\n\r\nno");
             return;
+        }
+        conn.write(b"HTTP/1.1 100 Continue\r\n\r\n");
+        if conn.more().is_some() {
+            conn.answer("thanks");
         }
     });
     let edge = TestEdge::before(&origin);
@@ -324,13 +321,11 @@ fn early_hints_are_passed_on_in_front_of_the_answer() {
 #[test]
 fn an_answer_that_breaks_off_never_looks_complete() {
     let origin = Origin::scripted(|conn| {
-        while let Some(seen) = conn.request() {
-            if seen.line().contains("chunked") {
-                conn.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
-            } else {
-                conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello");
-            }
-            return;
+        let Some(seen) = conn.request() else { return };
+        if seen.line().contains("chunked") {
+            conn.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+        } else {
+            conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello");
         }
     });
     let edge = TestEdge::before(&origin);

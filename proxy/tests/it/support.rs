@@ -176,7 +176,6 @@ fn fields<'a>(head: &'a str, name: &str) -> Vec<&'a str> {
 /// One connection of an origin's script.
 pub(crate) struct OriginConn {
     pub(crate) socket: TcpStream,
-    pub(crate) number: usize,
     seen: Arc<Mutex<Vec<Seen>>>,
     unread: Vec<u8>,
 }
@@ -245,7 +244,6 @@ pub(crate) fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
 }
 
 /// Body and trailer section of a complete chunked body at the start of `bytes`, and its length.
-#[expect(clippy::type_complexity)]
 pub(crate) fn dechunk(bytes: &[u8]) -> Option<((Vec<u8>, String), usize)> {
     let (mut body, mut at) = (Vec::new(), 0);
     loop {
@@ -283,10 +281,10 @@ impl Origin {
         std::thread::spawn(move || {
             for socket in listener.incoming().map_while(Result::ok) {
                 socket.set_nodelay(true).expect("nodelay");
-                let number = count.fetch_add(1, Ordering::SeqCst);
+                count.fetch_add(1, Ordering::SeqCst);
                 let (seen, script) = (Arc::clone(&all), Arc::clone(&script));
                 std::thread::spawn(move || {
-                    script(&mut OriginConn { socket, number, seen, unread: Vec::new() });
+                    script(&mut OriginConn { socket, seen, unread: Vec::new() });
                 });
             }
         });
