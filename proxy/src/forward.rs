@@ -24,8 +24,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, V
 use http_body::Body;
 use hyper::body::Incoming;
 use peregrine_routing::{
-    Address, Balance, Enter, Evidence, Generation, HashKey, Lease, NoUpstream, Outcome, RetryClass, Service,
-    ServicePolicy, TrafficClass, Upstream, UpstreamProtocol, stable_hash,
+    Address, Evidence, Outcome, RetryClass, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
 };
 use tokio::net::TcpStream;
 
@@ -33,6 +32,7 @@ use crate::body::{
     Broken, ContinueGate, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source, UpstreamBody,
     first_frame,
 };
+use crate::choose::Choice;
 use crate::clock::now_us;
 use crate::conn::ConnState;
 use crate::core::{Core, ServiceEntry};
@@ -46,8 +46,6 @@ use crate::upgrade::Tunnel;
 
 /// Attempts for one request, the first one included.
 const MAX_ATTEMPTS: u8 = 3;
-/// Looks at a newer table when everything in this one was retired under our hands.
-const MAX_TABLE_LOADS: u8 = 3;
 /// After this time a body is a transfer, which a drain gives more time than a request.
 const TRANSFER_AFTER_MS: u64 = 10_000;
 /// How long the upstream has for `100 Continue` before the body is sent anyway (RFC 9110 §10.1.1).
@@ -61,6 +59,7 @@ struct Outgoing {
     path: PathAndQuery,
     wishes: Wishes,
     upgrade: Option<HeaderValue>,
+    has_host: bool,
     idempotent: bool,
     gate: Option<Arc<ContinueGate>>,
 }
@@ -99,7 +98,7 @@ pub(crate) async fn handle(
         Ok(first) => first,
         Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
     };
-    let form = Form::of(&parts.headers);
+    let form = if seen.has(Seen::ACCEPT) { Form::of(&parts.headers) } else { Form::Problem };
     let choice = Choice::of(&entry.service, &parts.headers, &guard.0, wishes);
     let inbound = Inbound { parts, incoming, first, target, wishes, seen, has_body };
     let outgoing = inbound.into_outgoing(&core, &guard.0, &entry);
@@ -153,7 +152,7 @@ fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> 
     headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
 }
 
-fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+pub(crate) fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
     let host = route::canonical(&target.host)?;
     // "OPTIONS *" is about the server as a whole: it goes where "/" goes.
     let path = target.path.path();
@@ -204,7 +203,8 @@ impl Inbound {
             RequestBody::new(incoming, Rc::clone(flight), limits)
         });
         let idempotent = is_idempotent(&parts.method);
-        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, idempotent, gate }
+        let has_host = !matches!(target.host, HostText::None);
+        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, has_host, idempotent, gate }
     }
 
     fn rewrite_headers(&mut self, core: &Core, flight: &Flight) {
@@ -263,7 +263,7 @@ impl Outgoing {
     fn for_http1(&mut self, upstream: &Upstream, policy: &ServicePolicy) -> Option<Request<ForwardBody>> {
         let body = self.body()?;
         let mut parts = self.parts.take()?;
-        if (!policy.preserve_host || !parts.headers.contains_key(HOST))
+        if !(policy.preserve_host && self.has_host)
             && let Ok(host) = HeaderValue::from_str(&upstream.address().to_string())
         {
             parts.headers.insert(HOST, host);
@@ -310,70 +310,6 @@ impl Outgoing {
         }
         Some(request)
     }
-}
-
-// --- choosing ------------------------------------------------------------------------------------------
-
-/// What the choice of an upstream depends on besides the table.
-struct Choice {
-    hash: Option<u64>,
-    prefer: Option<u64>,
-    class: TrafficClass,
-    tried: Vec<Generation>,
-}
-
-impl Choice {
-    fn of(service: &Service, headers: &HeaderMap, flight: &Flight, wishes: Wishes) -> Self {
-        let hash = match service.balance() {
-            Balance::ConsistentHash(HashKey::Header(name)) => {
-                headers.get(&**name).map(|value| stable_hash(value.as_bytes()))
-            }
-            Balance::ConsistentHash(HashKey::Cookie(name)) => headers::cookie(headers, name).map(stable_hash),
-            Balance::ConsistentHash(HashKey::ClientAddress) => {
-                Some(stable_hash(flight.client.to_string().as_bytes()))
-            }
-            _ => None,
-        };
-        let sticky = service.policy().sticky.as_ref();
-        let prefer = sticky.and_then(|sticky| sticky_value(headers::cookie(headers, &sticky.cookie)?));
-        let class = if wishes.upgrade { TrafficClass::WebSocket } else { TrafficClass::Request };
-        Self { hash, prefer, class, tried: Vec::new() }
-    }
-
-    /// Enters an upstream of the current table. An instance that was not tried comes first.
-    fn enter(&mut self, core: &Core, entry: &mut Rc<ServiceEntry>, flight: &Flight) -> Result<Lease, Reason> {
-        for _ in 0..MAX_TABLE_LOADS {
-            let ask = Enter {
-                now_ms: core.coarse_now_ms(),
-                random: core.random.next(),
-                hash: self.hash,
-                prefer: self.prefer,
-                tried: &self.tried,
-                class: self.class,
-            };
-            match entry.service.enter(ask) {
-                Ok(lease) => return Ok(lease),
-                Err(NoUpstream::Empty) => return Err(Reason::NoUpstream),
-                Err(NoUpstream::Exhausted) if !self.tried.is_empty() => self.tried.clear(),
-                Err(NoUpstream::Exhausted) => *entry = reload(core, flight)?,
-            }
-        }
-        Err(Reason::NoUpstream)
-    }
-}
-
-/// The table has changed since it was read: the request asks again, as if it had just come.
-fn reload(core: &Core, flight: &Flight) -> Result<Rc<ServiceEntry>, Reason> {
-    let host = flight.host.borrow().clone();
-    let path = flight.path.clone().ok_or(Reason::NoRoute)?;
-    let entry = find_service(core, &route::Target { host, path })?;
-    *flight.service.borrow_mut() = Some(Rc::clone(&entry));
-    Ok(entry)
-}
-
-fn sticky_value(cookie: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(cookie).ok().filter(|text| text.len() == 16)?;
-    u64::from_str_radix(text, 16).ok()
 }
 
 // --- sending -------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ macro_rules! bits {
 bits! {
     CONNECTION = 0; HOP = 1; TE = 2; TRANSFER_ENCODING = 3; UPGRADE = 4; EXPECT = 5; COOKIE = 6;
     CONTENT_LENGTH = 7; VIA = 8; FORWARDING = 9; REQUEST_ID = 10; TRACEPARENT = 11; UNDERSCORE = 12;
-    HOST = 13; REASON = 14; TRAILER = 15;
+    HOST = 13; REASON = 14; TRAILER = 15; ACCEPT = 16;
 }
 
 impl Seen {
@@ -71,6 +71,7 @@ fn bit_of(name: &str) -> u32 {
         2 if name == "te" => Seen::TE,
         3 if name == "via" => Seen::VIA,
         4 if name == "host" => Seen::HOST,
+        6 if name == "accept" => Seen::ACCEPT,
         6 if name == "expect" => Seen::EXPECT,
         6 if name == "cookie" => Seen::COOKIE,
         7 if name == "upgrade" => Seen::UPGRADE,

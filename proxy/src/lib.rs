@@ -21,6 +21,7 @@
 
 mod access_log;
 mod body;
+mod choose;
 mod clock;
 mod config;
 mod conn;
