@@ -1,1 +1,181 @@
-//! The operator's language: files to checked configuration.
+//! The operator's language: from files to checked configuration.
+//!
+//! ```text
+//!   Source (text) ─► raw: what was said, each value with its place ─► what it means, checked ─► Config of each room
+//!                                                  └──────────► Mistakes: all of them, each with line, column and hint
+//! ```
+//!
+//! There are two documents. The **server file** of `peregrine serve --config FILE` says where the edge and the API
+//! listen, which machines there are, and may carry services: one file is a complete reverse proxy. The **manifest**
+//! of `peregrine deploy` has services only. `peregrine.toml` beside this crate mentions every key with its default.
+//!
+//! Reading starts nothing, opens nothing but the file itself, and never stops at the first mistake. Values of
+//! environments are never shown: not in a mistake, not in `Debug`.
+
+mod api;
+mod edge;
+mod machine;
+mod mistake;
+mod names;
+mod raw;
+mod service;
+mod source;
+mod suggest;
+mod units;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use peregrine_engine::model::{MachineKind, MachineSpec, Workload};
+
+pub use api::ApiSettings;
+pub use mistake::{MAX_MISTAKES, Mistake, Mistakes};
+pub use service::ServiceEntry;
+pub use source::{MAX_FILE_BYTES, Source};
+
+use raw::{Asked, Fields, quoted};
+
+/// The file that `peregrine serve` is given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerConfig {
+    /// The edge.
+    pub edge: peregrine_proxy::Config,
+    /// The API.
+    pub api: ApiSettings,
+    /// Machines, in the order of the file.
+    pub machines: Vec<MachineSpec>,
+    /// Services, in the order of the file. Each that is run has its machine.
+    pub services: Vec<ServiceEntry>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            edge: edge::default_edge(),
+            api: ApiSettings::default(),
+            machines: Vec::new(),
+            services: Vec::new(),
+        }
+    }
+}
+
+/// The file that `peregrine deploy` is given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Manifest {
+    /// Services, in the order of the file; at least one.
+    pub services: Vec<ServiceEntry>,
+}
+
+impl ServerConfig {
+    /// Reads and checks a server file.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in it.
+    pub fn load(path: &Path) -> Result<Self, Mistakes> {
+        Self::parse(&Source::read(path)?)
+    }
+
+    /// Checks the text of a server file.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in it.
+    pub fn parse(source: &Source) -> Result<Self, Mistakes> {
+        read_server(source).0
+    }
+}
+
+impl Manifest {
+    /// Reads and checks a manifest.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in it.
+    pub fn load(path: &Path) -> Result<Self, Mistakes> {
+        Self::parse(&Source::read(path)?)
+    }
+
+    /// Checks the text of a manifest.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in it.
+    pub fn parse(source: &Source) -> Result<Self, Mistakes> {
+        read_manifest(source).0
+    }
+}
+
+fn read_server(source: &Source) -> (Result<ServerConfig, Mistakes>, Asked) {
+    raw::read(source, |fields| {
+        let edge = fields.take("edge").map_or_else(edge::default_edge, |node| edge::edge(&node));
+        let api = fields.take("api").map(|node| api::api(&node)).unwrap_or_default();
+        let machines = fields.take("machine").map(|node| machine::machines(&node)).unwrap_or_default();
+        let mut services = fields.take("service").map(|node| service::services(&node)).unwrap_or_default();
+        services.iter_mut().for_each(|service| place(service, &machines));
+        let services = services.into_iter().map(|read| read.entry).collect();
+        Some(ServerConfig { edge, api, machines, services })
+    })
+}
+
+fn read_manifest(source: &Source) -> (Result<Manifest, Mistakes>, Asked) {
+    raw::read(source, |fields: &mut Fields<'_>| {
+        let Some(node) = fields.take("service") else {
+            fields
+                .missing("there is no service in this file", "add [service.web] with image = … and port = …");
+            return None;
+        };
+        let services = service::services(&node);
+        Some(Manifest { services: services.into_iter().map(|read| read.entry).collect() })
+    })
+}
+
+/// Finds the machine of a service that is run: the one that it names, or the only one that can.
+fn place(service: &mut service::Read<'_>, machines: &[MachineSpec]) {
+    let (noun, key, runs_here): (_, _, fn(&MachineKind) -> bool) = match service.entry.spec.workload {
+        Workload::Image { .. } => ("an image", "docker", |kind| matches!(kind, MachineKind::Docker { .. })),
+        Workload::Command { .. } => ("a command", "process", |kind| matches!(kind, MachineKind::Process)),
+        Workload::Fixed { .. } => return,
+    };
+    let by_name: BTreeMap<_, _> = machines.iter().map(|machine| (machine.name.as_str(), machine)).collect();
+    if let (Some(name), Some(node)) = (&service.entry.machine, &service.machine) {
+        match by_name.get(name.as_str()) {
+            None => {
+                let names: Vec<_> = by_name.keys().copied().collect();
+                let hint = suggest::word(name, &names).map_or_else(
+                    || format!("add [machine.{name}] to this file, or name one that is in it"),
+                    |near| format!("did you mean {near:?}?"),
+                );
+                node.bad(format_args!("there is no machine {}", quoted(name)), hint);
+            }
+            Some(machine) if !runs_here(&machine.kind) => node.wrong(
+                "config.conflict",
+                format_args!("machine {name} cannot run {noun}"),
+                format_args!("name a machine that has {key} = …"),
+            ),
+            Some(_) => {}
+        }
+        return;
+    }
+    let able: Vec<_> = machines.iter().filter(|machine| runs_here(&machine.kind)).collect();
+    match able[..] {
+        [only] => service.entry.machine = Some(only.name.clone()),
+        [] if service.machine.is_none() => service.node.wrong_key(
+            "config.missing",
+            format_args!("no machine in this file can run {noun}, which [{}] needs", service.node.path),
+            match key {
+                "docker" => "add [machine.here] with docker = \"unix:///var/run/docker.sock\"",
+                _ => "add [machine.here] with process = true",
+            },
+        ),
+        _ if service.machine.is_none() => service.node.wrong_key(
+            "config.missing",
+            format_args!("[{}] could run on several machines", service.node.path),
+            format_args!("add machine = {:?}, or another of them", able[0].name),
+        ),
+        _ => {} // it names one, in a way that is wrong and told already
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! The reference file and the examples say what the code does.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use peregrine_engine::model::{DockerEndpoint, MachineKind};
+
+use super::*;
+
+const REFERENCE: &str = include_str!("../peregrine.toml");
+
+fn source(text: impl Into<String>) -> Source {
+    Source::new("peregrine.toml", "/etc/peregrine", text)
+}
+
+/// Takes the `#` off every setting of the reference.
+fn with_every_setting() -> String {
+    let setting = |line: &str| {
+        line.starts_with('#') && line[1..].starts_with(|c: char| c == '[' || c.is_ascii_lowercase())
+    };
+    REFERENCE
+        .lines()
+        .map(|line| if setting(line) { &line[1..] } else { line })
+        .fold(String::new(), |text, line| text + line + "\n")
+}
+
+fn server(text: impl Into<String>) -> ServerConfig {
+    ServerConfig::parse(&source(text)).unwrap_or_else(|mistakes| panic!("{mistakes}"))
+}
+
+/// Every key in a table, with `*` for names that the operator chooses.
+fn mentioned(table: &toml::Table, pattern: &str, keys: &mut BTreeSet<String>) {
+    for (key, value) in table {
+        let by_name = ["machine", "service"].contains(&pattern)
+            || pattern.ends_with(".env")
+            || pattern.ends_with(".labels");
+        let name = if by_name { "*" } else { key };
+        let path = if pattern.is_empty() { name.to_owned() } else { format!("{pattern}.{name}") };
+        match value {
+            toml::Value::Table(inner) => mentioned(inner, &path, keys),
+            toml::Value::Array(items) => {
+                items
+                    .iter()
+                    .filter_map(toml::Value::as_table)
+                    .for_each(|inner| mentioned(inner, &path, keys));
+            }
+            _ => {}
+        }
+        keys.insert(path);
+    }
+}
+
+#[test]
+fn the_reference_as_it_is_changes_nothing() {
+    assert_eq!(server(REFERENCE), ServerConfig::default());
+}
+
+#[test]
+fn the_reference_shows_every_default() {
+    let full = server(with_every_setting());
+    let log = full.edge.access_log.clone().expect("the reference shows the access log");
+    assert_eq!(log.format, peregrine_proxy::AccessLogFormat::default());
+    let edge = peregrine_proxy::Config { access_log: None, ..full.edge.clone() };
+    assert_eq!(edge, ServerConfig::default().edge);
+    assert_eq!(full.api, ApiSettings::default());
+
+    let plain = server(
+        "[machine.a]\ndocker = \"unix:///var/run/docker.sock\"\n[service.web]\nimage = \"shop:1.4\"\nport = 3000\n",
+    );
+    let (plain, web) = (&plain.services[0].spec, find(&full, "web"));
+    assert_eq!(web.resources, plain.resources);
+    assert_eq!(web.replicas, plain.replicas);
+    assert_eq!(web.move_settings, plain.move_settings);
+    let traffic = peregrine_engine::model::TrafficPolicy { sticky_cookie: None, ..web.traffic.clone() };
+    assert_eq!(traffic, plain.traffic);
+    let health =
+        peregrine_engine::model::HealthSpec { kind: plain.health.kind.clone(), ..web.health.clone() };
+    assert_eq!(health, plain.health);
+    assert_eq!(full.machines[0].address, "127.0.0.1".parse::<std::net::IpAddr>().unwrap());
+}
+
+fn find<'c>(config: &'c ServerConfig, name: &str) -> &'c peregrine_engine::model::ServiceSpec {
+    &config.services.iter().find(|service| service.spec.name == name).unwrap().spec
+}
+
+#[test]
+fn the_reference_mentions_every_key_and_no_other() {
+    let text = with_every_setting();
+    let mut keys = BTreeSet::new();
+    mentioned(&text.parse().unwrap(), "", &mut keys);
+    let (_, asked) = read_server(&source(text));
+    assert!(asked.len() > 90, "{asked:?}");
+    assert_eq!(asked.difference(&keys).collect::<Vec<_>>(), Vec::<&String>::new(), "not in the reference");
+    assert_eq!(keys.difference(&asked).collect::<Vec<_>>(), Vec::<&String>::new(), "not known");
+    assert!(REFERENCE.contains("{ hash_header = \"x-tenant\" } or { hash_cookie = \"session\" }"));
+}
+
+#[test]
+fn a_manifest_has_the_same_services() {
+    let text = with_every_setting();
+    let services = &text[text.find("[service.legacy]").unwrap()..];
+    let manifest = Manifest::parse(&source(services)).unwrap();
+    assert_eq!(manifest.services, server(text).services);
+}
+
+#[test]
+fn every_example_is_sound() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut names = Vec::new();
+    for file in folder.read_dir().unwrap() {
+        let path = file.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if name == "manifest.toml" {
+            Manifest::load(&path).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        } else {
+            ServerConfig::load(&path).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        }
+        names.push(name);
+    }
+    names.sort();
+    assert_eq!(names, ["manifest.toml", "reverse-proxy.toml", "ssh-host.toml", "two-docker-hosts.toml"]);
+}
+
+#[test]
+fn paths_are_relative_to_the_file() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let config = ServerConfig::load(&folder.join("ssh-host.toml")).unwrap();
+    let MachineKind::Docker { endpoint: DockerEndpoint::Ssh { key, port, user, host, socket, .. } } =
+        &config.machines[0].kind
+    else {
+        panic!("{:?}", config.machines[0])
+    };
+    assert_eq!(key, &folder.join("keys/id_ed25519"));
+    assert_eq!((*port, user.as_str(), host.as_str()), (2222, "deploy", "rack.example.com"));
+    assert_eq!(socket, Path::new("/var/run/docker.sock"));
+    // A service without a machine goes to the only one that can run it.
+    let machines: Vec<_> = config.services.iter().map(|service| service.machine.as_deref()).collect();
+    assert_eq!(machines, [Some("rack"), Some("local")]);
+}
+
+#[test]
+fn environments_are_never_shown() {
+    let text = "[service.web]\nimage = \"a\"\nport = 1\nenv = { TOKEN = \"hunter2\" }\n";
+    let manifest = Manifest::parse(&source(text)).unwrap();
+    let shown = format!("{manifest:?} {:?}", source(text));
+    assert!(shown.contains("TOKEN") && shown.contains("[redacted]"), "{shown}");
+    assert!(!shown.contains("hunter2"), "{shown}");
+}
