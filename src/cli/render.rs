@@ -1,6 +1,6 @@
 //! What comes from the server, as text for people. Pure: types in, text out.
 
-use peregrine_api::types::{DryRun, Finding, Move, MoveKind, MoveState, Place, Plan, Receipt, Step};
+use peregrine_api::types::{Finding, Move, MoveKind, MoveState, Place, Plan, Receipt, Step};
 
 use super::human;
 use super::output::Output;
@@ -65,9 +65,9 @@ pub(crate) fn machines(places: &[Place]) -> String {
 }
 
 /// What a plan would do.
-pub(crate) fn plan(planned: &DryRun, out: &Output) -> String {
+pub(crate) fn plan(planned: &Plan, out: &Output) -> String {
     let Plan { service, kind: of, from_version, to_version, add, retire, keep, settings, estimate, .. } =
-        &planned.plan;
+        planned;
     let mut text = format!("{} {}\n", kind(*of), clean(service));
     let mut line = |name: &str, value: String| text.push_str(&format!("  {:<9} {value}\n", out.dim(name)));
     line("version", versions(from_version.filter(|from| from != to_version), *to_version));
@@ -80,7 +80,7 @@ pub(crate) fn plan(planned: &DryRun, out: &Output) -> String {
     if !keep.is_empty() {
         line("keep", human::plural(keep.len() as u64, "copy", "copies"));
     }
-    line("steps", planned.plan.steps.iter().map(step).collect::<Vec<_>>().join(", "));
+    line("steps", planned.steps.iter().map(step).collect::<Vec<_>>().join(", "));
     if settings.soak_ms > 0 {
         line("soak", human::millis(settings.soak_ms));
     }
@@ -93,11 +93,11 @@ pub(crate) fn plan(planned: &DryRun, out: &Output) -> String {
         takes.push_str(&format!(", image {}", human::bytes(bytes)));
     }
     line("takes", takes);
-    line("hash", planned.plan.hash.clone());
-    for warning in &planned.plan.warnings {
+    line("hash", planned.hash.clone());
+    for warning in &planned.warnings {
         line("warning", finding(warning));
     }
-    for blocker in &planned.plan.blockers {
+    for blocker in &planned.blockers {
         line("blocked", finding(blocker));
     }
     text

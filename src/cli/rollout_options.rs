@@ -1,7 +1,7 @@
 //! What the commands that start a rollout share (deploy, move, rollback, scale): options, and the ends.
 
 use clap::Args;
-use peregrine_api::types::{self, Applied, DryRun};
+use peregrine_api::types::{self, Applied, Plan};
 
 use super::exit::Exit;
 use super::failure::{Failure, Result};
@@ -92,31 +92,41 @@ impl Overrides {
     }
 }
 
-/// Shows plans; one that is blocked is a failure with its blockers.
-pub(crate) fn conclude_plan(out: &Output, planned: &[DryRun]) -> Result {
-    let blocked: Vec<_> = planned.iter().filter(|planned| !planned.would_start).collect();
-    let text = || planned.iter().map(|planned| render::plan(planned, out)).collect::<Vec<_>>().join("\n");
-    let Some(first) = blocked.first() else {
-        return match planned {
-            [one] => out.data(one, text),
-            several => out.data(&several, text),
-        };
-    };
-    if !out.json {
-        out.raw(text().as_bytes())?;
+/// Shows one plan; one that is blocked is a failure with its blockers.
+pub(crate) fn conclude_plan(out: &Output, plan: &Plan) -> Result {
+    match blocked(out, std::slice::from_ref(plan))? {
+        Some(failure) => Err(failure),
+        None => out.data(plan, || render::plan(plan, out)),
     }
-    let services: Vec<_> = blocked.iter().map(|planned| planned.plan.service.as_str()).collect();
-    let blockers: Vec<_> = blocked.iter().flat_map(|planned| &planned.plan.blockers).collect();
-    let mut failure = Failure::new(
-        Exit::Blocked,
-        "plan.blocked",
-        format!("{} cannot be done as planned", clean(&services.join(", "))),
-    );
+}
+
+/// Shows a list of plans, one for each service.
+pub(crate) fn conclude_plans(out: &Output, plans: &[Plan]) -> Result {
+    match blocked(out, plans)? {
+        Some(failure) => Err(failure),
+        None => out.data(&plans, || text_of_plans(out, plans)),
+    }
+}
+
+/// The failure that plans are of which one is blocked. People see all of the plans before it.
+fn blocked(out: &Output, plans: &[Plan]) -> Result<Option<Failure>> {
+    let blockers: Vec<_> = plans.iter().flat_map(|plan| &plan.blockers).collect();
+    let Some(first) = blockers.first() else { return Ok(None) };
+    if !out.json {
+        out.raw(text_of_plans(out, plans).as_bytes())?;
+    }
+    let services: Vec<_> =
+        plans.iter().filter(|plan| !plan.blockers.is_empty()).map(|plan| plan.service.as_str()).collect();
+    let message = format!("{} cannot be done as planned", clean(&services.join(", ")));
+    let mut failure = Failure::new(Exit::Blocked, "plan.blocked", message).hint(first.hint.clone());
     for blocker in &blockers {
         failure = failure.why(format!("{} [{}]", blocker.message, blocker.code));
     }
-    let hint = first.plan.blockers.first().map(|blocker| blocker.hint.clone()).unwrap_or_default();
-    Err(failure.hint(hint).detail("blockers", &blockers).detail("plans", planned))
+    Ok(Some(failure.detail("blockers", &blockers).detail("plans", plans)))
+}
+
+fn text_of_plans(out: &Output, plans: &[Plan]) -> String {
+    plans.iter().map(|plan| render::plan(plan, out)).collect::<Vec<_>>().join("\n")
 }
 
 /// Watches what was started, if anything had to be.

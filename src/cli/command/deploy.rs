@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::config;
 use crate::cli::failure::{Failure, Result};
-use crate::cli::rollout_options::{Follow, Overrides, PlanOptions, WaitOptions, conclude_plan};
+use crate::cli::rollout_options::{Follow, Overrides, PlanOptions, WaitOptions, conclude_plans};
 use crate::cli::session::Session;
 use crate::cli::watch::{self, Outcome};
 
@@ -74,9 +74,9 @@ impl Deploy {
             let mut planned = Vec::new();
             for (service, request) in &requests {
                 let call = session.patient.plan_deploy(service, request);
-                planned.push(session.ask("planning the deploy", call).await?);
+                planned.push(session.ask("planning the deploy", call).await?.plan);
             }
-            return conclude_plan(&session.out, &planned);
+            return conclude_plans(&session.out, &planned);
         }
         let follow = self.wait.follow(&session.out);
         let mut done = Vec::new();

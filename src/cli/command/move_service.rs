@@ -2,7 +2,7 @@
 
 use clap::Args;
 use peregrine_api::client::Submit;
-use peregrine_api::types::{DryRun, MoveRequest};
+use peregrine_api::types::MoveRequest;
 
 use crate::cli::failure::Result;
 use crate::cli::rollout_options::{Overrides, PlanOptions, WaitOptions, conclude_plan};
@@ -53,7 +53,7 @@ impl Move {
         };
         if self.plan.plan {
             let plan = session.ask("planning the move", session.patient.plan_move(&request)).await?;
-            return conclude_plan(&session.out, &[DryRun::from(plan)]);
+            return conclude_plan(&session.out, &plan);
         }
         let submit = Submit::default();
         let started = session.ask("starting the move", session.patient.start_move(&request, &submit)).await?;

@@ -42,7 +42,7 @@ impl Rollback {
         if self.plan.plan {
             let call = session.patient.plan_rollback(&self.service, &request);
             let planned = session.ask("planning the rollback", call).await?;
-            return conclude_plan(&session.out, &[planned]);
+            return conclude_plan(&session.out, &planned.plan);
         }
         let submit = Submit::default();
         let call = session.patient.rollback(&self.service, &request, &submit);

@@ -48,7 +48,7 @@ impl Scale {
         if self.plan.plan {
             let call = session.patient.plan_scale(&self.service, &request);
             let planned = session.ask("planning the change", call).await?;
-            return conclude_plan(&session.out, &[planned]);
+            return conclude_plan(&session.out, &planned.plan);
         }
         if self.replicas == 0 {
             prompt::confirm(&format!("Stop every copy of {}?", self.service), session.yes)?;

@@ -77,13 +77,14 @@ impl Outcome {
                 (Exit::Failed, "move.needs_operator", "stopped half-way: an undo failed")
             }
         };
+        let look = format!("peregrine moves show {} and peregrine logs {} tell more", of.id, of.service);
         let mut failure = match &of.problem {
             Some(problem) => {
                 Failure::new(exit, problem.code.clone(), format!("{}: {ended}", render::what(of)))
                     .why(problem.message.clone())
-                    .hint(problem.hint.clone())
+                    .hint(if problem.hint.is_empty() { look } else { problem.hint.clone() })
             }
-            None => Failure::new(exit, code, format!("{}: {ended}", render::what(of))),
+            None => Failure::new(exit, code, format!("{}: {ended}", render::what(of))).hint(look),
         };
         for left in &of.leftovers {
             failure = failure.why(format!("left behind: {left}"));
