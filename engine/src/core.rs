@@ -46,7 +46,7 @@ impl Core {
         table: Table,
         state: State,
     ) -> Self {
-        let events = Events::new(Arc::clone(&store), state.last_event);
+        let events = Events::new(Arc::clone(&store));
         Self {
             config,
             store,

@@ -1,7 +1,6 @@
 //! The event stream: stored history, then live, without a gap and without a doubled event.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
@@ -17,28 +16,22 @@ const MAX_LIVE_BACKLOG: usize = 1_024;
 pub(crate) struct Events {
     store: Arc<dyn Store>,
     live: broadcast::Sender<Arc<Event>>,
-    last: AtomicU64,
 }
 
 impl Events {
-    pub(crate) fn new(store: Arc<dyn Store>, last: u64) -> Self {
-        Self { store, live: broadcast::channel(MAX_LIVE_BACKLOG).0, last: AtomicU64::new(last) }
+    pub(crate) fn new(store: Arc<dyn Store>) -> Self {
+        Self { store, live: broadcast::channel(MAX_LIVE_BACKLOG).0 }
     }
 
     /// Called with the commit lock held, so in order.
     pub(crate) fn tell(&self, events: Vec<Event>) {
         for event in events {
-            self.last.store(event.id, Ordering::Release);
             drop(self.live.send(Arc::new(event))); // nobody listens: fine, it is stored
         }
     }
 
     pub(crate) fn tell_live(&self, event: Event) {
         drop(self.live.send(Arc::new(event))); // nobody listens: a sample is only for those who do
-    }
-
-    pub(crate) fn last(&self) -> u64 {
-        self.last.load(Ordering::Acquire)
     }
 
     /// Stored events after `after`, then live ones for ever.

@@ -326,7 +326,7 @@ impl EngineHandle {
     /// Id of the newest stored event.
     #[must_use]
     pub fn last_event(&self) -> u64 {
-        self.core.events.last()
+        self.core.state().last_event
     }
 
     /// Output of an instance.

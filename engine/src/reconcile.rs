@@ -5,10 +5,11 @@
 //! * A copy that no rollout needs any more is removed: the ledger of what could not be removed at once.
 //! * An instance with our label that the store does not know is removed after a grace. Nothing else is touched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use crate::core::Core;
@@ -30,51 +31,91 @@ const REMOVE_GRACE_MS: u32 = 10_000;
 pub(crate) fn spawn(core: &Arc<Core>) {
     let steady = Arc::clone(core);
     core.tasks.spawn(async move {
-        let mut backoff = Backoff::default();
-        let mut orphans = HashMap::new();
-        loop {
-            tokio::select! {
-                () = round(&steady, &mut backoff, &mut orphans) => {}
-                () = steady.stop.cancelled() => return,
-            }
-            let interval = Duration::from_millis(steady.config.reconcile_interval_ms);
-            tokio::select! {
-                () = tokio::time::sleep(interval) => {}
-                () = steady.stop.cancelled() => return,
-            }
+        let mut reconciler = Reconciler {
+            core: steady,
+            backoff: Backoff::default(),
+            work: JoinSet::new(),
+            busy: HashSet::new(),
+        };
+        let stop = reconciler.core.stop.clone();
+        tokio::select! {
+            () = reconciler.keep_on() => {}
+            () = stop.cancelled() => {}
+        }
+    });
+    let sweeping = Arc::clone(core);
+    core.tasks.spawn(async move {
+        let stop = sweeping.stop.clone();
+        tokio::select! {
+            () = keep_sweeping(&sweeping) => {}
+            () = stop.cancelled() => {}
         }
     });
 }
 
-type Seen = HashMap<(String, InstanceId), Instant>;
+/// A machine that does not answer holds up its own copies only: each copy is seen to in a task of its own,
+/// which may outlast a round.
+struct Reconciler {
+    core: Arc<Core>,
+    backoff: Backoff,
+    work: JoinSet<(InstanceId, Result<(), Finding>)>,
+    busy: HashSet<InstanceId>,
+}
 
-async fn round(core: &Arc<Core>, backoff: &mut Backoff, orphans: &mut Seen) {
-    let state = core.state();
-    let keep: Vec<InstanceId> = wanted(&state).filter(|id| backoff.is_due(id)).collect();
-    let remove: Vec<InstanceId> = strays(&state).filter(|id| backoff.is_due(id)).collect();
-    drop(state);
-    // All at once: a machine that does not answer holds up its own copies only.
-    let mut work = tokio::task::JoinSet::new();
-    for id in keep {
-        let core = Arc::clone(core);
-        work.spawn(async move { (ensure(&core, &id).await, id) });
+impl Reconciler {
+    async fn keep_on(&mut self) {
+        loop {
+            self.begin_round();
+            let next = Instant::now() + Duration::from_millis(self.core.config.reconcile_interval_ms);
+            loop {
+                tokio::select! {
+                    Some(done) = self.work.join_next() => self.settle(done),
+                    () = tokio::time::sleep_until(next) => break,
+                }
+            }
+        }
     }
-    for id in remove {
-        let core = Arc::clone(core);
-        work.spawn(async move { (clear(&core, &id).await, id) });
+
+    fn begin_round(&mut self) {
+        let state = self.core.state();
+        let keep = wanted(&state).map(|id| (id, true));
+        for (id, keep) in keep.chain(strays(&state).map(|id| (id, false))) {
+            if !self.backoff.is_due(&id) || !self.busy.insert(id.clone()) {
+                continue;
+            }
+            let core = Arc::clone(&self.core);
+            self.work.spawn(async move {
+                let result = if keep { ensure(&core, &id).await } else { clear(&core, &id).await };
+                (id, result)
+            });
+        }
     }
-    while let Some(done) = work.join_next().await {
+
+    fn settle(&mut self, done: Result<(InstanceId, Result<(), Finding>), JoinError>) {
         match done {
-            Ok((Ok(()), id)) => backoff.clear(&id),
-            Ok((Err(problem), id)) => {
-                tracing::warn!(instance = %id, problem = %problem.message, "a copy is not as it should be");
-                backoff.failed(&id);
+            Ok((id, result)) => {
+                self.busy.remove(&id);
+                if let Err(problem) = result {
+                    tracing::warn!(instance = %id, problem = %problem.message, "a copy is not as it should be");
+                    self.backoff.failed(&id);
+                } else {
+                    self.backoff.clear(&id);
+                }
             }
             Err(error) => tracing::error!(%error, "the reconciler met a defect"),
         }
     }
-    sweep(core, orphans).await;
 }
+
+async fn keep_sweeping(core: &Arc<Core>) {
+    let mut seen = HashMap::new();
+    loop {
+        sweep(core, &mut seen).await;
+        tokio::time::sleep(Duration::from_millis(core.config.reconcile_interval_ms)).await;
+    }
+}
+
+type Seen = HashMap<(String, InstanceId), Instant>;
 
 /// Copies that are to run whatever happens. New copies of a running rollout are its own business: one that
 /// dies there is a verdict.
@@ -183,7 +224,7 @@ async fn sweep(core: &Arc<Core>, seen: &mut Seen) {
     let machines: Vec<String> = core.state().machines.keys().cloned().collect();
     let install = core.install();
     let mut found = Vec::new();
-    let mut lists = tokio::task::JoinSet::new();
+    let mut lists = JoinSet::new();
     for machine in machines {
         let Some(runtime) = core.runtime(&machine) else { continue };
         let install = install.clone();

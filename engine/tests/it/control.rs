@@ -52,7 +52,7 @@ async fn an_abort_takes_effect_in_the_middle_of_a_shift() {
     bench.until(&started, "the shift", |r| r.phase == Phase::Shift && r.weight_percent == 1).await;
     abort_ends_it(&bench, &started).await;
     bench.edge.quiet().await;
-    bench.edge.assert_lossless(10);
+    bench.edge.assert_lossless(1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

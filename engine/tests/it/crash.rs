@@ -142,7 +142,7 @@ async fn crash_on_the_way_back(end: End) -> bool {
     let second = first.reopened().await;
     // An ask that was not durable was not heard.
     if second.engine.state().rollouts[&started.id].state != RolloutState::Aborted {
-        let _ = second.engine.abort(&started.id).await; // it may be on its way back already
+        drop(second.engine.abort(&started.id).await); // it may be on its way back already
     }
     let ended = second.end_of(&started).await;
     assert_eq!(ended.state, RolloutState::Aborted, "{end:?}: {:?}", ended.problem);

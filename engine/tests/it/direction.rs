@@ -41,11 +41,8 @@ async fn at_weight(bench: &Bench, rollout: &Rollout, percent: u8) {
 async fn new_copy_dies_at(percent: u8) {
     let bench = held_bench().await;
     bench.edge.load(4);
-    let started = bench
-        .start(held_move(
-            vec![percent, 100].into_iter().collect::<std::collections::BTreeSet<u8>>().into_iter().collect(),
-        ))
-        .await;
+    let steps = if percent == 100 { vec![100] } else { vec![percent, 100] };
+    let started = bench.start(held_move(steps)).await;
     at_weight(&bench, &started, percent).await;
     bench.world.kill(&started.plan.add[0].id);
     let ended = bench.end_of(&started).await;

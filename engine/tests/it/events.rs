@@ -68,7 +68,7 @@ async fn a_running_rollout_gives_live_readings_and_one_at_each_change_of_weight(
     let bench = Bench::with_shop().await;
     bench.edge.load(4);
     let mut events = bench.engine.events(bench.engine.last_event());
-    let started = bench.start(crate::support::slow_move_to("host-b", 1_200)).await;
+    bench.start(crate::support::slow_move_to("host-b", 1_200)).await;
     let mut weights = Vec::new();
     let read = async {
         while let Some(event) = events.next().await {
@@ -82,7 +82,6 @@ async fn a_running_rollout_gives_live_readings_and_one_at_each_change_of_weight(
     tokio::time::timeout(Duration::from_secs(20), read).await.expect("the rollout ends");
     assert!(weights.iter().any(|(weight, _)| *weight == 100), "{weights:?}");
     assert!(weights.windows(2).all(|pair| pair[0].1 <= pair[1].1), "totals never fall: {weights:?}");
-    assert!(bench.engine.sample(&started.id).is_none() || weights.len() > 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -178,9 +178,7 @@ async fn an_unreachable_machine_blocks_a_move_to_it_and_can_be_checked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_step_and_every_undo_run_twice_come_to_the_same_end() {
-    // A crash right after each settlement makes the next life repeat what was under way; here each verb of the
-    // runtime fails once, so that it is repeated inside one life.
+async fn whichever_call_fails_once_the_end_is_tidy() {
     for verb in ["ensure", "inspect", "remove", "info", "list"] {
         let bench = Bench::with_shop().await;
         for machine in ["host-a", "host-b"] {

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use peregrine_engine::model::InstanceId;
+
 use crate::support::{Bench, move_to, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -41,7 +43,9 @@ async fn requests_of_the_rollout_are_counted_by_instance_and_to_the_last_one() {
     bench.engine.promote(&started.id).await.expect("it goes on");
     let receipt = bench.end_of(&started).await.receipt.expect("a receipt");
     let new = &started.plan.add[0].id;
-    let of = |id| receipt.instances.iter().find(|entry| entry.instance == *id).expect("an entry").clone();
+    let of = |id: &InstanceId| {
+        receipt.instances.iter().find(|entry| entry.instance == *id).expect("an entry").clone()
+    };
     assert_eq!(receipt.requests, 40);
     assert_eq!(receipt.failed, 0);
     assert_eq!((of(new).started, of(new).completed.request), (40, 40));
@@ -77,7 +81,7 @@ async fn a_request_that_outlives_its_deadline_is_cut_and_named() {
     bench.deploy(spec, Some("host-a")).await;
     let old = bench.serving()[0].id.clone();
     // Held by a lease of our own: the small edge does not watch for cuts.
-    let lease = {
+    let mut lease = {
         let table = bench.edge.reader().load();
         let service = table.lookup("shop.test", "/").expect("a route").service.clone();
         service
@@ -91,7 +95,6 @@ async fn a_request_that_outlives_its_deadline_is_cut_and_named() {
             })
             .expect("it is entered")
     };
-    let mut lease = lease;
     lease.mark_sent();
     let upstream = std::sync::Arc::clone(lease.upstream());
     let cutter = tokio::spawn(async move {

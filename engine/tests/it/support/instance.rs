@@ -57,7 +57,6 @@ impl Seen {
 pub(crate) struct Running {
     pub(crate) address: SocketAddr,
     pub(crate) behaviour: Arc<Behaviour>,
-    pub(crate) seen: Arc<Seen>,
     server: tokio::task::JoinHandle<()>,
 }
 
@@ -65,7 +64,7 @@ impl Running {
     pub(crate) async fn start(behaviour: Arc<Behaviour>, seen: Arc<Seen>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
-        let (how, who) = (Arc::clone(&behaviour), Arc::clone(&seen));
+        let (how, who) = (Arc::clone(&behaviour), seen);
         let server = tokio::spawn(async move {
             // Its connections end with it, as those of a process do.
             let mut connections = tokio::task::JoinSet::new();
@@ -75,13 +74,14 @@ impl Running {
                     let service = hyper::service::service_fn(move |request| {
                         answer(request, Arc::clone(&how), Arc::clone(&who))
                     });
-                    let _ = hyper::server::conn::http1::Builder::new()
+                    let served = hyper::server::conn::http1::Builder::new()
                         .serve_connection(TokioIo::new(stream), service)
                         .await;
+                    drop(served); // a client that left is no news
                 });
             }
         });
-        Self { address, behaviour, seen, server }
+        Self { address, behaviour, server }
     }
 
     pub(crate) fn kill(&self) {

@@ -34,13 +34,13 @@ struct Inner {
 #[derive(Default)]
 struct Machine {
     faults: Faults,
-    instances: BTreeMap<InstanceId, Copy>,
+    instances: BTreeMap<InstanceId, Placed>,
     architecture: String,
     images: BTreeMap<String, ImageInfo>,
     calls: BTreeMap<&'static str, u32>,
 }
 
-struct Copy {
+struct Placed {
     spec: InstanceSpec,
     running: Option<Running>,
     exit_code: Option<i64>,
@@ -130,7 +130,7 @@ impl World {
         let running = Running::start(Arc::default(), Arc::default()).await;
         let mut spec = blank_spec(&id);
         spec.install = install.to_owned();
-        let copy = Copy { spec, running: Some(running), exit_code: None };
+        let copy = Placed { spec, running: Some(running), exit_code: None };
         self.lock().machines.get_mut(machine).expect("a known machine").instances.insert(id.clone(), copy);
         id
     }
@@ -193,7 +193,7 @@ impl FakeRuntime {
     }
 }
 
-fn status(id: &InstanceId, copy: &Copy) -> InstanceStatus {
+fn status(id: &InstanceId, copy: &Placed) -> InstanceStatus {
     InstanceStatus {
         id: id.clone(),
         service: copy.spec.service.clone(),
@@ -229,7 +229,7 @@ impl Runtime for FakeRuntime {
             let running = Running::start(behaviour, seen).await;
             let address = running.address;
             let exits = faults.exit_at_start;
-            let mut copy = Copy { spec: spec.clone(), running: Some(running), exit_code: None };
+            let mut copy = Placed { spec: spec.clone(), running: Some(running), exit_code: None };
             if exits.is_some() {
                 copy.running = None;
                 copy.exit_code = exits;
