@@ -3,6 +3,7 @@
 
 mod docker_support;
 
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,7 +16,7 @@ use docker_support::{
 };
 use futures_util::StreamExt;
 use peregrine_engine::model::{DockerEndpoint, InstanceId, MachineKind, MachineSpec, TlsFiles};
-use peregrine_engine::runtime::local_engines::{LocalEngines, LocalEnginesOptions};
+use peregrine_engine::runtime::local_engines::{LocalEngines, LocalEnginesError, LocalEnginesOptions};
 use peregrine_engine::runtime::{LogOptions, Run, RuntimeError, connect, transfer_image};
 
 #[tokio::test]
@@ -531,31 +532,78 @@ fn an_endpoint_that_cannot_be_used_is_refused_before_anything_is_dialled() {
     assert!(matches!(&error, RuntimeError::Refused { .. }) && error.to_string().contains("TLS"), "{error}");
 }
 
+/// Has two engines and a container on one of them, until it is killed.
+#[test]
+#[ignore = "played as a program by a test"]
+fn owner_of_engines() {
+    let Some(dir) = std::env::var_os("OWNER_DIR") else { return };
+    let work = async {
+        let engines = LocalEngines::start(Path::new(&dir), &own_engines()).await.unwrap();
+        let image = image::packed();
+        let runtime = runtime(engines.first());
+        runtime.import(&image.id, image.stream(), &|_, _| {}).await.unwrap();
+        runtime.ensure(&playing("hang", spec(engines.first(), &image.id))).await.unwrap();
+        println!("\nUP {}", namespaces(&engines).join(" "));
+        std::future::pending::<()>().await;
+    };
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap().block_on(work);
+}
+
+fn own_engines() -> LocalEnginesOptions {
+    LocalEnginesOptions { running: None, ..LocalEnginesOptions::default() }
+}
+
+fn namespaces(engines: &LocalEngines) -> Vec<String> {
+    [engines.first(), engines.second()].map(|engine| engine.namespace.clone().unwrap()).to_vec()
+}
+
 #[tokio::test]
 async fn two_local_engines_leave_nothing_behind_not_even_after_a_kill() {
     if !allowed(LocalEngines::check().err().map(|error| error.to_string())) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let options = LocalEnginesOptions { running: None, ..LocalEnginesOptions::default() };
-    let killed = LocalEngines::start(dir.path(), &options).await.unwrap();
-    let names: Vec<String> =
-        [killed.first(), killed.second()].iter().map(|engine| engine.namespace.clone().unwrap()).collect();
-    let image = image::packed();
-    let runtime = runtime(killed.first());
-    runtime.import(&image.id, image.stream(), &|_, _| {}).await.unwrap();
-    let spec = playing("hang", spec(killed.first(), &image.id));
-    runtime.ensure(&spec).await.unwrap();
-    assert!(names.iter().all(|name| Path::new("/var/run/netns").join(name).exists()));
-    std::mem::forget(killed); // as a kill -9 of its owner would leave it
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["owner_of_engines", "--exact", "--ignored", "--nocapture"])
+        .env("OWNER_DIR", dir.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said = BufReader::new(owner.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let names: Vec<String> = said
+        .filter_map(|line| Some(line.strip_prefix("UP ")?.split(' ').map(str::to_owned).collect()))
+        .next()
+        .unwrap();
+    assert!(names.len() == 2 && names.iter().all(|name| Path::new("/var/run/netns").join(name).exists()));
+    let in_use = LocalEngines::start(dir.path(), &own_engines()).await.unwrap_err();
+    assert!(matches!(&in_use, LocalEnginesError::InUse(_)), "{in_use}");
+    owner.kill().unwrap();
+    owner.wait().unwrap();
 
-    let engines = LocalEngines::start(dir.path(), &options).await.unwrap();
+    let engines = LocalEngines::start(dir.path(), &own_engines()).await.unwrap();
     assert_gone(&names);
-    let names: Vec<String> =
-        [engines.first(), engines.second()].iter().map(|engine| engine.namespace.clone().unwrap()).collect();
+    let names = namespaces(&engines);
     engines.stop().await.unwrap();
     assert_gone(&names);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn an_engine_without_an_init_process_runs_containers_all_the_same() {
+    if !allowed(LocalEngines::check().err().map(|error| error.to_string())) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = own_engines();
+    options.dockerd_arguments.push("--init-path=docker-init-that-is-not-there".to_owned());
+    let engines = LocalEngines::start(dir.path(), &options).await.unwrap();
+    let runtime = runtime(engines.first());
+    let image = image::packed();
+    runtime.import(&image.id, image.stream(), &|_, _| {}).await.unwrap();
+    let spec = spec(engines.first(), &image.id);
+    let answer = answer_of(runtime.ensure(&spec).await.unwrap()).await;
+    assert!(!answer["first"].contains("init"), "process 1 is {}", answer["first"]);
+    engines.stop().await.unwrap();
 }
 
 fn assert_gone(names: &[String]) {

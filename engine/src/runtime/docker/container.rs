@@ -23,8 +23,8 @@ use super::status::{self, Found, Life};
 use crate::model::InstanceId;
 use crate::runtime::{InstanceSpec, InstanceStatus, Run, RuntimeError};
 
-/// Looks and deeds of one `ensure`; with more, something keeps changing the container under our hands.
-const MAX_ROUNDS: usize = 8;
+/// Looks and deeds of one `ensure` go on for so long; then something keeps changing the container under our hands.
+const SETTLE_TIMEOUT_MS: u64 = 30_000;
 /// A new container is looked at for so long, in case it ends at once.
 const EARLY_EXIT_WATCH_MS: u64 = 150;
 /// Time between two looks at something that is about to change.
@@ -39,7 +39,8 @@ pub(super) async fn ensure(engine: &Engine, spec: &InstanceSpec) -> Result<Socke
     spec::container(spec, true)?; // a process is refused before anything is asked
     let mut init = true;
     let mut open_question = None;
-    for _ in 0..MAX_ROUNDS {
+    let deadline = Instant::now() + Duration::from_millis(SETTLE_TIMEOUT_MS);
+    while Instant::now() < deadline {
         let deed = match look(engine, &spec.id).await? {
             None => {
                 fence(engine, spec).await?;
@@ -74,9 +75,11 @@ pub(super) async fn ensure(engine: &Engine, spec: &InstanceSpec) -> Result<Socke
         };
         match deed {
             Ok(()) => open_question = None,
-            // Gone or taken since we looked, or no answer: look again.
+            // Gone or taken since we looked, or no answer: look again, but give it a moment, because a name is
+            // taken before its container can be seen.
             Err(error) if verdict(&error) != Verdict::Refused && !is_no_image(&error) => {
                 open_question = Some(error);
+                tokio::time::sleep(Duration::from_millis(POLL_INTERVAL_MS)).await;
             }
             Err(error) => return Err(refused(engine, spec, &error)),
         }
@@ -221,14 +224,15 @@ async fn discard(engine: &Engine, id: &InstanceId) -> Result<(), Error> {
     engine.docker_or_unknown().await?.remove_container(id.as_str(), Some(options)).await
 }
 
-/// Sees whether a container that was just started ends at once.
+/// Sees whether a container that was just started ends at once. One that the engine has restarted already and
+/// that runs now gets its chance: the warm-up decides.
 async fn watch_start(engine: &Engine, id: &InstanceId) -> Result<SocketAddr, RuntimeError> {
     let deadline = Instant::now() + Duration::from_millis(EARLY_EXIT_WATCH_MS);
     loop {
         let Some(found) = look(engine, id).await? else {
             return Err(engine.other(&format!("somebody removed the container {id} as it started")));
         };
-        if found.life != Life::Running || found.status.restarts > 0 {
+        if found.life != Life::Running {
             return Err(exited(engine, &found.status).await);
         }
         if Instant::now() >= deadline {

@@ -36,6 +36,8 @@ const POLL_INTERVAL_MS: u64 = 50;
 const RUNNING_TIMEOUT_MS: u64 = 2_000;
 /// What was made, in the given folder.
 const LEDGER: &str = "engines.json";
+/// Locked for as long as the owner lives, so that nobody takes a living owner's engines away.
+const LOCK: &str = "engines.lock";
 
 /// Programs that are needed, and the Debian packages that have them.
 const PROGRAMS: [(&str, &str); 4] =
@@ -70,6 +72,9 @@ pub enum LocalEnginesError {
         /// Package that has it.
         package: &'static str,
     },
+    /// Somebody has engines there already.
+    #[error("the engines in {0} belong to a Peregrine that still runs; end it, or use another folder")]
+    InUse(PathBuf),
     /// An engine did not come up.
     #[error("the engine in namespace {namespace} did not start: {detail}")]
     Engine {
@@ -204,14 +209,14 @@ impl LocalEngines {
     ///
     /// [`LocalEnginesError::Left`] lists what could not be taken away.
     pub async fn stop(mut self) -> Result<(), LocalEnginesError> {
-        let stopped = tokio::task::spawn_blocking(move || self.ledger.clear()).await;
+        let stopped = tokio::task::spawn_blocking(move || self.ledger.finish()).await;
         stopped.unwrap_or_else(|error| Err(LocalEnginesError::Left(error.to_string())))
     }
 }
 
 impl Drop for LocalEngines {
     fn drop(&mut self) {
-        if let Err(error) = self.ledger.clear() {
+        if let Err(error) = self.ledger.finish() {
             tracing::warn!(%error, "Docker engines of this machine");
         }
     }
@@ -257,6 +262,8 @@ struct Ledger {
     dir: PathBuf,
     entries: Entries,
     children: Vec<std::process::Child>,
+    /// `None` once everything is taken away.
+    lock: Option<std::fs::File>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -268,12 +275,18 @@ impl Ledger {
     fn open(dir: &Path) -> Result<Self, LocalEnginesError> {
         let file = |error| LocalEnginesError::File { path: dir.to_owned(), error };
         std::fs::create_dir_all(dir).map_err(file)?;
+        let lock = std::fs::File::create(dir.join(LOCK)).map_err(file)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Err(LocalEnginesError::InUse(dir.to_owned())),
+            Err(std::fs::TryLockError::Error(error)) => return Err(file(error)),
+        }
         let entries = match std::fs::read(dir.join(LEDGER)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Entries::default(),
             Err(error) => return Err(file(error)),
             Ok(text) => serde_json::from_slice(&text).map_err(|error| file(error.into()))?,
         };
-        let mut ledger = Self { dir: dir.to_owned(), entries, children: Vec::new() };
+        let mut ledger = Self { dir: dir.to_owned(), entries, children: Vec::new(), lock: Some(lock) };
         ledger.clear()?;
         Ok(ledger)
     }
@@ -309,6 +322,16 @@ impl Ledger {
         std::fs::write(&path, text).map_err(|error| LocalEnginesError::File { path, error })
     }
 
+    /// Takes everything away, for good.
+    fn finish(&mut self) -> Result<(), LocalEnginesError> {
+        if self.lock.is_none() {
+            return Ok(());
+        }
+        self.clear()?;
+        self.lock = None;
+        host::remove_file(&self.dir.join(LOCK))
+    }
+
     /// Takes everything away; what cannot be stays in the ledger, for the next time.
     fn clear(&mut self) -> Result<(), LocalEnginesError> {
         if self.entries.made.is_empty() {
@@ -327,13 +350,7 @@ impl Ledger {
             }
         });
         if left.is_empty() {
-            let path = self.dir.join(LEDGER);
-            return match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    Err(LocalEnginesError::File { path, error })
-                }
-                _ => Ok(()),
-            };
+            return host::remove_file(&self.dir.join(LEDGER));
         }
         self.save()?;
         Err(LocalEnginesError::Left(left.join("; ")))
