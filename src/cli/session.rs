@@ -67,6 +67,20 @@ impl Session {
         answer.map_err(|error| self.failure(&error))
     }
 
+    /// Waits for a call during which the server may have to ask machines. A server that does not answer at all
+    /// is found out before, in the time of a question that only reads.
+    pub(crate) async fn ask_patiently<T>(
+        &self,
+        doing: &str,
+        call: impl Future<Output = std::result::Result<T, ClientError>>,
+    ) -> Result<T> {
+        self.ask(doing, async {
+            self.client.version().await?;
+            call.await
+        })
+        .await
+    }
+
     async fn with_spinner<T>(&self, doing: &str, call: impl Future<Output = T>) -> T {
         let mut call = std::pin::pin!(call);
         if let Ok(answer) = tokio::time::timeout(Duration::from_millis(PATIENCE_MS), &mut call).await {

@@ -74,7 +74,7 @@ impl Deploy {
             let mut planned = Vec::new();
             for (service, request) in &requests {
                 let call = session.patient.plan_deploy(service, request);
-                planned.push(session.ask("planning the deploy", call).await?.plan);
+                planned.push(session.ask_patiently("planning the deploy", call).await?.plan);
             }
             return conclude_plans(&session.out, &planned);
         }
@@ -83,8 +83,10 @@ impl Deploy {
         for (service, request) in &requests {
             let submit = Submit::default();
             let call = session.patient.deploy(service, request, &submit);
-            let applied =
-                session.ask("starting the deploy", call).await.map_err(|failure| after(failure, &done))?;
+            let applied = session
+                .ask_patiently("starting the deploy", call)
+                .await
+                .map_err(|failure| after(failure, &done))?;
             let deployed =
                 finish(session, service, applied, follow).await.map_err(|failure| after(failure, &done))?;
             let left =

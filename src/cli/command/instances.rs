@@ -28,7 +28,7 @@ impl Instances {
             session.ask("reading the service", session.client.service(service)).await?;
         }
         let call = session.patient.instances(self.service.as_deref(), self.stats);
-        let instances = session.ask("reading the instances", call).await?;
+        let instances = session.ask_patiently("reading the instances", call).await?;
         session.out.data(&instances, || list(&instances, self.stats, &session.out))
     }
 }

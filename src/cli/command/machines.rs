@@ -106,8 +106,9 @@ impl Machines {
             MachinesAction::Add(add) => {
                 let spec = add.spec()?;
                 let submit = Submit::default();
-                let machine =
-                    session.ask("adding the machine", session.patient.add_machine(&spec, &submit)).await?;
+                let machine = session
+                    .ask_patiently("adding the machine", session.patient.add_machine(&spec, &submit))
+                    .await?;
                 out.data(&machine, || format!("{} added", clean(&machine.name)))?;
                 out.note(&format!(
                     "  ask it whether it can be used: peregrine machines check {}",
@@ -124,8 +125,9 @@ impl Machines {
                 out.data(&machine, || one(&machine, out))
             }
             MachinesAction::Check { machine } => {
-                let check =
-                    session.ask("asking the machine", session.patient.check_machine(&machine)).await?;
+                let check = session
+                    .ask_patiently("asking the machine", session.patient.check_machine(&machine))
+                    .await?;
                 if let Some(failure) = failed(&check) {
                     return Err(failure);
                 }
@@ -133,7 +135,9 @@ impl Machines {
             }
             MachinesAction::Remove { machine } => {
                 prompt::confirm(&format!("Forget {machine}?"), session.yes)?;
-                session.ask("removing the machine", session.patient.remove_machine(&machine)).await?;
+                session
+                    .ask_patiently("removing the machine", session.patient.remove_machine(&machine))
+                    .await?;
                 out.data(&json!({ "machine": machine, "removed": true }), || {
                     format!("{} removed", clean(&machine))
                 })

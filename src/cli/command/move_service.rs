@@ -52,11 +52,13 @@ impl Move {
             plan_hash: self.plan.plan_hash,
         };
         if self.plan.plan {
-            let plan = session.ask("planning the move", session.patient.plan_move(&request)).await?;
+            let plan =
+                session.ask_patiently("planning the move", session.patient.plan_move(&request)).await?;
             return conclude_plan(&session.out, &plan);
         }
         let submit = Submit::default();
-        let started = session.ask("starting the move", session.patient.start_move(&request, &submit)).await?;
+        let started =
+            session.ask_patiently("starting the move", session.patient.start_move(&request, &submit)).await?;
         let outcome = watch::follow(session, started, self.wait.follow(&session.out)).await?;
         watch::conclude(session, &outcome)
     }

@@ -125,8 +125,9 @@ impl Moves {
             MovesAction::Abort { id, wait } => abort(session, &id, wait).await,
             MovesAction::Rollback { id, wait } => {
                 let submit = Submit::default();
-                let started =
-                    session.ask("starting the way back", session.patient.rollback_move(&id, &submit)).await?;
+                let started = session
+                    .ask_patiently("starting the way back", session.patient.rollback_move(&id, &submit))
+                    .await?;
                 let outcome = watch::follow(session, started, wait.follow(&session.out)).await?;
                 watch::conclude(session, &outcome)
             }
@@ -156,7 +157,7 @@ fn acted(session: &Session, of: &Move, next: &str) -> Result {
 /// An abort has done its deed when the move went back: for this command that is a success.
 async fn abort(session: &Session, id: &str, wait: WaitOptions) -> Result {
     let submit = Submit::default();
-    let of = session.ask("aborting the move", session.patient.abort_move(id, &submit)).await?;
+    let of = session.ask_patiently("aborting the move", session.patient.abort_move(id, &submit)).await?;
     let outcome = watch::follow(session, of, wait.follow(&session.out)).await?;
     match outcome.of.state {
         MoveState::Aborted | MoveState::RolledBack => session.out.data(&outcome, || {

@@ -41,12 +41,12 @@ impl Rollback {
         };
         if self.plan.plan {
             let call = session.patient.plan_rollback(&self.service, &request);
-            let planned = session.ask("planning the rollback", call).await?;
+            let planned = session.ask_patiently("planning the rollback", call).await?;
             return conclude_plan(&session.out, &planned.plan);
         }
         let submit = Submit::default();
         let call = session.patient.rollback(&self.service, &request, &submit);
-        let applied = session.ask("starting the rollback", call).await?;
+        let applied = session.ask_patiently("starting the rollback", call).await?;
         conclude_applied(session, applied, self.wait).await
     }
 }

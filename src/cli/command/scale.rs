@@ -47,7 +47,7 @@ impl Scale {
         };
         if self.plan.plan {
             let call = session.patient.plan_scale(&self.service, &request);
-            let planned = session.ask("planning the change", call).await?;
+            let planned = session.ask_patiently("planning the change", call).await?;
             return conclude_plan(&session.out, &planned.plan);
         }
         if self.replicas == 0 {
@@ -55,7 +55,7 @@ impl Scale {
         }
         let submit = Submit::default();
         let call = session.patient.scale(&self.service, &request, &submit);
-        let applied = session.ask("starting the change", call).await?;
+        let applied = session.ask_patiently("starting the change", call).await?;
         conclude_applied(session, applied, self.wait).await
     }
 }

@@ -7,8 +7,7 @@ use peregrine_api::client::{ClientError, Removal};
 use peregrine_api::types::{Deployment, Service, Workload};
 use serde_json::json;
 
-use crate::cli::exit::Exit;
-use crate::cli::failure::{Failure, Result};
+use crate::cli::failure::Result;
 use crate::cli::human;
 use crate::cli::output::Output;
 use crate::cli::prompt;
@@ -73,7 +72,8 @@ async fn show(session: &Session, name: &str) -> Result {
 async fn remove(session: &Session, name: &str, detach: bool) -> Result {
     prompt::confirm(&format!("Remove {name} with all its copies?"), session.yes)?;
     let wait_ms = (!detach).then_some(REMOVE_WAIT_MS);
-    let removal = session.ask("draining and removing", session.patient.remove_service(name, wait_ms)).await?;
+    let removal =
+        session.ask_patiently("draining and removing", session.patient.remove_service(name, wait_ms)).await?;
     let gone = match removal {
         Removal::Done => true,
         Removal::UnderWay if detach => false,
@@ -105,13 +105,7 @@ async fn until_gone(session: &Session, name: &str) -> Result {
             Ok(Removal::Done) => return Ok(()),
             Ok(Removal::UnderWay) => {}
             Err(ClientError::Problem(problem)) if problem.status == 404 => return Ok(()),
-            Err(error) => {
-                let failure = session.failure(&error);
-                return Err(Failure {
-                    exit: if failure.exit == Exit::NotFound { Exit::Ok } else { failure.exit },
-                    ..failure
-                });
-            }
+            Err(error) => return Err(session.failure(&error)),
         }
     }
 }
