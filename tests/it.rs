@@ -1,3 +1,13 @@
 //! Black-box stories against the built binary: through the command line, the API and sockets.
 
+mod bad_input;
+mod cli;
+mod commands;
+mod demo;
+mod direction;
+mod docker_moves;
 mod house;
+mod malformed;
+mod moves;
+mod restart;
+mod support;

@@ -1,0 +1,169 @@
+//! `peregrine demo`: the whole of Peregrine on one machine, with real traffic and real moves.
+//!
+//! It starts what `serve` starts, two hosts, and a shop (the recording origin), sends steady traffic through
+//! the edge, moves the shop to and fro, and prints the receipts beside what the clients counted. Everything
+//! that it makes bears its own names and goes at the end, also after Ctrl-C and after a failure.
+
+mod hosts;
+mod screen;
+mod story;
+mod traffic;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use peregrine_config::ServerConfig;
+use peregrine_engine::model::{HealthKind, HealthSpec, MoveSettings, Resources, Route, ServiceSpec, TrafficPolicy};
+use peregrine_engine::{Ask, MoveOverrides};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::args::DemoArgs;
+use crate::cli::exit::Exit;
+use crate::cli::failure::{Failure, Result};
+use crate::serve::{Server, block_on};
+use hosts::Hosts;
+use screen::Screen;
+
+/// Name of the demo's service.
+const SHOP: &str = "shop";
+/// Levels of the log unless `RUST_LOG` says otherwise: the screen tells the story.
+pub(crate) const SHOP_COMMAND: &str = "demo-shop";
+
+/// Runs the command.
+pub(crate) fn run(args: &DemoArgs) -> Result {
+    crate::telemetry::quiet_log();
+    block_on(with_folder(args))
+}
+
+/// The shop itself: what the demo's containers and processes run.
+pub(crate) fn shop() -> std::process::ExitCode {
+    story::run_shop()
+}
+
+async fn with_folder(args: &DemoArgs) -> Result {
+    let temporary = match &args.data {
+        Some(_) => None,
+        None => Some(tempfile::Builder::new().prefix("peregrine-demo-").tempdir().map_err(|e| failed("a folder for the demo", &e))?),
+    };
+    let data = args.data.clone().unwrap_or_else(|| temporary.as_ref().map_or_else(PathBuf::new, |dir| dir.path().to_owned()));
+    std::fs::create_dir_all(&data).map_err(|error| Failure::file(&data, "make", &error))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed("signals", &error))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed("signals", &error))?;
+    let screen = Screen::new();
+    let mut running = Running::default();
+    let result = tokio::select! {
+        result = running.play(args, &data, &screen) => result,
+        _ = interrupt.recv() => { screen.say("interrupted: taking everything down"); Ok(()) }
+        _ = terminate.recv() => { screen.say("asked to end: taking everything down"); Ok(()) }
+    };
+    let cleaned = running.take_down(&data, &screen).await;
+    drop(temporary);
+    result.and(cleaned)
+}
+
+/// What is up, so that it can be taken down at any moment.
+#[derive(Default)]
+struct Running {
+    hosts: Option<Hosts>,
+    server: Option<Server>,
+    traffic: Option<traffic::Traffic>,
+}
+
+impl Running {
+    async fn play(&mut self, args: &DemoArgs, data: &Path, screen: &Screen) -> Result {
+        let begin = Instant::now();
+        screen.say("starting two hosts, the edge, the engine and the API");
+        // Put away before it is complete: what was made is known even if a later part fails.
+        let hosts = self.hosts.insert(Hosts::find(args.runtime)?);
+        hosts.bring_up(data, screen).await?;
+        let config = config();
+        let server = self.server.insert(Server::start(config, data).await?);
+        for machine in hosts.machines() {
+            server.engine().add_machine(machine).await.map_err(|error| refused(&error))?;
+        }
+        deploy(server, hosts).await?;
+        let edge = server.edge_addrs().first().copied().ok_or_else(|| failed_text("the edge has no address"))?;
+        traffic::first_answer(edge).await.map_err(|error| failed("the first request", &error))?;
+        screen.say(&format!("hosts    {}", hosts.words()));
+        screen.say(&format!("shop     http://{edge}/     first request served after {:.1} s", begin.elapsed().as_secs_f64()));
+        screen.say(&format!("api      http://{}     data {}", server.api_addr(), data.display()));
+        screen.say(&format!("traffic  {} requests per second, HTTP/1.1 and HTTP/2, a tenth of them POST", args.rate));
+        let traffic = self.traffic.insert(traffic::Traffic::start(edge, args.rate).map_err(|error| failed_text(&error))?);
+        for number in 0..args.moves {
+            let to = if number % 2 == 0 { hosts::HOST_B } else { hosts::HOST_A };
+            story::show_move(server.engine(), traffic, screen, (number + 1, args.moves), to).await?;
+        }
+        let failed = traffic.failed();
+        screen.say(&format!("clients  {} requests, {} failed", traffic.sent(), failed));
+        if args.stay {
+            story::next_commands(screen, server.api_addr(), data, edge);
+            std::future::pending::<()>().await;
+        }
+        if failed > 0 { Err(failed_text(&format!("{failed} requests failed: {}", traffic.first_failures()))) } else { Ok(()) }
+    }
+
+    async fn take_down(self, data: &Path, screen: &Screen) -> Result {
+        if let Some(traffic) = self.traffic {
+            traffic.stop().await;
+        }
+        let mut result = Ok(());
+        if let Some(server) = self.server {
+            // The shop goes first, while there is an engine to take it down. It may never have come up.
+            match server.engine().remove_service(SHOP).await {
+                Err(error) if error.kind != peregrine_engine::ErrorKind::NotFound => result = Err(refused(&error)),
+                _ => {}
+            }
+            result = result.and(server.stop().await);
+        }
+        if let Some(hosts) = self.hosts {
+            result = result.and(hosts.take_down(data).await);
+        }
+        if result.is_ok() {
+            screen.say("everything is gone");
+        }
+        result
+    }
+}
+
+async fn deploy(server: &Server, hosts: &Hosts) -> Result {
+    let spec = ServiceSpec {
+        name: SHOP.to_owned(),
+        routes: vec![Route { host: "*".to_owned(), path: "/".to_owned() }],
+        workload: hosts.workload()?,
+        health: HealthSpec { kind: HealthKind::Http { path: "/healthz".to_owned() }, ..HealthSpec::default() },
+        resources: Resources::default(),
+        replicas: 1,
+        traffic: TrafficPolicy::default(),
+        move_settings: MoveSettings::default(),
+        labels: std::collections::BTreeMap::new(),
+    };
+    let ask = Ask::Deploy { spec: Box::new(spec), machine: Some(hosts::HOST_A.to_owned()), overrides: MoveOverrides::default() };
+    let started = server.engine().start(ask, "demo".to_owned(), None, None).await.map_err(|error| refused(&error))?;
+    if let Some(rollout) = started {
+        let ended = server.engine().ended(&rollout.id).await.map_err(|error| refused(&error))?;
+        if ended.state != peregrine_engine::model::RolloutState::Succeeded {
+            return Err(story::went_wrong(&ended));
+        }
+    }
+    Ok(())
+}
+
+fn config() -> ServerConfig {
+    let mut config = ServerConfig::default();
+    // Free ports: a demo must not meet what already runs here.
+    config.edge.http = vec![([127, 0, 0, 1], 0).into()];
+    config.api.listen = ([127, 0, 0, 1], 0).into();
+    config
+}
+
+fn refused(error: &peregrine_engine::EngineError) -> Failure {
+    Failure::new(Exit::Failed, error.code, error.message.clone()).hint(error.hint.clone())
+}
+
+fn failed(what: &str, error: &std::io::Error) -> Failure {
+    failed_text(&format!("{what}: {error}"))
+}
+
+fn failed_text(message: &str) -> Failure {
+    Failure::new(Exit::Failed, "demo.failed", message)
+}

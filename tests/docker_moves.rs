@@ -1,0 +1,84 @@
+//! The issue's main promise on real engines: containers change hosts under load, and no request is lost.
+
+use std::time::{Duration, Instant};
+
+use crate::moves::moved;
+use crate::support::docker::{self, Engines, ORIGIN_IMAGE, ORIGIN_PORT};
+use crate::support::server::Peregrine;
+use crate::support::shop::Shop;
+use crate::support::traffic::{Traffic, assert_nothing_lost};
+
+/// Requests per second over HTTP/1.1 and HTTP/2 together.
+const REQUESTS_PER_SECOND: u32 = 2_000;
+/// Traffic goes on for at least so long.
+const LOAD_SECONDS: u64 = 60;
+/// Moves while it does.
+const MOVES: usize = 20;
+
+#[test]
+fn twenty_moves_between_two_docker_engines_at_2000_requests_per_second_lose_nothing() {
+    if !docker::is_there() {
+        return;
+    }
+    let engines = Engines::start();
+    let server = Peregrine::start(&engines.configuration());
+    let shop = Shop::closed(server);
+    deploy(&shop, &engines);
+    let begin = Instant::now();
+    let traffic = Traffic::start(shop.server.edge(), REQUESTS_PER_SECOND);
+    let mut transferred = Vec::new();
+    for number in 0..MOVES {
+        let ended = shop.move_to(if number % 2 == 0 { "host-b" } else { "host-a" });
+        let moved = moved(&ended);
+        assert_eq!(moved["state"], "succeeded", "move {number}: {moved:#}");
+        transferred.push(moved["transferred_bytes"].as_u64().expect("bytes"));
+    }
+    let rest = Duration::from_secs(LOAD_SECONDS).saturating_sub(begin.elapsed());
+    std::thread::park_timeout(rest);
+    let summaries = traffic.stop();
+    assert_eq!(shop.places(), ["host-a"]);
+    assert_eq!(engines.containers(), 1, "one copy, and nothing orphaned");
+    // The image is brought to host-b once, by a stream from host-a, and is there from then on.
+    assert!(transferred[0] > 0 && transferred[1..].iter().all(|bytes| *bytes == 0), "{transferred:?}");
+    shop.server.ok(&["services", "remove", "shop", "--yes"]);
+    crate::support::wait_for("the last container to go", || (engines.containers() == 0).then_some(()));
+    shop.runtime().block_on(shop.all_delivered());
+    assert_nothing_lost(&summaries, &shop.records());
+}
+
+#[test]
+fn an_image_that_is_nowhere_is_told_with_everything_that_was_tried_and_blocks_the_deploy() {
+    if !docker::is_there() {
+        return;
+    }
+    let engines = Engines::start();
+    let server = Peregrine::start(&engines.configuration());
+    let manifest =
+        server.file("missing.toml", "[service.gone]\nhosts = [\"*\"]\nimage = \"localhost:1/nothing:1\"\nport = 80\n");
+    let said = server.run(&["deploy", "-f", &manifest, "--machine", "host-a"]);
+    assert!(matches!(said.code, 8 | 9), "{said:#?}");
+    assert!(said.error().to_string().contains("localhost:1/nothing:1"), "{said:#?}");
+    assert_eq!(engines.containers(), 0);
+}
+
+fn deploy(shop: &Shop, engines: &Engines) {
+    // Both hosts reach the collector at the address of host-a's side of this machine: it listens on all of them.
+    let manifest = shop.server.file(
+        "shop.toml",
+        &format!(
+            r#"
+[service.shop]
+hosts = ["*"]
+image = "{ORIGIN_IMAGE}"
+port = {ORIGIN_PORT}
+health = {{ path = "/healthz", interval = "200ms" }}
+
+[service.shop.env]
+ORIGIN_RECORD = "tcp://{}:{}"
+"#,
+            engines.this_machine(0),
+            shop.collector_port()
+        ),
+    );
+    shop.server.ok(&["deploy", "-f", &manifest, "--machine", "host-a"]);
+}

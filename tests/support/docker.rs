@@ -1,0 +1,126 @@
+//! Two Docker engines for the stories, and what is left of them.
+
+use std::process::Command;
+
+use peregrine_bench::image::{ImageRecipe, pack};
+use peregrine_engine::model::{DockerEndpoint, MachineKind, MachineSpec};
+use peregrine_engine::runtime::connect;
+use peregrine_engine::runtime::local_engines::{LocalEngines, LocalEnginesOptions};
+
+use super::origin_program;
+
+/// Name of the origin's image on the first engine.
+pub(crate) const ORIGIN_IMAGE: &str = "peregrine-test-origin:1";
+/// Port of the origin in its container.
+pub(crate) const ORIGIN_PORT: u16 = 8080;
+
+/// Whether engines can be started here. `PEREGRINE_REQUIRE_DOCKER` turns "no" into a failure.
+pub(crate) fn is_there() -> bool {
+    match LocalEngines::check() {
+        Ok(()) => true,
+        Err(why) => {
+            let required = std::env::var_os("PEREGRINE_REQUIRE_DOCKER").is_some();
+            assert!(!required, "Docker is required here: {why}");
+            eprintln!("skipped without Docker: {why}");
+            false
+        }
+    }
+}
+
+/// Two engines of their own; the origin's image is on the first one alone.
+pub(crate) struct Engines {
+    engines: Option<LocalEngines>,
+    pub(crate) machines: [MachineSpec; 2],
+    _folder: tempfile::TempDir,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Engines {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::Builder::new().prefix("peregrine-engines-").tempdir().expect("a scratch folder");
+        let mut threads = tokio::runtime::Builder::new_multi_thread();
+        let runtime = threads.worker_threads(1).enable_all().build().expect("a runtime");
+        // Never an engine that runs here already: a test must not touch what is not its own.
+        let options = LocalEnginesOptions { running: None, ..LocalEnginesOptions::default() };
+        let engines = runtime.block_on(LocalEngines::start(folder.path(), &options)).expect("two engines");
+        let machines = [engines.first().machine("host-a"), engines.second().machine("host-b")];
+        let recipe = ImageRecipe {
+            reference: ORIGIN_IMAGE.to_owned(),
+            program: origin_program(),
+            arguments: vec!["origin".to_owned()],
+            env: Vec::new(),
+            port: ORIGIN_PORT,
+        };
+        let packed = pack(&recipe).expect("the origin is packed");
+        let first = connect(&machines[0], folder.path()).expect("a runtime");
+        let chunks: Vec<_> = packed.archive.chunks(1 << 20).map(|chunk| Ok(chunk.to_vec().into())).collect();
+        let stream = Box::pin(futures_util::stream::iter(chunks));
+        runtime.block_on(first.import(&packed.id, stream, &|_, _| {})).expect("the image is taken");
+        Self { engines: Some(engines), machines, _folder: folder, runtime }
+    }
+
+    /// The machines as a server's configuration.
+    pub(crate) fn configuration(&self) -> String {
+        let one = |machine: &MachineSpec| match &machine.kind {
+            MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } => format!(
+                "[machine.{}]\ndocker = \"unix://{}\"\naddress = \"{}\"\n",
+                machine.name,
+                path.display(),
+                machine.address
+            ),
+            other => panic!("{other:?}"),
+        };
+        self.machines.iter().map(one).collect()
+    }
+
+    /// Address of this machine as containers on that host see it.
+    pub(crate) fn this_machine(&self, host: usize) -> String {
+        // The other end of the veth pair is the address before the host's own.
+        match self.machines[host].address {
+            std::net::IpAddr::V4(address) => std::net::Ipv4Addr::from(u32::from(address) - 1).to_string(),
+            other => panic!("{other}"),
+        }
+    }
+
+    /// Containers of both engines, running or not.
+    pub(crate) fn containers(&self) -> usize {
+        let list = |machine: &MachineSpec| {
+            let MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } = &machine.kind else { return 0 };
+            let host = format!("unix://{}", path.display());
+            let output = Command::new("docker").args(["-H", &host, "ps", "-aq"]).output().expect("docker runs");
+            String::from_utf8_lossy(&output.stdout).lines().count()
+        };
+        self.machines.iter().map(list).sum()
+    }
+}
+
+impl Drop for Engines {
+    fn drop(&mut self) {
+        if let Some(engines) = self.engines.take() {
+            let stopped = self.runtime.block_on(engines.stop());
+            if !std::thread::panicking() {
+                stopped.expect("nothing is left behind");
+            }
+        }
+    }
+}
+
+/// Names of the network namespaces of this machine.
+pub(crate) fn namespaces() -> Vec<String> {
+    let output = Command::new("ip").args(["netns", "list"]).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// Processes that have this word as an argument.
+pub(crate) fn processes_with(argument: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes()) {
+            found.push(pid);
+        }
+    }
+    found
+}
