@@ -8,6 +8,7 @@ pub(crate) mod image;
 pub(crate) mod program;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -71,7 +72,8 @@ pub(crate) async fn engines() -> Option<Arc<Engines>> {
 pub(crate) fn allowed(missing: Option<String>) -> bool {
     let Some(missing) = missing else { return true };
     assert!(std::env::var_os("PEREGRINE_REQUIRE_DOCKER").is_none_or(|value| value != "1"), "{missing}");
-    println!("SKIPPED: {missing}");
+    // Past the harness, which would keep it to itself.
+    writeln!(std::io::stderr(), "SKIPPED: {missing}").unwrap();
     false
 }
 
