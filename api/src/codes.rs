@@ -58,22 +58,95 @@ codes! {
     CURSOR = "request.invalid_cursor" 400 Invalid false "The cursor is not one of ours" "use `next_cursor` of the page before, or begin without a cursor";
     BODY_TIMEOUT = "request.body_timeout" 408 Invalid true "The body did not come in time" "send it again";
     TIMEOUT = "request.timed_out" 504 Internal true "There was no answer in time" "what was asked may go on: look before you ask again, or ask again with the same Idempotency-Key";
-    KEY_REUSED = "idempotency.key_reused" 422 Invalid false "The key was used for another request" "use a new Idempotency-Key for a new request";
+    KEY_REUSED = "idempotency.mismatch" 422 Invalid false "The key was used for another request" "use a new Idempotency-Key for a new request";
     KEY_BUSY = "idempotency.in_progress" 409 Conflict true "A request with this key is under way" "wait for its answer, then ask again";
-    NO_MACHINE = "machine.not_found" 404 NotFound false "There is no such machine" "list the machines: GET /api/v1/machines";
-    NO_SERVICE = "service.not_found" 404 NotFound false "There is no such service" "list the services: GET /api/v1/services";
-    NO_MOVE = "move.not_found" 404 NotFound false "There is no such move" "list the moves: GET /api/v1/moves";
-    NO_INSTANCE = "instance.not_found" 404 NotFound false "There is no such instance" "list the instances: GET /api/v1/instances";
-    NO_RECEIPT = "move.no_receipt" 409 Conflict true "There is no receipt yet" "wait for the end of the move: GET /api/v1/moves/{id}/events";
+    NO_MACHINE = "machine.unknown" 404 NotFound false "There is no such machine" "list the machines: GET /api/v1/machines";
+    NO_SERVICE = "service.unknown" 404 NotFound false "There is no such service" "list the services: GET /api/v1/services";
+    NO_MOVE = "move.unknown" 404 NotFound false "There is no such move" "list the moves: GET /api/v1/moves";
+    NO_INSTANCE = "instance.unknown" 404 NotFound false "There is no such instance" "list the instances: GET /api/v1/instances";
     NOTHING_TO_DO = "move.nothing_to_do" 409 Conflict false "Nothing would change" "look at where the service is: GET /api/v1/status";
     INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
 }
 
-/// Every code that the engine refuses with, as far as it is known here; others are passed on as they are.
-pub const ENGINE: &[&str] = &[];
+/// Conflicts that pass by themselves: the same request may succeed later.
+pub const CONFLICTS_THAT_PASS: &[&str] =
+    &["move.going_back", "move.in_progress", "move.past_return", "move.running", "store.conflict"];
+
+/// Every code that the engine refuses with, or names in the blockers, warnings and problems of plans and moves.
+pub const ENGINE: &[&str] = &[
+    "claim.lost",
+    "engine.defect",
+    "engine.overtaken",
+    "engine.stopped",
+    "guard.failed",
+    "health.no_path",
+    "idempotency.mismatch",
+    "image.architecture",
+    "image.differs",
+    "image.missing",
+    "image.to_be_pulled",
+    "image.too_slow",
+    "instance.died",
+    "instance.exited",
+    "instance.never_healthy",
+    "instance.not_removed",
+    "instance.old_died",
+    "instance.start_timeout",
+    "instance.unknown",
+    "instance.unwell",
+    "machine.in_use",
+    "machine.needs_docker",
+    "machine.needs_process",
+    "machine.not_named",
+    "machine.unknown",
+    "machine.unreachable",
+    "move.aborted",
+    "move.ended",
+    "move.going_back",
+    "move.in_progress",
+    "move.nothing_there",
+    "move.past_return",
+    "move.running",
+    "move.same_place",
+    "move.unknown",
+    "plan.blocked",
+    "plan.changed",
+    "replicas.single",
+    "rollback.nothing",
+    "rollback.same_version",
+    "rollback.unknown_version",
+    "route.none",
+    "route.refused",
+    "route.taken",
+    "runtime.failed",
+    "runtime.fenced",
+    "runtime.refused",
+    "runtime.unsupported",
+    "scale.out_of_range",
+    "scale.same",
+    "service.not_removed",
+    "service.not_running",
+    "service.unknown",
+    "spec.invalid",
+    "state.illegal",
+    "store.compacted",
+    "store.conflict",
+    "store.corrupt",
+    "store.full",
+    "store.io",
+    "store.locked",
+    "store.newer",
+    "store.too_large",
+    "version.unknown",
+    "warm.path_failed",
+    "workload.fixed",
+    "workload.kind_changed",
+];
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -87,6 +160,80 @@ mod tests {
             assert!(!code.hint.is_empty() && !code.title.ends_with('.'), "{code:?}");
             assert!(code.code.split('.').count() == 2, "{code:?}");
             assert!((400..600).contains(&code.status), "{code:?}");
+        }
+    }
+
+    /// What looks like a code in the engine's sources and is none: files, labels of containers, types of events.
+    fn is_something_else(word: &str) -> bool {
+        const ENDINGS: &[&str] = &[".json", ".log", ".db", ".lock", ".sock", ".tar", ".toml"];
+        const EVENTS: &[&str] = &[
+            "machine.added",
+            "machine.removed",
+            "service.changed",
+            "service.removed",
+            "move.created",
+            "move.phase",
+            "move.weight",
+            "move.progress",
+            "move.guard",
+            "move.sample",
+            "move.turned_back",
+            "move.done",
+            "instance.changed",
+        ];
+        word.starts_with("peregrine.")
+            || word.starts_with("docker.")
+            || ENDINGS.iter().any(|ending| word.ends_with(ending))
+            || EVENTS.contains(&word)
+    }
+
+    fn words_with_a_dot(folder: &std::path::Path, words: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                words_with_a_dot(&path, words);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let shipped = text.split("#[cfg(test)]").next().unwrap_or_default();
+                let quoted = shipped.split('"').skip(1);
+                words.extend(quoted.filter(|word| is_a_code(word)).map(str::to_owned));
+            }
+        }
+    }
+
+    fn is_a_code(word: &str) -> bool {
+        let plain =
+            |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        word.split_once('.').is_some_and(|(family, name)| plain(family) && plain(name))
+    }
+
+    #[test]
+    fn every_code_of_the_engine_is_listed_and_every_listed_one_is_used() {
+        let sources = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/src");
+        let mut words = BTreeSet::new();
+        words_with_a_dot(&sources, &mut words);
+        words.retain(|word| !is_something_else(word));
+        let used: Vec<&str> = words.iter().map(String::as_str).collect();
+        assert_eq!(used, ENGINE, "left: what engine/src uses; right: what api/src/codes.rs lists");
+    }
+
+    #[test]
+    fn the_api_and_the_engine_mean_the_same_by_a_code_that_both_use() {
+        let shared = OWN.iter().filter(|code| ENGINE.contains(&code.code));
+        for code in shared.filter(|code| **code != &KEY_REUSED) {
+            assert!(code.code.ends_with(".unknown") && code.status == 404, "{code:?}");
+        }
+        for code in CONFLICTS_THAT_PASS {
+            assert!(ENGINE.contains(code), "{code}");
+        }
+    }
+
+    #[test]
+    fn every_code_is_in_the_manual() {
+        let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/api.md");
+        let manual = std::fs::read_to_string(manual).unwrap();
+        for code in OWN.iter().map(|code| code.code).chain(ENGINE.iter().copied()) {
+            assert!(manual.contains(&format!("`{code}`")), "docs/api.md does not name {code}");
         }
     }
 }

@@ -6,11 +6,17 @@ use std::sync::Arc;
 
 use crate::types::ReadinessCheck;
 
-/// Port of the API unless told otherwise.
-pub const DEFAULT_PORT: u16 = 7070;
+/// Where the API listens unless told otherwise.
+pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7070);
+
+/// Gives the metrics in Prometheus' text form; called for each request of `/metrics`.
+pub type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// Gives what `/readyz` checks besides the API itself; called for each request, must not block.
+pub type ReadinessChecks = Arc<dyn Fn() -> Vec<ReadinessCheck> + Send + Sync>;
 
 /// What the API needs to be told.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Config {
     /// Address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
@@ -25,26 +31,39 @@ pub struct Config {
     pub metrics_without_token: bool,
     /// Limits.
     pub limits: Limits,
-    /// The metrics in Prometheus' text form; without it `/metrics` is empty.
-    pub metrics: MetricsText,
-    /// What `/readyz` checks besides the API itself.
-    pub readiness: ReadinessChecks,
+    /// The metrics; without it `/metrics` is empty.
+    pub metrics: Option<MetricsText>,
+    /// What `/readyz` checks; without it the API itself is all.
+    pub readiness: Option<ReadinessChecks>,
 }
 
 impl Config {
-    /// The defaults around a data folder: `127.0.0.1`, [`DEFAULT_PORT`].
+    /// The defaults around an address and a data folder.
     #[must_use]
-    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+    pub fn new(listen: SocketAddr, data_dir: impl Into<PathBuf>) -> Self {
         Self {
-            listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_PORT),
+            listen,
             data_dir: data_dir.into(),
             allow_clear_text_on_public_address: false,
             allowed_hosts: Vec::new(),
             metrics_without_token: false,
             limits: Limits::default(),
-            metrics: MetricsText::default(),
-            readiness: ReadinessChecks::default(),
+            metrics: None,
+            readiness: None,
         }
+    }
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config")
+            .field("listen", &self.listen)
+            .field("data_dir", &self.data_dir)
+            .field("allow_clear_text_on_public_address", &self.allow_clear_text_on_public_address)
+            .field("allowed_hosts", &self.allowed_hosts)
+            .field("metrics_without_token", &self.metrics_without_token)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
     }
 }
 
@@ -90,61 +109,5 @@ impl Default for Limits {
             max_idempotency_keys: 10_000,
             idempotency_ttl_ms: 24 * 60 * 60 * 1_000,
         }
-    }
-}
-
-/// Where the text of `/metrics` comes from.
-#[derive(Clone)]
-pub struct MetricsText(Arc<dyn Fn() -> String + Send + Sync>);
-
-impl MetricsText {
-    /// From a function; it is called for each request.
-    #[must_use]
-    pub fn from_fn(text: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        Self(Arc::new(text))
-    }
-
-    pub(crate) fn read(&self) -> String {
-        (self.0)()
-    }
-}
-
-impl Default for MetricsText {
-    fn default() -> Self {
-        Self::from_fn(String::new)
-    }
-}
-
-impl std::fmt::Debug for MetricsText {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("MetricsText")
-    }
-}
-
-/// What `/readyz` asks.
-#[derive(Clone)]
-pub struct ReadinessChecks(Arc<dyn Fn() -> Vec<ReadinessCheck> + Send + Sync>);
-
-impl ReadinessChecks {
-    /// From a function; it is called for each request and must not block.
-    #[must_use]
-    pub fn from_fn(checks: impl Fn() -> Vec<ReadinessCheck> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(checks))
-    }
-
-    pub(crate) fn read(&self) -> Vec<ReadinessCheck> {
-        (self.0)()
-    }
-}
-
-impl Default for ReadinessChecks {
-    fn default() -> Self {
-        Self::from_fn(Vec::new)
-    }
-}
-
-impl std::fmt::Debug for ReadinessChecks {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ReadinessChecks")
     }
 }

@@ -32,10 +32,12 @@ pub fn parse<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, BodyErro
     let parsed: T = serde_path_to_error::deserialize(&mut reader).map_err(|error| refused(&error))?;
     reader.end().map_err(|error| malformed(&error))?;
     let given: Value = serde_json::from_slice(body).map_err(|error| malformed(&error))?;
-    let unknown = unknown_fields(&given, &parsed);
-    let Some(first) = unknown.first() else { return Ok(parsed) };
-    let detail = format!("{} {}", first.pointer, first.message);
-    Err(BodyError { code: &codes::UNKNOWN_FIELD, detail, errors: unknown })
+    let errors = not_taken(&given, &parsed);
+    let Some(first) = errors.first() else { return Ok(parsed) };
+    let is_list = given.pointer(&first.pointer).is_some_and(Value::is_array);
+    let code = if is_list { &codes::INVALID_FIELD } else { &codes::UNKNOWN_FIELD };
+    let place = if first.pointer.is_empty() { "the body" } else { &first.pointer };
+    Err(BodyError { code, detail: format!("{place} {}", first.message), errors })
 }
 
 fn malformed(error: &serde_json::Error) -> BodyError {
@@ -75,7 +77,7 @@ fn escaped(key: &str) -> String {
 
 /// What the type did not take: it is in the body and not in the body that the value would be written as. This
 /// holds for every form of type, also for tagged ones, whose own refusal of unknown fields has holes.
-fn unknown_fields(given: &Value, parsed: &impl Serialize) -> Vec<FieldError> {
+fn not_taken(given: &Value, parsed: &impl Serialize) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let taken = serde_json::to_value(parsed).unwrap_or_default();
     compare(given, &taken, &mut String::new(), &mut errors);
@@ -105,6 +107,10 @@ fn compare(given: &Value, taken: &Value, pointer: &mut String, errors: &mut Vec<
                 compare(value, counterpart, pointer, errors);
                 pointer.truncate(length);
             }
+        }
+        // A list passes for an object with its fields in order when nobody looks.
+        (Value::Array(_), Value::Object(_)) => {
+            errors.push(FieldError::new(pointer.clone(), "must be an object, not a list"));
         }
         _ => {}
     }
@@ -175,6 +181,20 @@ mod tests {
         assert_eq!(error.code, &codes::INVALID_FIELD);
         assert_eq!(error.errors[0].pointer, "/settings/steps/1");
         assert!(!error.errors[0].message.contains("line"), "{error:?}");
+    }
+
+    #[test]
+    fn a_list_does_not_pass_for_an_object() {
+        for (body, pointer) in [
+            ("[]", ""),
+            (r#"["a","b",null,{},null,null]"#, ""),
+            (r#"{"service":"a","to":"b","settings":[]}"#, "/settings"),
+        ] {
+            let error = refusal::<MoveRequest>(body);
+            assert_eq!(error.code, &codes::INVALID_FIELD, "{body}");
+            assert_eq!(error.errors[0].pointer, pointer, "{body}");
+        }
+        assert_eq!(refusal::<DeployRequest>("[]").code, &codes::INVALID_FIELD);
     }
 
     #[test]

@@ -10,7 +10,10 @@ use crate::types::{FieldError, Finding, Problem, ProblemKind};
 
 /// A refusal on its way out. It gets the path and the id of the request in `server/outer.rs`.
 #[derive(Clone, Debug)]
-pub(crate) struct ApiError {
+pub(crate) struct ApiError(Box<Refusal>); // small, as every `Result` on the way bears it
+
+#[derive(Clone, Debug)]
+struct Refusal {
     code: String,
     status: StatusCode,
     kind: ProblemKind,
@@ -26,7 +29,7 @@ pub(crate) struct ApiError {
 
 impl ApiError {
     pub(crate) fn new(code: &Code, detail: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Refusal {
             code: code.code.to_owned(),
             status: StatusCode::from_u16(code.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
             kind: code.kind,
@@ -38,71 +41,75 @@ impl ApiError {
             move_id: None,
             blockers: Vec::new(),
             headers: Vec::new(),
-        }
+        }))
     }
 
     /// A refusal of fields, each with its pointer.
     pub(crate) fn fields(errors: Vec<FieldError>) -> Self {
         let detail =
             errors.iter().map(|error| format!("{}: {}", error.pointer, error.message)).collect::<Vec<_>>();
-        Self { errors, ..Self::new(&codes::INVALID_FIELD, detail.join("; ")) }
+        let mut error = Self::new(&codes::INVALID_FIELD, detail.join("; "));
+        error.0.errors = errors;
+        error
     }
 
     pub(crate) fn at(mut self, pointer: &str) -> Self {
-        self.errors.push(FieldError::new(pointer, self.detail.clone()));
+        let message = self.0.detail.clone();
+        self.0.errors.push(FieldError::new(pointer, message));
         self
     }
 
     pub(crate) fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.push((name, value));
+        self.0.headers.push((name, value));
         self
     }
 
     pub(crate) fn status(&self) -> StatusCode {
-        self.status
+        self.0.status
     }
 
     pub(crate) fn is_retryable(&self) -> bool {
-        self.retryable
+        self.0.retryable
     }
 
     pub(crate) fn code(&self) -> &str {
-        &self.code
+        &self.0.code
     }
 
     pub(crate) fn detail(&self) -> &str {
-        &self.detail
+        &self.0.detail
     }
 
     /// The answer, for a request with this path and id.
     pub(crate) fn into_problem(self, instance: &str, request_id: &str) -> Response {
+        let refusal = *self.0;
         let problem = Problem {
-            type_uri: format!("urn:peregrine:problem:{}", self.code),
-            title: self.title.to_owned(),
-            status: self.status.as_u16(),
-            detail: self.detail,
+            type_uri: format!("urn:peregrine:problem:{}", refusal.code),
+            title: refusal.title.to_owned(),
+            status: refusal.status.as_u16(),
+            detail: refusal.detail,
             instance: instance.to_owned(),
-            code: self.code,
-            kind: self.kind,
-            hint: self.hint,
+            code: refusal.code,
+            kind: refusal.kind,
+            hint: refusal.hint,
             request_id: request_id.to_owned(),
-            retryable: self.retryable,
-            errors: self.errors,
-            move_id: self.move_id,
-            blockers: self.blockers,
+            retryable: refusal.retryable,
+            errors: refusal.errors,
+            move_id: refusal.move_id,
+            blockers: refusal.blockers,
         };
-        let mut answer = (self.status, axum::Json(problem)).into_response();
+        let mut answer = (refusal.status, axum::Json(problem)).into_response();
         answer
             .headers_mut()
             .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        answer.headers_mut().extend(self.headers);
+        answer.headers_mut().extend(refusal.headers);
         answer
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut answer = self.status.into_response();
+        let mut answer = self.0.status.into_response();
         answer.extensions_mut().insert(self);
         answer
     }
@@ -110,12 +117,17 @@ impl IntoResponse for ApiError {
 
 impl From<BodyError> for ApiError {
     fn from(error: BodyError) -> Self {
-        Self { errors: error.errors, ..Self::new(error.code, error.detail) }
+        let mut refused = Self::new(error.code, error.detail);
+        refused.0.errors = error.errors;
+        refused
     }
 }
 
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
+        if error.code == codes::KEY_REUSED.code {
+            return Self::new(&codes::KEY_REUSED, error.message); // the same, whoever remembers the key
+        }
         let (status, kind, title, retryable) = match error.kind {
             ErrorKind::Invalid => (
                 StatusCode::UNPROCESSABLE_ENTITY,
@@ -140,7 +152,7 @@ impl From<EngineError> for ApiError {
                 (StatusCode::INTERNAL_SERVER_ERROR, ProblemKind::Internal, "The server is in trouble", true)
             }
         };
-        Self {
+        Self(Box::new(Refusal {
             code: error.code.to_owned(),
             status,
             kind,
@@ -152,7 +164,7 @@ impl From<EngineError> for ApiError {
             move_id: error.rollout.map(|id| id.to_string()),
             blockers: error.findings.iter().map(Into::into).collect(),
             headers: Vec::new(),
-        }
+        }))
     }
 }
 
@@ -164,7 +176,7 @@ mod tests {
     fn every_kind_of_refusal_of_the_engine_has_its_own_kind_on_the_wire() {
         let told = |kind| {
             let error = ApiError::from(EngineError::new(kind, "a.b", "what", "do"));
-            (error.status.as_u16(), error.kind)
+            (error.0.status.as_u16(), error.0.kind)
         };
         assert_eq!(told(ErrorKind::Invalid), (422, ProblemKind::Invalid));
         assert_eq!(told(ErrorKind::NotFound), (404, ProblemKind::NotFound));
@@ -179,6 +191,6 @@ mod tests {
     fn a_conflict_names_the_move_that_is_in_the_way() {
         let mut error = EngineError::new(ErrorKind::Conflict, "move.in_progress", "busy", "wait");
         error.rollout = Some(peregrine_engine::model::RolloutId("mov_1".into()));
-        assert_eq!(ApiError::from(error).move_id.as_deref(), Some("mov_1"));
+        assert_eq!(ApiError::from(error).0.move_id.as_deref(), Some("mov_1"));
     }
 }

@@ -247,7 +247,7 @@ mod tests {
         let (answers, now) = (answers(10, 1_000), Instant::now());
         first(&answers, "k", 1, now).answer(said("done"));
         assert_eq!(again(&answers, "k", 1, now).unwrap(), "done");
-        assert_eq!(again(&answers, "k", 2, now).unwrap_err(), "idempotency.key_reused");
+        assert_eq!(again(&answers, "k", 2, now).unwrap_err(), "idempotency.mismatch");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream::{BoxStream, FusedStream, SelectAll};
+use futures_util::future::join_all;
+use futures_util::stream::{self, BoxStream, SelectAll};
 use futures_util::{Stream, StreamExt};
 use peregrine_engine::model::{Instance, InstanceId, InstanceState, UnixMs};
 use peregrine_engine::runtime::{LogLine as Told, LogOptions};
@@ -19,6 +20,8 @@ use crate::types::{LogLine, LogSource, instant};
 
 /// Lines that wait for a slow reader; the instances' own output waits behind them.
 const WAITING_LINES: usize = 256;
+/// Longest time to read what one instance has written.
+const HISTORY_TIMEOUT_MS: u64 = 15_000;
 /// Most lines of history that are sorted in memory, of all instances together.
 const MAX_HISTORY_LINES: usize = 200_000;
 
@@ -101,13 +104,21 @@ impl Lines {
         let mut places = BTreeMap::new();
         let mut lines: Vec<(Told, usize)> = Vec::new();
         let instances = self.instances();
-        for (index, instance) in instances.iter().enumerate() {
-            match self.read(instance).await {
-                Ok(read) => {
+        let limit = Duration::from_millis(HISTORY_TIMEOUT_MS);
+        // Side by side: a machine that does not answer holds up the others for a while, not for its turn.
+        let reads =
+            join_all(instances.iter().map(|instance| tokio::time::timeout(limit, self.read(instance)))).await;
+        for (index, (instance, read)) in instances.iter().zip(reads).enumerate() {
+            match read {
+                Ok(Ok(read)) => {
                     places.insert(instance.id.clone(), Place::after(&read));
                     lines.extend(read.into_iter().map(|line| (line, index)));
                 }
-                Err(error) => tell(sender, &notice(instance, &error)).await?,
+                Ok(Err(error)) => tell(sender, &notice(instance, &error.to_string())).await?,
+                Err(_) => {
+                    let why = format!("nothing came within {HISTORY_TIMEOUT_MS} ms");
+                    tell(sender, &notice(instance, &why)).await?;
+                }
             }
         }
         lines.sort_by_key(|(line, _)| line.at); // stable: lines of one instance keep their order
@@ -141,50 +152,115 @@ impl Lines {
         heartbeat: Duration,
     ) -> Result<(), Gone> {
         let mut events = self.engine.events(self.engine.last_event());
-        let mut followed = BTreeSet::new();
-        let mut lines = SelectAll::new();
+        let mut followed: BTreeMap<InstanceId, Followed> = BTreeMap::new();
+        let mut pieces = SelectAll::new();
         let mut silence = tokio::time::interval(heartbeat);
         loop {
             for instance in self.instances() {
-                if followed.insert(instance.id.clone()) {
-                    let place = places.remove(&instance.id);
-                    match self.new_lines(&instance, place).await {
-                        Ok(stream) => lines.push(stream),
-                        Err(error) => tell(sender, &notice(&instance, &error)).await?,
-                    }
+                if !followed.contains_key(&instance.id) {
+                    let new = Followed::after(places.remove(&instance.id).unwrap_or_default(), instance);
+                    self.open(sender, &new, &mut pieces).await?;
+                    followed.insert(new.instance.id.clone(), new);
                 }
             }
-            if !self.is_still_there() && lines.is_terminated() {
+            if !self.is_still_there() && pieces.is_empty() {
                 return Ok(());
             }
             tokio::select! {
-                Some(line) = lines.next(), if !lines.is_terminated() => tell(sender, &line).await?,
+                Some((id, piece)) = pieces.next(), if !pieces.is_empty() => {
+                    if let Some(followed) = followed.get_mut(&id) {
+                        followed.take(sender, piece).await?;
+                    }
+                }
                 event = events.next() => if event.is_none() { return Ok(()) },
-                _ = silence.tick() => sender.send(Bytes::from_static(b"\n")).await.map_err(|_| Gone)?,
+                _ = silence.tick() => {
+                    sender.send(Bytes::from_static(b"\n")).await.map_err(|_| Gone)?;
+                    self.open_again(sender, &mut followed, &mut pieces).await?;
+                }
             }
         }
     }
 
-    /// Lines of one instance after a place, for as long as it writes.
-    async fn new_lines(
+    /// Output ends with a container or process that stops; the same instance may be started again.
+    async fn open_again(
         &self,
-        instance: &Instance,
-        place: Option<Place>,
-    ) -> Result<BoxStream<'static, LogLine>, EngineError> {
-        let since = place.filter(|place| place.told > 0).map(|place| place.at).or(self.since);
+        sender: &Sender,
+        followed: &mut BTreeMap<InstanceId, Followed>,
+        pieces: &mut SelectAll<BoxStream<'static, (InstanceId, Piece)>>,
+    ) -> Result<(), Gone> {
+        let there: BTreeSet<InstanceId> = self.instances().into_iter().map(|instance| instance.id).collect();
+        followed.retain(|id, followed| !followed.ended || there.contains(id));
+        for followed in followed.values_mut().filter(|followed| followed.ended) {
+            *followed = Followed::after(followed.place, followed.instance.clone());
+            self.open(sender, followed, pieces).await?;
+        }
+        Ok(())
+    }
+
+    async fn open(
+        &self,
+        sender: &Sender,
+        followed: &Followed,
+        pieces: &mut SelectAll<BoxStream<'static, (InstanceId, Piece)>>,
+    ) -> Result<(), Gone> {
+        let since = Some(followed.place).filter(|place| place.told > 0).map(|place| place.at).or(self.since);
         let options = LogOptions { follow: true, tail: None, since };
-        let stream = self.engine.logs(&instance.id, options).await?;
-        let instance = instance.clone();
-        let mut place = place.unwrap_or_default();
-        let told = stream.filter_map(move |line| {
-            let line = match line {
-                Ok(line) if place.skips(&line) => None,
-                Ok(line) => Some(told(&instance, line)),
-                Err(error) => Some(notice(&instance, &error)),
-            };
-            std::future::ready(line)
-        });
-        Ok(told.boxed())
+        let id = followed.instance.id.clone();
+        match self.engine.logs(&id, options).await {
+            Ok(lines) => {
+                let pieces_of_it = lines.map(Piece::Line).chain(stream::once(std::future::ready(Piece::End)));
+                pieces.push(pieces_of_it.map(move |piece| (id.clone(), piece)).boxed());
+                Ok(())
+            }
+            Err(error) => tell(sender, &notice(&followed.instance, &error.to_string())).await,
+        }
+    }
+}
+
+/// What comes from an instance.
+enum Piece {
+    Line(Result<Told, EngineError>),
+    End,
+}
+
+/// An instance whose output is followed.
+struct Followed {
+    instance: Instance,
+    /// Up to where it was told.
+    place: Place,
+    /// What comes again before something new does.
+    again: Option<Place>,
+    ended: bool,
+}
+
+impl Followed {
+    fn after(place: Place, instance: Instance) -> Self {
+        Self { instance, place, again: Some(place), ended: false }
+    }
+
+    async fn take(&mut self, sender: &Sender, piece: Piece) -> Result<(), Gone> {
+        match piece {
+            Piece::Line(Ok(line)) if self.is_new(&line) => tell(sender, &told(&self.instance, line)).await,
+            Piece::Line(Ok(_)) => Ok(()),
+            Piece::Line(Err(error)) => tell(sender, &notice(&self.instance, &error.to_string())).await,
+            Piece::End => {
+                self.ended = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn is_new(&mut self, line: &Told) -> bool {
+        if self.again.as_mut().is_some_and(|again| again.skips(line)) {
+            return false;
+        }
+        self.again = None;
+        if line.at == self.place.at {
+            self.place.told += 1;
+        } else {
+            self.place = Place { at: line.at, told: 1 };
+        }
+        true
     }
 }
 
@@ -198,7 +274,7 @@ impl Place {
     /// Whether a line that comes again was told before.
     fn skips(&mut self, line: &Told) -> bool {
         if line.at != self.at || self.told == 0 {
-            return line.at < self.at && self.told > 0;
+            return line.at < self.at;
         }
         self.told -= 1;
         true
@@ -222,14 +298,14 @@ fn told(instance: &Instance, line: Told) -> LogLine {
     }
 }
 
-fn notice(instance: &Instance, error: &EngineError) -> LogLine {
+fn notice(instance: &Instance, why: &str) -> LogLine {
     LogLine {
         time: jiff::Timestamp::now(),
         service: instance.service.clone(),
         instance: instance.id.to_string(),
         machine: instance.machine.clone(),
         source: LogSource::Notice,
-        text: format!("the output of {} on {} cannot be read: {error}", instance.id, instance.machine),
+        text: format!("the output of {} on {} cannot be read: {why}", instance.id, instance.machine),
     }
 }
 
@@ -241,20 +317,41 @@ mod tests {
         Told { at, stderr: false, text: text.to_owned() }
     }
 
+    fn instance() -> Instance {
+        Instance {
+            id: InstanceId("ins_1".into()),
+            service: "shop".into(),
+            version: 1,
+            machine: "host-a".into(),
+            epoch: 1,
+            rollout: peregrine_engine::model::RolloutId("mov_1".into()),
+            address: None,
+            generation: 0,
+            state: InstanceState::Serving,
+            created_at: 0,
+        }
+    }
+
+    fn new_ones<'a>(followed: &mut Followed, lines: &'a [Told]) -> Vec<&'a str> {
+        lines.iter().filter(|line| followed.is_new(line)).map(|line| line.text.as_str()).collect()
+    }
+
     #[test]
     fn following_after_the_history_tells_no_line_twice_and_leaves_none_out() {
         let history = VecDeque::from([line(1, "a"), line(2, "b"), line(2, "c")]);
-        let mut place = Place::after(&history);
-        assert_eq!(place, Place { at: 2, told: 2 });
+        let mut followed = Followed::after(Place::after(&history), instance());
         let again = [line(2, "b"), line(2, "c"), line(2, "d"), line(3, "e")];
-        let new: Vec<_> =
-            again.iter().filter(|line| !place.skips(line)).map(|line| line.text.as_str()).collect();
-        assert_eq!(new, ["d", "e"]);
+        assert_eq!(new_ones(&mut followed, &again), ["d", "e"]);
+        let mut restarted = Followed::after(followed.place, instance());
+        assert_eq!(
+            new_ones(&mut restarted, &[line(3, "e"), line(3, "f"), line(2, "out of order")]),
+            ["f", "out of order"]
+        );
     }
 
     #[test]
     fn without_a_history_every_line_is_new() {
-        let mut place = Place::after(&VecDeque::new());
-        assert!(!place.skips(&line(0, "a")) && !place.skips(&line(5, "b")));
+        let mut followed = Followed::after(Place::after(&VecDeque::new()), instance());
+        assert_eq!(new_ones(&mut followed, &[line(0, "a"), line(5, "b"), line(5, "c")]), ["a", "b", "c"]);
     }
 }

@@ -111,27 +111,33 @@ impl Api {
     }
 
     /// Answers until `shutdown`; then streams end, open requests finish within the limit, and it returns.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+    ///
+    /// # Errors
+    /// The listener itself is broken; a lack of file descriptors or memory is waited out.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> io::Result<()> {
         let Self { listener, router, limits, closing, .. } = self;
         let mut connections = JoinSet::new();
         let places = Arc::new(Semaphore::new(limits.max_connections));
         let mut shutdown = std::pin::pin!(shutdown);
-        loop {
+        let ended = loop {
             while connections.try_join_next().is_some() {} // those that have ended
             let place = tokio::select! {
-                () = &mut shutdown => break,
+                () = &mut shutdown => break Ok(()),
                 place = Arc::clone(&places).acquire_owned() => place,
             };
             let stream = tokio::select! {
-                () = &mut shutdown => break,
-                stream = accept(&listener) => stream,
+                () = &mut shutdown => break Ok(()),
+                stream = accept(&listener) => match stream {
+                    Ok(stream) => stream,
+                    Err(error) => break Err(error),
+                },
             };
             let serving = serve(stream, router.clone(), limits, closing.clone());
             connections.spawn(async move {
                 serving.await;
                 drop(place);
             });
-        }
+        };
         drop(listener);
         closing.cancel();
         let finish = async { while connections.join_next().await.is_some() {} };
@@ -139,13 +145,15 @@ impl Api {
         if tokio::time::timeout(limit, finish).await.is_err() {
             tracing::warn!(open = connections.len(), "API connections were cut at the shutdown");
         }
+        ended
     }
 }
 
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &TcpListener) -> io::Result<TcpStream> {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return stream,
+            Ok((stream, _)) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Err(error), // it does not listen
             Err(error) => {
                 tracing::warn!(%error, "the API cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(ACCEPT_PAUSE_MS)).await;

@@ -328,15 +328,20 @@ impl Move {
 
 /// What the engine would take now. The engine decides when it is asked; this is what a reader is told before.
 fn actions(rollout: &engine::Rollout, state: &State) -> Vec<Action> {
-    let waits = matches!(rollout.phase, engine::Phase::Warm | engine::Phase::Shift | engine::Phase::Soak);
-    match rollout.state {
-        engine::RolloutState::Running if waits => vec![Action::Pause, Action::Promote, Action::Abort],
-        engine::RolloutState::Running => vec![Action::Pause, Action::Abort],
-        engine::RolloutState::Paused => vec![Action::Resume, Action::Promote, Action::Abort],
+    let goes_back = rollout.control == engine::Control::Abort;
+    let forward = match rollout.state {
+        engine::RolloutState::Running if !goes_back => Action::Pause,
+        engine::RolloutState::Paused if !goes_back => Action::Resume,
         engine::RolloutState::Succeeded if is_newest_and_service_is_free(rollout, state) => {
-            vec![Action::Rollback]
+            return vec![Action::Rollback];
         }
-        _ => Vec::new(),
+        _ => return Vec::new(),
+    };
+    // While the old copies are being removed there is nothing to wait for and nothing to go back to.
+    if rollout.phase == engine::Phase::Release {
+        vec![forward]
+    } else {
+        vec![forward, Action::Promote, Action::Abort]
     }
 }
 
@@ -560,7 +565,7 @@ mod tests {
     fn what_may_be_asked_follows_from_state_and_phase() {
         use engine::{Phase as P, RolloutState as S};
         let told = |state, phase| Move::of(&rollout(state, phase), None, &State::default()).actions;
-        assert_eq!(told(S::Running, P::Prepare), [Action::Pause, Action::Abort]);
+        assert_eq!(told(S::Running, P::Release), [Action::Pause]);
         assert_eq!(told(S::Running, P::Shift), [Action::Pause, Action::Promote, Action::Abort]);
         assert_eq!(told(S::Paused, P::Shift), [Action::Resume, Action::Promote, Action::Abort]);
         assert_eq!(told(S::RollingBack, P::Shift), []);

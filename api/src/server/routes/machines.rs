@@ -31,11 +31,12 @@ pub(in crate::server) async fn list_machines(
     Ok(axum::Json(machines))
 }
 
-/// Add a machine
+/// Add a machine, or change one
 ///
-/// It is asked first; one that does not answer is not added.
+/// It is not asked: one that does not answer yet may be added. A machine with instances keeps its runtime.
 #[utoipa::path(post, path = "/api/v1/machines", tag = "machines", request_body = MachineSpec,
-    responses((status = 201, description = "Added", body = Machine)))]
+    responses((status = 201, description = "Added", body = Machine),
+        (status = 200, description = "Changed", body = Machine)))]
 pub(in crate::server) async fn add_machine(
     State(context): State<Context>,
     Query(NoQuery {}): Query<NoQuery>,
@@ -43,9 +44,11 @@ pub(in crate::server) async fn add_machine(
 ) -> Result<impl IntoResponse, ApiError> {
     let spec = spec.to_engine().map_err(ApiError::fields)?;
     let engine = context.engine.clone();
+    let is_new = !engine.state().machines.contains_key(&spec.name);
     let machine = carried_through(async move { engine.add_machine(spec).await }).await??;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     let place = location(&["machines", &machine.spec.name]);
-    Ok((StatusCode::CREATED, place, axum::Json(Machine::of(&machine, 0))))
+    Ok((status, place, axum::Json(told(&context.engine.state(), &machine))))
 }
 
 /// One machine

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use peregrine_engine::model::{Rollout, RolloutId, RolloutState};
+use peregrine_engine::model::{Rollout, RolloutId};
 use peregrine_engine::{Ask, EngineError};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -208,20 +208,8 @@ pub(in crate::server) async fn get_receipt(
     Query(NoQuery {}): Query<NoQuery>,
 ) -> Result<axum::Json<Receipt>, ApiError> {
     let rollout = context.rollout(&RolloutId(id))?;
-    if !rollout.state.is_terminal() {
-        let detail = format!("{} is {} and has no receipt yet", rollout.id, state_name(rollout.state));
-        return Err(ApiError::new(&codes::NO_RECEIPT, detail));
-    }
     let receipt = context.engine.receipt(&rollout.id).await?;
     Ok(axum::Json(Receipt::of(&rollout.id, &rollout.plan.service, &receipt)))
-}
-
-fn state_name(state: RolloutState) -> &'static str {
-    match state {
-        RolloutState::Paused => "paused",
-        RolloutState::RollingBack => "on its way back",
-        _ => "under way",
-    }
 }
 
 async fn control<F>(

@@ -38,7 +38,7 @@ pub(in crate::server) async fn readyz(
     State(context): State<Context>,
     Query(query): Query<ReadyQuery>,
 ) -> impl IntoResponse {
-    let checks = context.config.readiness.read();
+    let checks = context.config.readiness.as_ref().map(|checks| checks()).unwrap_or_default();
     let ready = checks.iter().all(|check| check.ok) && !context.closing.is_cancelled();
     let status = if ready || query.report { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, axum::Json(Readiness { ready, checks }))
@@ -49,7 +49,7 @@ pub(in crate::server) async fn readyz(
     responses((status = 200, description = "Metrics", body = String, content_type = "text/plain")))]
 pub(in crate::server) async fn metrics(State(context): State<Context>) -> impl IntoResponse {
     let text_form = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (text_form, context.config.metrics.read())
+    (text_form, context.config.metrics.as_ref().map(|text| text()).unwrap_or_default())
 }
 
 /// This document
