@@ -21,6 +21,9 @@ pub type Connect = Arc<dyn Fn(&Machine) -> Arc<dyn Runtime> + Send + Sync>;
 /// The edge's monotonic clock in milliseconds, never 0: ejections are written in it.
 pub type EdgeClock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
+/// A runtime, and the machine's record that it was connected by.
+type Connected = (Machine, Arc<dyn Runtime>);
+
 pub(crate) struct Core {
     pub(crate) config: crate::engine::EngineConfig,
     pub(crate) store: Arc<dyn Store>,
@@ -33,7 +36,7 @@ pub(crate) struct Core {
     state: RwLock<Arc<State>>,
     revision: tokio::sync::watch::Sender<u64>,
     commit: tokio::sync::Mutex<()>,
-    runtimes: Mutex<HashMap<String, (Machine, Arc<dyn Runtime>)>>,
+    runtimes: Mutex<HashMap<String, Connected>>,
     /// One at a time acts on an instance: a restart must not meet a removal.
     instances: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
 }

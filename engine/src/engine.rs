@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use peregrine_routing::TableWriter;
 use uuid::Uuid;
 
@@ -86,7 +85,7 @@ impl Engine {
 
 fn replay(revision: u64, entries: Vec<Entry>) -> State {
     let mut state = State::default();
-    let writes = entries.into_iter().map(|entry| Write::Put(entry.key, Bytes::from(entry.value))).collect();
+    let writes = entries.into_iter().map(|entry| Write::Put(entry.key, entry.value)).collect();
     // What is kept aside is told by the caller, record by record.
     drop(state.apply(&Committed { revision, writes }));
     state

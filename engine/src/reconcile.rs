@@ -48,6 +48,7 @@ pub(crate) fn spawn(core: &Arc<Core>) {
         let stop = sweeping.stop.clone();
         tokio::select! {
             () = keep_sweeping(&sweeping) => {}
+            () = crate::recovery::keep_resuming(&sweeping) => {}
             () = stop.cancelled() => {}
         }
     });

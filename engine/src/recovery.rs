@@ -12,6 +12,9 @@ use crate::rollout;
 /// then is the rollout's own business.
 const ENSURE_LIMIT_MS: u64 = 15_000;
 
+/// Between two looks for rollouts that stand still.
+const RESUME_INTERVAL_MS: u64 = 30_000;
+
 /// Puts every service into the table. One that the table refuses stops no other.
 pub(crate) async fn render_all(core: &Arc<Core>) {
     let services: Vec<String> = core.state().services.keys().cloned().collect();
@@ -35,6 +38,17 @@ pub(crate) fn resume_all(core: &Arc<Core>) {
                 () = core.stop.cancelled() => {}
             }
         });
+    }
+}
+
+/// Takes up rollouts that should run and do not: their executor met a defect. Not only at a start.
+pub(crate) async fn keep_resuming(core: &Arc<Core>) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(RESUME_INTERVAL_MS)).await;
+        let state = core.state();
+        for rollout in state.rollouts.values().filter(|rollout| !rollout.state.is_terminal()) {
+            rollout::spawn(core, &rollout.id, true);
+        }
     }
 }
 

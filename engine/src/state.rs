@@ -65,7 +65,7 @@ enum Change {
     Version(String, u32, Option<Box<Version>>),
     Instance(InstanceId, Option<Box<Instance>>),
     Rollout(RolloutId, Option<Box<Rollout>>),
-    Change(RolloutId, Option<Box<ServiceChange>>),
+    Pending(RolloutId, Option<Box<ServiceChange>>),
     Journal(RolloutId, u64, Option<JournalRecord>),
     Event(u64, bool),
     Answered(String, Option<Answered>),
@@ -179,7 +179,7 @@ impl State {
             Change::Version(service, number, value) => set(&mut self.versions, (service, number), value),
             Change::Instance(id, value) => set(&mut self.instances, id, value),
             Change::Rollout(id, value) => set(&mut self.rollouts, id, value),
-            Change::Change(id, value) => set(&mut self.changes, id, value),
+            Change::Pending(id, value) => set(&mut self.changes, id, value),
             Change::Answered(key, value) => set(&mut self.answered, key, value.map(Box::new)),
             Change::Journal(id, sequence, Some(record)) => {
                 self.journals.entry(id).or_default().insert(sequence, record);
@@ -252,7 +252,7 @@ fn parse(key: &str, value: Option<&Bytes>) -> Result<Change, String> {
         }
         "instances" => Change::Instance(InstanceId(rest.into()), boxed(value)?),
         "rollouts" => Change::Rollout(RolloutId(rest.into()), boxed(value)?),
-        "changes" => Change::Change(RolloutId(rest.into()), boxed(value)?),
+        "changes" => Change::Pending(RolloutId(rest.into()), boxed(value)?),
         "journal" => {
             let (rollout, sequence) = pair(rest)?;
             Change::Journal(RolloutId(rollout), sequence, value.map(read).transpose()?)

@@ -78,7 +78,7 @@ impl Table {
         let Some(change) = change else {
             return Ok(Published { version: inner.writer.version(), retired: Vec::new() });
         };
-        let applied = inner.writer.apply(&[change]).map_err(refused)?;
+        let applied = inner.writer.apply(&[change]).map_err(|error| refused(&error))?;
         Ok(Published { version: applied.version, retired: applied.retired })
     }
 
@@ -97,7 +97,7 @@ impl Table {
     }
 }
 
-fn refused(error: TableError) -> EngineError {
+fn refused(error: &TableError) -> EngineError {
     let hint = match error {
         TableError::RouteTaken { .. } => "Give one of the two services another host or path.",
         TableError::BadPath { .. } => "Correct the path prefix of the route.",
@@ -132,12 +132,10 @@ impl Core {
 
     /// Fixed upstreams have no record of their own; their generations are given out when they appear.
     async fn give_fixed_generations(self: &Arc<Self>, service: &str) -> Result<(), EngineError> {
-        let wanted = match self.state().services.get(service).map(|s| s.spec.workload.clone()) {
-            Some(Workload::Fixed { upstreams }) => upstreams,
-            _ => {
-                self.table.drop_fixed(service);
-                return Ok(());
-            }
+        let workload = self.state().services.get(service).map(|s| s.spec.workload.clone());
+        let Some(Workload::Fixed { upstreams: wanted }) = workload else {
+            self.table.drop_fixed(service);
+            return Ok(());
         };
         let known = self.table.fixed(service);
         let missing = wanted.iter().any(|w| !known.iter().any(|(k, _)| k.address == w.address));

@@ -11,9 +11,18 @@ use crate::model::{MachineSpec, ServiceSpec};
 
 pub(crate) async fn apply(
     core: &Arc<Core>,
+    machines: Vec<MachineSpec>,
+    services: Vec<(ServiceSpec, Option<String>)>,
+) -> Result<ConfigApplied, EngineError> {
+    let core = Arc::clone(core);
+    super::to_the_end(async move { Ok(apply_here(&core, machines, services).await) }).await
+}
+
+async fn apply_here(
+    core: &Arc<Core>,
     wanted_machines: Vec<MachineSpec>,
     wanted_services: Vec<(ServiceSpec, Option<String>)>,
-) -> Result<ConfigApplied, EngineError> {
+) -> ConfigApplied {
     let mut applied = ConfigApplied::default();
     let names: BTreeSet<String> = wanted_services.iter().map(|(spec, _)| spec.name.clone()).collect();
     let machine_names: BTreeSet<String> = wanted_machines.iter().map(|spec| spec.name.clone()).collect();
@@ -46,7 +55,7 @@ pub(crate) async fn apply(
         }
     }
     remove_machines(core, &machine_names, &mut applied).await;
-    Ok(applied)
+    applied
 }
 
 fn is_fixed(spec: &ServiceSpec) -> bool {

@@ -62,7 +62,8 @@ pub(crate) async fn start(
     expect_hash: Option<String>,
     key: IdempotencyKey,
 ) -> Result<Option<Rollout>, EngineError> {
-    start_with(core, ask, reason, expect_hash, key, false).await
+    let core = Arc::clone(core);
+    super::to_the_end(async move { start_with(&core, ask, reason, expect_hash, key, false).await }).await
 }
 
 pub(super) async fn start_with(

@@ -10,6 +10,11 @@ use crate::plan;
 use crate::rollout;
 
 pub(crate) async fn remove(core: &Arc<Core>, name: &str) -> Result<(), EngineError> {
+    let (core, name) = (Arc::clone(core), name.to_owned());
+    super::to_the_end(async move { remove_here(&core, &name).await }).await
+}
+
+async fn remove_here(core: &Arc<Core>, name: &str) -> Result<(), EngineError> {
     let service = name.to_owned();
     let removal = core
         .commit(move |draft| {

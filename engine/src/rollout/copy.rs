@@ -12,6 +12,7 @@ use crate::core::Core;
 use crate::model::{InstanceId, InstanceState};
 use crate::probe::Probe;
 use crate::render;
+use crate::runtime::Runtime;
 
 /// Between two looks at a copy that nobody suspects.
 const LOOK_INTERVAL_MS: u64 = 500;
@@ -69,6 +70,15 @@ struct Watcher {
     restarts: Option<u64>,
 }
 
+/// What a look needs.
+struct Subject {
+    runtime: Arc<dyn Runtime>,
+    probe: Probe,
+    upstream: Option<Arc<Upstream>>,
+    /// Whether it is to be probed already.
+    probed: bool,
+}
+
 impl Watcher {
     async fn watch(mut self) {
         loop {
@@ -80,7 +90,7 @@ impl Watcher {
 
     /// Looks once; says whether it should be looked at again soon.
     async fn look(&mut self) -> bool {
-        let Some((runtime, probe, upstream, probed)) = self.subject() else { return false };
+        let Some(Subject { runtime, probe, upstream, probed }) = self.subject() else { return false };
         let inspect =
             tokio::time::timeout(Duration::from_millis(INSPECT_TIMEOUT_MS), runtime.inspect(&self.id));
         let (status, probe) =
@@ -136,7 +146,7 @@ impl Watcher {
         }
     }
 
-    fn subject(&self) -> Option<(Arc<dyn crate::runtime::Runtime>, Probe, Option<Arc<Upstream>>, bool)> {
+    fn subject(&self) -> Option<Subject> {
         let state = self.core.state();
         let instance = state.instances.get(&self.id)?;
         let probe = Probe {
@@ -150,7 +160,7 @@ impl Watcher {
         let probed = instance.state != InstanceState::Started;
         let upstream =
             (instance.generation > 0).then(|| self.core.table.upstream(instance.generation)).flatten();
-        Some((runtime, probe, upstream, probed))
+        Some(Subject { runtime, probe, upstream, probed })
     }
 
     /// Waits for the next look, or until the edge finds something.

@@ -24,7 +24,7 @@ use crate::core::Core;
 use crate::model::{RolloutId, Sample};
 
 pub(crate) use executor::{adopt, is_past_return, restore};
-pub(crate) use guards::{Compared, Judgement, judge};
+pub(crate) use guards::{Compared, more_errors, slower};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::{Signals, Vital};
 

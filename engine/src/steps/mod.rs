@@ -25,6 +25,9 @@ pub(crate) use drain::drain_one;
 pub(crate) use release::remove_instance;
 pub(crate) use start::instance_spec;
 
+/// Edges take milliseconds to acknowledge; what takes longer is told.
+const ACKNOWLEDGED_SOON_MS: u64 = 300;
+
 /// What a deed has done.
 #[derive(Debug, Default)]
 pub(crate) struct Done {
@@ -142,7 +145,12 @@ impl StepContext {
         let service = &self.plan.service;
         let published = self.core.table.publish(&self.core, service)?;
         self.enter_ledger();
-        self.core.table.acknowledged(published.version).await;
+        let mut acknowledged = std::pin::pin!(self.core.table.acknowledged(published.version));
+        let soon = std::time::Duration::from_millis(ACKNOWLEDGED_SOON_MS);
+        if tokio::time::timeout(soon, &mut acknowledged).await.is_err() {
+            self.waiting_for(Some("every edge to use the new table".to_owned())).await;
+            acknowledged.await;
+        }
         Ok(())
     }
 

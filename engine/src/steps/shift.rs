@@ -9,10 +9,14 @@ use super::{Done, Problem, StepContext, drain};
 use crate::draft::Draft;
 use crate::error::EngineError;
 use crate::model::{Control, EventBody, Finding, InstanceState, Plan, Rollout};
-use crate::rollout::{Compared, Judgement, Side, Vital, judge};
+use crate::rollout::{Compared, Side, Vital, more_errors, slower};
 
 /// How often a step is judged while it is held.
 const JUDGE_INTERVAL_MS: u64 = 25;
+/// Stretch of time that has to confirm that the new copies are slow.
+const CONFIRM_SLOW_MS: u64 = 200;
+/// So many pauses in one step are not pauses any more.
+const MAX_SUSPICIONS: u32 = 3;
 
 pub(super) async fn forward(context: &StepContext, percent: u8) -> Result<Done, Problem> {
     let mut percent = percent;
@@ -108,6 +112,7 @@ async fn judge_step(
     let longest = Duration::from_millis(u64::from(settings.step_max_ms.max(settings.step_hold_ms)));
     let min_samples = u64::from(settings.step_min_samples);
     let mut signals = context.run.signals.subscribe();
+    let mut suspicion = Suspicion::default();
     loop {
         let now = signals.borrow_and_update().clone();
         let compared = compare(context, percent, base, old_before);
@@ -122,24 +127,70 @@ async fn judge_step(
                 &format!("the old copies are lost: {}", now.old_why),
             ));
         }
-        if let Judgement::Worse(why) = judge(&compared, &settings.guards, min_samples) {
+        let worse = more_errors(&compared, &settings.guards);
+        // At 100 % the old copies get nothing: there is no latency of the same time to compare with.
+        let slow = if percent < 100 { suspicion.look(context, percent, &compared) } else { None };
+        if let Some(why) = worse.or(slow) {
             return Err(guard_failed(context, percent, why).await);
         }
-        let paused = now.control == Control::Pause;
-        if !paused && now.control == Control::Promote {
+        let held = now.control == Control::Pause || suspicion.is_open();
+        if now.control == Control::Promote {
             return Ok(verdict("pass", percent, &compared, "promoted by the operator"));
         }
         let samples = compared.new.samples();
-        if !paused && begun.elapsed() >= hold && samples >= min_samples {
+        if !held && begun.elapsed() >= hold && samples >= min_samples {
             return Ok(verdict("pass", percent, &compared, "nothing speaks against the new copies"));
         }
-        if !paused && begun.elapsed() >= longest {
+        if !held && begun.elapsed() >= longest {
             // Too little traffic for a verdict: the probes, which are good or this would not go on, decide.
             return Ok(verdict("inconclusive", percent, &compared, "too few requests; the probes are good"));
         }
         tokio::select! {
             _ = signals.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
+        }
+    }
+}
+
+/// The suspicion that the new copies are slow. It is believed when a fresh stretch of time says the same, or
+/// when it comes up again and again: one pause of a copy is no verdict.
+#[derive(Default)]
+struct Suspicion {
+    open: Option<(Instant, Base)>,
+    /// What came before is told off: it was a pause.
+    since: Option<Base>,
+    times: u32,
+}
+
+impl Suspicion {
+    const fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    fn look(&mut self, context: &StepContext, percent: u8, whole: &Compared) -> Option<String> {
+        let settings = &context.plan.settings;
+        let min_samples = u64::from(settings.step_min_samples);
+        let is_slower = |compared: &Compared| slower(compared, &settings.guards, min_samples);
+        let over = |base: &Base| compare(context, percent, base, &OutcomeCounts::default());
+        match &self.open {
+            None => {
+                let found =
+                    self.since.as_ref().map_or_else(|| is_slower(whole), |base| is_slower(&over(base)));
+                found.as_ref()?;
+                self.times += 1;
+                if self.times > MAX_SUSPICIONS {
+                    return found;
+                }
+                self.open = Some((Instant::now(), readings(context)));
+                None
+            }
+            Some((since, _)) if since.elapsed() < Duration::from_millis(CONFIRM_SLOW_MS) => None,
+            Some((_, base)) => {
+                let confirmed = is_slower(&over(base));
+                self.open = None;
+                self.since = Some(readings(context));
+                confirmed
+            }
         }
     }
 }

@@ -304,3 +304,21 @@ async fn a_failed_rollout_tells_so_in_its_events() {
     }
     assert!(seen.iter().any(|body| matches!(body, EventBody::TurnedBack { problem } if problem.code == "instance.exited" && problem.message.contains("last words"))), "{seen:#?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_whose_asker_hangs_up_is_carried_out_all_the_same() {
+    let bench = Bench::with_shop().await;
+    for turn in 0..40_u32 {
+        let to = if bench.serving()[0].machine == "host-a" { "host-b" } else { "host-a" };
+        let asking = bench.engine.start(move_to(to), "hang up".to_owned(), None, None);
+        // Hung up at ever later moments: before it is heard, while it is stored, right after.
+        drop(tokio::time::timeout(Duration::from_micros(25) * turn, asking).await);
+        until("the rollout to be there and to end", || {
+            let state = bench.engine.state();
+            let ended = state.rollouts.values().filter(|rollout| rollout.state.is_terminal()).count();
+            (ended == turn as usize + 2).then_some(())
+        })
+        .await;
+        bench.assert_tidy(1).await;
+    }
+}

@@ -354,7 +354,8 @@ fn the_same_workload_with_other_settings_is_no_rollout() {
 
 #[test]
 fn what_cannot_be_meant_is_refused_with_the_place() {
-    let cases: [(&str, fn(&mut ServiceSpec)); 6] = [
+    type Change = fn(&mut ServiceSpec);
+    let cases: [(&str, Change); 6] = [
         ("DNS label", |spec| spec.name = "Shop!".to_owned()),
         ("replicas", |spec| spec.replicas = 0),
         ("steps", |spec| spec.move_settings.steps = vec![50, 10]),
