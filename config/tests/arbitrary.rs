@@ -1,4 +1,4 @@
-//! Whatever a file says: no panic, and every mistake is somewhere in it.
+//! Whatever a file says: no panic, every mistake is somewhere in it, and what is sound the edge takes.
 
 use peregrine_config::{Manifest, Mistakes, ServerConfig, Source};
 use proptest::prelude::*;
@@ -25,8 +25,9 @@ fn is_somewhere(text: &str, mistakes: &Mistakes) {
 
 fn read(text: &str) {
     let source = Source::new("f", "/", text);
-    if let Err(mistakes) = ServerConfig::parse(&source) {
-        is_somewhere(text, &mistakes);
+    match ServerConfig::parse(&source) {
+        Err(mistakes) => is_somewhere(text, &mistakes),
+        Ok(config) => config.edge.check().expect("the edge takes what was checked"),
     }
     match Manifest::parse(&source) {
         Err(mistakes) => is_somewhere(text, &mistakes),
