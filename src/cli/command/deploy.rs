@@ -6,7 +6,7 @@ use clap::{Args, ValueHint};
 use peregrine_api::client::Submit;
 use peregrine_api::types::{Applied, DeployRequest, ServiceSpec};
 use peregrine_config::{Manifest, ServiceEntry};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::config;
 use crate::cli::failure::{Failure, Result};
@@ -55,12 +55,33 @@ pub(crate) struct Deploy {
 }
 
 /// What came of one service.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 struct Deployed {
     service: String,
-    /// `null`: only settings changed, or nothing.
-    #[serde(flatten)]
+    /// `None`: only settings changed, or nothing.
     outcome: Option<Outcome>,
+}
+
+impl Serialize for Deployed {
+    /// As the outcome of any other command, with the service in front; without a move, `"move": null` says so.
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Moved<'a> {
+            service: &'a str,
+            #[serde(flatten)]
+            outcome: &'a Outcome,
+        }
+        #[derive(Serialize)]
+        struct Unmoved<'a> {
+            service: &'a str,
+            #[serde(rename = "move")]
+            of: Option<()>,
+        }
+        match &self.outcome {
+            Some(outcome) => Moved { service: &self.service, outcome }.serialize(serializer),
+            None => Unmoved { service: &self.service, of: None }.serialize(serializer),
+        }
+    }
 }
 
 impl Deploy {
@@ -240,6 +261,15 @@ mod tests {
         let json = serde_json::to_value(&request).expect("json");
         assert_eq!(json["service"]["workload"]["env"]["KEY"], "v");
         assert_eq!(json["machine"], "host-a");
+    }
+
+    #[test]
+    fn a_service_that_had_not_to_be_moved_says_so() {
+        let deployed = Deployed { service: "web".into(), outcome: None };
+        assert_eq!(
+            serde_json::to_value(&deployed).expect("json"),
+            serde_json::json!({"service": "web", "move": null})
+        );
     }
 
     #[test]

@@ -151,14 +151,14 @@ fn table_of_versions(versions: &[Deployment], out: &Output) -> String {
     if versions.is_empty() {
         return String::new();
     }
-    let mut table = Table::new(&["version", "", "runs", "digest", "made", "by"]).numeric(&[0]);
+    let mut table = Table::new(&["version", "role", "runs", "digest", "made", "by"]).numeric(&[0]);
     for version in versions {
         let mark = if version.current {
             "serves"
         } else if version.previous {
             "before"
         } else {
-            ""
+            "-"
         };
         table.row(vec![
             version.version.to_string(),

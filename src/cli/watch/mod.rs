@@ -13,7 +13,7 @@ use std::time::Duration;
 use futures_util::stream::{self, Stream, StreamExt};
 use jiff::Timestamp;
 use peregrine_api::client::{Client, ClientError, EventStream};
-use peregrine_api::types::{Event, Move, MoveState, Receipt};
+use peregrine_api::types::{Action, Event, Move, MoveKind, MoveState, Receipt};
 use serde::Serialize;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -110,10 +110,13 @@ impl Outcome {
 impl Next {
     fn of(of: &Move) -> Self {
         let running = !of.state.is_terminal();
+        // A first deploy has nothing to go back to.
+        let undo = of.actions.contains(&Action::Rollback)
+            && (of.kind != MoveKind::Deploy || of.from_version.is_some());
         Self {
             watch: running.then(|| format!("peregrine moves watch {}", of.id)),
             abort: running.then(|| format!("peregrine moves abort {}", of.id)),
-            undo: (of.state == MoveState::Succeeded).then(|| format!("peregrine moves rollback {}", of.id)),
+            undo: undo.then(|| format!("peregrine moves rollback {}", of.id)),
         }
     }
 }
@@ -284,7 +287,8 @@ mod tests {
     use crate::cli::render::tests::{a_move, a_receipt};
 
     fn ended(state: &str) -> Outcome {
-        let of = a_move(state);
+        let mut of = a_move(state);
+        of.actions = if state == "succeeded" { vec![Action::Rollback] } else { Vec::new() };
         Outcome { next: Next::of(&of), receipt: Some(a_receipt()), detached: false, of }
     }
 
@@ -328,6 +332,9 @@ mod tests {
     fn a_move_that_ended_well_names_its_undo_and_one_that_goes_on_how_to_watch_it() {
         let out = Output::new(&[], crate::cli::output::Surroundings::default());
         assert!(ended("succeeded").text(&out).contains("undo      peregrine moves rollback mov_1"));
+        let mut first = ended("succeeded").of;
+        (first.kind, first.from_version) = (MoveKind::Deploy, None);
+        assert_eq!(Next::of(&first).undo, None, "a first deploy has nothing to go back to");
         let detached = Outcome::detached(a_move("running"));
         assert_eq!(detached.text(&out), "mov_1");
         assert_eq!(detached.next.watch.as_deref(), Some("peregrine moves watch mov_1"));
