@@ -43,7 +43,8 @@ impl Server {
         peregrine_proxy::describe();
         let store = SqliteStore::open(data).map_err(|error| store_failure(data, &error))?;
         let (writer, reader) = peregrine_routing::table();
-        let edge = Edge::bind(config.edge, reader).map_err(|error| Failure::new(Exit::Failed, "edge.bind", error.to_string()))?;
+        let edge = Edge::bind(config.edge, reader)
+            .map_err(|error| Failure::new(Exit::Failed, "edge.bind", error.to_string()))?;
         let (engine, handle) = Engine::open(engine_config(), Arc::new(store), connector(data), writer)
             .await
             .map_err(|error| Failure::new(Exit::Failed, error.code, error.message).hint(error.hint))?;
@@ -65,15 +66,20 @@ impl Server {
             engine.run(engine_stop).await;
             Ok(())
         });
+        // Before anybody is answered: a ready server has the routes of its configuration.
+        server.apply(config.machines, config.services).await;
         let edge_stop = ended(&stopped);
         server.part("edge", async move {
-            edge.run(edge_stop).await.map_err(|error| Failure::new(Exit::Failed, "edge.failed", error.to_string()))
+            edge.run(edge_stop)
+                .await
+                .map_err(|error| Failure::new(Exit::Failed, "edge.failed", error.to_string()))
         });
         let api_stop = ended(&stopped);
         server.part("api", async move {
-            api.run(api_stop).await.map_err(|error| Failure::new(Exit::Failed, "api.failed", error.to_string()))
+            api.run(api_stop)
+                .await
+                .map_err(|error| Failure::new(Exit::Failed, "api.failed", error.to_string()))
         });
-        server.apply(config.machines, config.services).await;
         Ok(server)
     }
 
@@ -119,15 +125,15 @@ impl Server {
 
     /// Waits until a part ends by itself, which none should.
     pub(crate) async fn part_failed(&mut self) -> Failure {
-        let running = self.parts.iter_mut().map(|(name, task)| {
-            Box::pin(async move { (*name, task.await) })
-        });
+        let running = self.parts.iter_mut().map(|(name, task)| Box::pin(async move { (*name, task.await) }));
         let ((name, result), number, _) = futures_util::future::select_all(running).await;
         drop(self.parts.remove(number));
         match result {
             Ok(Err(failure)) => failure,
             Ok(Ok(())) => Failure::new(Exit::Failed, "server.ended", format!("the {name} ended by itself")),
-            Err(error) => Failure::new(Exit::Failed, "server.panicked", format!("the {name} failed: {error}")),
+            Err(error) => {
+                Failure::new(Exit::Failed, "server.panicked", format!("the {name} failed: {error}"))
+            }
         }
     }
 
@@ -195,7 +201,9 @@ async fn apply_again(server: &Server, file: &Path) {
             server.apply(config.machines, config.services).await;
             tracing::info!(file = %file.display(), "configuration applied");
         }
-        Err(mistakes) => tracing::error!("configuration not applied, everything stays as it was:\n{mistakes}"),
+        Err(mistakes) => {
+            tracing::error!("configuration not applied, everything stays as it was:\n{mistakes}")
+        }
     }
 }
 
@@ -251,7 +259,11 @@ fn configuration(mistakes: &Mistakes) -> Failure {
 
 fn store_failure(data: &Path, error: &peregrine_engine::store::StoreError) -> Failure {
     use peregrine_engine::store::StoreError;
-    let failure = Failure::new(Exit::Failed, "store.open", format!("the data folder {} cannot be used: {error}", data.display()));
+    let failure = Failure::new(
+        Exit::Failed,
+        "store.open",
+        format!("the data folder {} cannot be used: {error}", data.display()),
+    );
     match error {
         StoreError::Locked => Failure { exit: Exit::Conflict, ..failure }
             .hint("another peregrine serves from it: stop that one, or choose another folder with --data"),

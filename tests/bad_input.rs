@@ -10,7 +10,7 @@ steps = [100]
 step_hold = "1s"
 step_max = "1s"
 start_timeout = "2s"
-warm = { probes = 1, probe_interval = "20ms" }
+warm = { probes = 1, interval = "20ms" }
 "#;
 
 #[track_caller]
@@ -32,9 +32,13 @@ fn untouched(shop: &Shop, place: &str) {
 #[test]
 fn a_broken_manifest_tells_every_mistake_with_its_place() {
     let shop = Shop::open(QUICK);
-    let manifest = shop.server.file("broken.toml", "[service.shop]\nhostz = [\"*\"]\ncommand = [\"x\"]\nreplicas = 0\n");
+    let manifest =
+        shop.server.file("broken.toml", "[service.shop]\nhostz = [\"*\"]\ncommand = [\"x\"]\nreplicas = 0\n");
     let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 2);
-    assert!(text.contains("hosts") && text.contains("broken.toml") && text.contains('2') && text.contains('4'), "{text}");
+    assert!(
+        text.contains("hosts") && text.contains("broken.toml") && text.contains('2') && text.contains('4'),
+        "{text}"
+    );
     untouched(&shop, "host-a");
 }
 
@@ -44,10 +48,9 @@ fn an_engine_that_cannot_be_reached_blocks_the_plan_and_is_named() {
     shop.server.ok(&["machines", "add", "far", "--docker", "tcp://127.0.0.1:1", "--address", "127.0.0.3"]);
     let checked = shop.server.run(&["machines", "check", "far"]);
     assert_ne!(checked.code, 0, "{checked:?}");
-    let manifest = shop.server.file(
-        "image.toml",
-        "[service.other]\nhosts = [\"other.test\"]\nimage = \"nothing:1\"\nport = 80\n",
-    );
+    let manifest = shop
+        .server
+        .file("image.toml", "[service.other]\nhosts = [\"other.test\"]\nimage = \"nothing:1\"\nport = 80\n");
     let said = shop.server.run(&["deploy", "-f", &manifest, "--machine", "far"]);
     let text = teaches(&said, 8);
     assert!(text.contains("far"), "{text}");
@@ -75,7 +78,7 @@ fn a_copy_that_listens_on_the_wrong_port_is_given_up_and_the_old_one_serves() {
             origin_program().display()
         ),
     );
-    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 10);
+    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 9);
     assert!(text.contains("port") || text.contains("connect") || text.contains("listen"), "{text}");
     untouched(&shop, "host-a");
 }
@@ -84,7 +87,7 @@ fn a_copy_that_listens_on_the_wrong_port_is_given_up_and_the_old_one_serves() {
 fn a_copy_that_never_gets_healthy_is_given_up_and_the_last_probe_is_told() {
     let shop = Shop::open(QUICK);
     let manifest = shop.manifest(&[("ORIGIN_HEALTHY", "false")], QUICK);
-    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 10);
+    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 9);
     assert!(text.contains("503"), "{text}");
     untouched(&shop, "host-a");
 }
@@ -96,7 +99,7 @@ fn a_copy_that_exits_at_once_is_told_with_its_last_words() {
         "exits.toml",
         &format!("[service.shop]\nhosts = [\"*\"]\ncommand = [\"/bin/sh\", \"-c\", \"echo out of luck >&2; exit 3\"]\n{QUICK}"),
     );
-    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 10);
+    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 9);
     assert!(text.contains("out of luck") && text.contains('3'), "{text}");
     untouched(&shop, "host-a");
 }
@@ -107,10 +110,14 @@ fn a_second_move_of_the_same_service_is_refused_with_the_id_of_the_running_one()
     let id = shop.begin_move("host-b");
     let text = teaches(&shop.server.run(&["move", "shop", "--to", "host-b"]), 5);
     assert!(text.contains(&id), "{text}");
-    let (status, problem) =
-        crate::commands::api(&shop.server, "POST", "/api/v1/moves", Some(&serde_json::json!({"service": "shop", "to": "host-b"})));
+    let (status, problem) = crate::commands::api(
+        &shop.server,
+        "POST",
+        "/api/v1/moves",
+        Some(&serde_json::json!({"service": "shop", "to": "host-b"})),
+    );
     assert_eq!(status, 409, "{problem:#}");
-    assert_eq!(problem["move_id"], id.as_str(), "{problem:#}");
+    assert_eq!(problem["move"], id.as_str(), "{problem:#}");
     wait_for("the first one to end", || (shop.the_move(&id)["state"] == "succeeded").then_some(()));
     untouched(&shop, "host-b");
 }
@@ -128,7 +135,8 @@ fn a_wrong_token_and_a_server_that_is_not_there_have_their_own_exit_codes() {
 #[test]
 fn a_data_folder_in_use_is_refused_and_the_first_server_goes_on() {
     let server = Peregrine::start("");
-    let config = server.file("second.toml", "[edge]\nhttp = [\"127.0.0.1:0\"]\n[api]\nlisten = \"127.0.0.1:0\"\n");
+    let config =
+        server.file("second.toml", "[edge]\nhttp = [\"127.0.0.1:0\"]\n[api]\nlisten = \"127.0.0.1:0\"\n");
     let said = server.run(&["serve", "--config", &config]);
     teaches(&said, 5);
     assert!(http_get(server.api(), "/readyz").expect("an answer").starts_with("HTTP/1.1 200"));

@@ -59,7 +59,7 @@ const SLOW: &str = r#"
 steps = [50, 100]
 step_hold = "30s"
 step_max = "40s"
-warm = { probes = 1, probe_interval = "20ms" }
+warm = { probes = 1, interval = "20ms" }
 "#;
 
 const QUICK: &str = r#"
@@ -67,7 +67,7 @@ const QUICK: &str = r#"
 steps = [100]
 step_hold = "50ms"
 step_max = "100ms"
-warm = { probes = 1, probe_interval = "20ms" }
+warm = { probes = 1, interval = "20ms" }
 "#;
 
 /// The binary with nothing of this process's environment that bears on it.

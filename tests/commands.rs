@@ -11,7 +11,7 @@ const QUICK: &str = r#"
 steps = [100]
 step_hold = "50ms"
 step_max = "100ms"
-warm = { probes = 1, probe_interval = "20ms" }
+warm = { probes = 1, interval = "20ms" }
 "#;
 
 #[test]
@@ -42,7 +42,8 @@ fn a_service_is_scaled_up_and_down_by_the_command_line_and_by_the_api() {
     let shop = Shop::open(QUICK);
     shop.server.ok(&["scale", "shop", "3"]);
     assert_eq!(shop.places().len(), 3);
-    let (status, answer) = api(&shop.server, "POST", "/api/v1/services/shop/scale", Some(&json!({"replicas": 1})));
+    let (status, answer) =
+        api(&shop.server, "POST", "/api/v1/services/shop/scale", Some(&json!({"replicas": 1})));
     assert_eq!(status, 202, "{answer:#}");
     wait_for("one copy", || (shop.instances().len() == 1).then_some(()));
     assert!(http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"));
@@ -68,7 +69,7 @@ steps = [50, 100]
 step_hold = "20s"
 step_max = "30s"
 soak = "60s"
-warm = { probes = 2, probe_interval = "50ms" }
+warm = { probes = 2, interval = "50ms" }
 "#;
     let shop = Shop::open(settings);
     for (phase, by_api) in [("warm", false), ("shift", true), ("soak", false)] {
@@ -97,7 +98,10 @@ warm = { probes = 2, probe_interval = "50ms" }
         assert_eq!(ended["state"], "aborted", "in {phase}: {ended:#}");
         assert!(took.as_secs_f64() < 2.0 + SLACK_S, "in {phase} the abort took {took:?}");
         assert_eq!(shop.places(), ["host-a"], "in {phase}");
-        assert!(http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"), "in {phase}");
+        assert!(
+            http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"),
+            "in {phase}"
+        );
         let watched = shop.server.run(&["moves", "watch", &id]);
         assert_eq!(watched.code, 10, "{watched:?}");
     }
@@ -123,7 +127,7 @@ fn a_paused_move_stays_where_it_is_and_goes_on_when_it_is_told() {
 steps = [50, 100]
 step_hold = "1s"
 step_max = "1s"
-warm = { probes = 1, probe_interval = "20ms" }
+warm = { probes = 1, interval = "20ms" }
 "#;
     let shop = Shop::open(settings);
     let id = shop.begin_move("host-b");
@@ -160,7 +164,13 @@ pub(crate) fn api(server: &Peregrine, method: &str, path: &str, body: Option<&Va
     api_with(server, method, path, body, "")
 }
 
-fn api_with(server: &Peregrine, method: &str, path: &str, body: Option<&Value>, headers: &str) -> (u16, Value) {
+fn api_with(
+    server: &Peregrine,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+    headers: &str,
+) -> (u16, Value) {
     let body = body.map(Value::to_string).unwrap_or_default();
     let request = format!(
         "{method} {path} HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n{headers}content-length: {}\r\nconnection: close\r\n\r\n{body}",

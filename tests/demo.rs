@@ -13,14 +13,22 @@ fn demo(arguments: &[&str]) -> (bool, String) {
         .stdin(Stdio::null())
         .output()
         .expect("peregrine runs");
-    let left: Vec<_> = std::fs::read_dir(home.path()).expect("folder").flatten().map(|entry| entry.path()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(home.path()).expect("folder").flatten().map(|entry| entry.path()).collect();
     assert!(left.is_empty(), "left behind: {left:?}");
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     (output.status.success(), text)
 }
 
 fn assert_told(text: &str) {
-    for told in ["host-a → host-b", "host-b → host-a", "receipt", "drained to the last one", "the clients say      0 failed"] {
+    for told in [
+        "host-a → host-b",
+        "host-b → host-a",
+        "receipt",
+        "drained to the last one",
+        "the clients say      0 failed",
+    ] {
         assert!(text.contains(told), "{told:?} is missing in:\n{text}");
     }
     assert!(text.contains(" 0 failed\n"), "{text}");

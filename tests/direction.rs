@@ -11,7 +11,7 @@ const SLOW_STEPS: &str = r#"
 steps = [50, 100]
 step_hold = "2s"
 step_max = "4s"
-warm = { probes = 2, probe_interval = "50ms" }
+warm = { probes = 2, interval = "50ms" }
 "#;
 
 /// Requests that may fail when a copy is killed: those that it was answering, and what was sent before its

@@ -53,8 +53,10 @@ fn an_image_that_is_nowhere_is_told_with_everything_that_was_tried_and_blocks_th
     }
     let engines = Engines::start();
     let server = Peregrine::start(&engines.configuration());
-    let manifest =
-        server.file("missing.toml", "[service.gone]\nhosts = [\"*\"]\nimage = \"localhost:1/nothing:1\"\nport = 80\n");
+    let manifest = server.file(
+        "missing.toml",
+        "[service.gone]\nhosts = [\"*\"]\nimage = \"localhost:1/nothing:1\"\nport = 80\n",
+    );
     let said = server.run(&["deploy", "-f", &manifest, "--machine", "host-a"]);
     assert!(matches!(said.code, 8 | 9), "{said:#?}");
     assert!(said.error().to_string().contains("localhost:1/nothing:1"), "{said:#?}");

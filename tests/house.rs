@@ -26,7 +26,8 @@ const WALLED_CRATES: &[(&str, &[&str])] = &[
 ];
 
 /// Crates that have no place in a pure room.
-const NOT_IN_PURE_ROOMS: &[&str] = &["tokio", "hyper", "http", "serde", "serde_json", "rustls", "jiff", "tracing", "metrics"];
+const NOT_IN_PURE_ROOMS: &[&str] =
+    &["tokio", "hyper", "http", "serde", "serde_json", "rustls", "jiff", "tracing", "metrics"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -43,17 +44,23 @@ fn dependencies(room: &str) -> BTreeSet<String> {
 #[test]
 fn no_room_knows_another_that_it_must_not_know() {
     for (room, allowed) in ARROWS {
-        let rooms = dependencies(room).into_iter().filter_map(|d| d.strip_prefix("peregrine-").map(str::to_owned));
+        let rooms =
+            dependencies(room).into_iter().filter_map(|d| d.strip_prefix("peregrine-").map(str::to_owned));
         for other in rooms {
-            assert!(allowed.contains(&other.as_str()), "{room} must not depend on {other}: see ARCHITECTURE.md, \"Arrows\"");
+            assert!(
+                allowed.contains(&other.as_str()),
+                "{room} must not depend on {other}: see ARCHITECTURE.md, \"Arrows\""
+            );
         }
     }
 }
 
 #[test]
 fn every_room_of_the_workspace_is_guarded() {
-    let manifest: toml::Table =
-        std::fs::read_to_string(root().join("Cargo.toml")).expect("manifest").parse().expect("valid manifest");
+    let manifest: toml::Table = std::fs::read_to_string(root().join("Cargo.toml"))
+        .expect("manifest")
+        .parse()
+        .expect("valid manifest");
     let members = manifest["workspace"]["members"].as_array().expect("members");
     for member in members.iter().filter_map(toml::Value::as_str) {
         assert!(ARROWS.iter().any(|(room, _)| *room == member), "{member} has no line in ARROWS");
@@ -88,7 +95,10 @@ fn the_edge_and_the_engine_meet_in_the_wiring_alone() {
     for (file, text) in sources("src") {
         let both = text.contains("peregrine_proxy") && text.contains("peregrine_engine");
         let name = file.strip_prefix(root()).unwrap_or(&file).display().to_string();
-        assert!(!both || name == "src/serve.rs", "{name} names both the edge and the engine; only src/serve.rs may");
+        assert!(
+            !both || name == "src/serve.rs",
+            "{name} names both the edge and the engine; only src/serve.rs may"
+        );
     }
 }
 
@@ -118,7 +128,8 @@ fn sources(folder: &str) -> Vec<(PathBuf, String)> {
             if path.is_dir() {
                 walk(&path, into);
             } else if path.extension().is_some_and(|e| e == "rs") {
-                let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                let text =
+                    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
                 into.push((path, text));
             }
         }

@@ -15,7 +15,7 @@ const QUICK: &str = r#"
 steps = [10, 50, 100]
 step_hold = "30ms"
 step_max = "120ms"
-warm = { probes = 2, probe_interval = "20ms" }
+warm = { probes = 2, interval = "20ms" }
 "#;
 
 #[test]
@@ -49,7 +49,11 @@ fn after_the_switch_the_old_copy_gets_nothing_new_and_no_client_connection_is_cl
     let last = arrivals.max().expect("the old copy served before");
     // "drain" begins before the table is published: what was on its way then may still arrive.
     let acknowledged_ns = drained_at_ns + ACKNOWLEDGEMENT_NS;
-    assert!(last <= acknowledged_ns, "the old copy got a request {} ns after the switch", last - acknowledged_ns);
+    assert!(
+        last <= acknowledged_ns,
+        "the old copy got a request {} ns after the switch",
+        last - acknowledged_ns
+    );
     assert!(collected.iter().any(|c| *c.instance != *old && c.record.unix_ns > last), "the new copy goes on");
 }
 
@@ -72,7 +76,12 @@ fn the_receipt_equals_what_the_origins_counted() {
     assert!(counted.abs_diff(inside) <= slack, "receipt {counted}, oracle {inside}");
     assert_eq!(receipt["failed"], 0);
     assert_eq!(receipt["hard_cut"], serde_json::json!([]));
-    let old = &receipt["instances"].as_array().expect("instances").iter().find(|i| i["new"] == false).expect("old copy")["drained"];
+    let old = &receipt["instances"]
+        .as_array()
+        .expect("instances")
+        .iter()
+        .find(|i| i["new"] == false)
+        .expect("old copy")["drained"];
     assert_eq!(*old, true);
 }
 
@@ -96,4 +105,3 @@ fn phase_start_ns(moved: &Value, phase: &str) -> u64 {
     let found = phases.iter().find(|p| p["phase"] == phase).unwrap_or_else(|| panic!("{phase} in {moved:#}"));
     span_ns(found, "started_at")
 }
-

@@ -15,14 +15,14 @@ steps = [50, 100]
 step_hold = "500ms"
 step_max = "1s"
 soak = "1s"
-warm = { probes = 3, probe_interval = "50ms" }
+warm = { probes = 3, interval = "50ms" }
 "#;
 
 #[test]
 fn a_server_that_is_killed_in_any_phase_takes_the_move_up_again_and_one_copy_serves() {
     let mut shop = Shop::open(SETTINGS);
     let mut at_a = true;
-    for phase in ["prepare", "start", "warm", "shift", "drain", "soak", "release"] {
+    for phase in ["plan", "start", "warm", "shift", "drain", "soak", "release"] {
         let to = if at_a { "host-b" } else { "host-a" };
         let id = kill_in_phase(&mut shop, to, phase);
         shop.server.start_again();
@@ -42,9 +42,9 @@ fn kill_in_phase(shop: &mut Shop, to: &str, phase: &str) -> String {
     for line in lines {
         let line = line.expect("the stream goes on");
         let event: Value = serde_json::from_str(&line).unwrap_or_else(|why| panic!("{why}: {line}"));
-        let event = event.get("data").filter(|data| data.get("type").is_some()).unwrap_or(&event);
-        let this = event["move"] == id || event["move_id"] == id;
-        if this && event["type"] == "move.phase" && line.contains(&format!("\"{phase}\"")) {
+        let event = &event["event"];
+        let this = event["move"] == id.as_str();
+        if this && event["type"] == "move.phase" && event["data"]["phase"] == phase {
             break;
         }
         assert!(!(this && event["type"] == "move.done"), "the move ended before {phase}");

@@ -56,7 +56,9 @@ impl Hosts {
                 return Err(failed_text(&format!("no Docker engine: {why}"))
                     .hint("start Docker, run the demo as root, or take plain processes: --runtime process"));
             }
-            (DemoRuntime::Auto, Err(why)) => Kind::Processes { because: format!("no Docker engine answers and none can be started: {why}") },
+            (DemoRuntime::Auto, Err(why)) => Kind::Processes {
+                because: format!("no Docker engine answers and none can be started: {why}"),
+            },
         };
         Ok(Self { kind, machines: Vec::new(), image: None })
     }
@@ -67,16 +69,21 @@ impl Hosts {
             Kind::TwoEngines(engines) => {
                 let up = LocalEngines::start(&data.join("engines"), &LocalEnginesOptions::default())
                     .await
-                    .map_err(|error| failed_text(&format!("two Docker engines: {error}")).hint("take plain processes: --runtime process"))?;
+                    .map_err(|error| {
+                        failed_text(&format!("two Docker engines: {error}"))
+                            .hint("take plain processes: --runtime process")
+                    })?;
                 let up = engines.insert(up);
                 self.machines = vec![up.first().machine(HOST_A), up.second().machine(HOST_B)];
             }
             Kind::OneEngine => {
-                let unix = || MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: LOCAL_SOCKET.into() } };
+                let unix =
+                    || MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: LOCAL_SOCKET.into() } };
                 self.machines = vec![machine(HOST_A, unix(), 1), machine(HOST_B, unix(), 2)];
             }
             Kind::Processes { .. } => {
-                self.machines = vec![machine(HOST_A, MachineKind::Process, 1), machine(HOST_B, MachineKind::Process, 2)];
+                self.machines =
+                    vec![machine(HOST_A, MachineKind::Process, 1), machine(HOST_B, MachineKind::Process, 2)];
             }
         }
         if !matches!(self.kind, Kind::Processes { .. }) {
@@ -88,16 +95,20 @@ impl Hosts {
     async fn bring_image(&mut self, data: &Path, screen: &Screen) -> Result {
         let recipe = ImageRecipe {
             reference: IMAGE.to_owned(),
-            program: std::env::current_exe().map_err(|error| super::failed("this program's own file", &error))?,
+            program: std::env::current_exe()
+                .map_err(|error| super::failed("this program's own file", &error))?,
             arguments: vec![SHOP_COMMAND.to_owned()],
             env: Vec::new(),
             port: SHOP_PORT,
         };
         let packed = tokio::task::spawn_blocking(move || pack(&recipe)).await;
-        let packed = packed.map_err(|error| failed_text(&error.to_string()))?.map_err(|error| super::failed("packing the image", &error))?;
+        let packed = packed
+            .map_err(|error| failed_text(&error.to_string()))?
+            .map_err(|error| super::failed("packing the image", &error))?;
         screen.say(&format!("the shop's image is on {HOST_A} alone, {:.1} MiB", mib(packed.archive.len())));
         let runtime = self.runtime(0, data)?;
-        let chunks: Vec<_> = packed.archive.chunks(1 << 20).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
+        let chunks: Vec<_> =
+            packed.archive.chunks(1 << 20).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
         let stream = futures_util::stream::iter(chunks).boxed();
         runtime.import(&packed.id, stream, &|_, _| {}).await.map_err(runtime_failed)?;
         self.image = Some(packed.id);
@@ -116,7 +127,9 @@ impl Hosts {
                 let a = if first { "this machine's engine" } else { "an engine of its own" };
                 format!("Docker: {HOST_A} is {a}, {HOST_B} an engine in a network namespace of its own")
             }
-            Kind::OneEngine => format!("Docker: {HOST_A} and {HOST_B} are one engine on two addresses (two engines need root)"),
+            Kind::OneEngine => format!(
+                "Docker: {HOST_A} and {HOST_B} are one engine on two addresses (two engines need root)"
+            ),
             Kind::Processes { because } => format!("plain processes on 127.0.0.1 and 127.0.0.2 ({because})"),
         }
     }
@@ -132,7 +145,8 @@ impl Hosts {
         if self.image.is_some() {
             return Ok(Workload::Image { image: IMAGE.to_owned(), port: SHOP_PORT, command: None, env });
         }
-        let program = std::env::current_exe().map_err(|error| super::failed("this program's own file", &error))?;
+        let program =
+            std::env::current_exe().map_err(|error| super::failed("this program's own file", &error))?;
         let command = vec![program.display().to_string(), SHOP_COMMAND.to_owned()];
         Ok(Workload::Command { command, directory: None, env })
     }

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use peregrine_config::ServerConfig;
-use peregrine_engine::model::{HealthKind, HealthSpec, MoveSettings, Resources, Route, ServiceSpec, TrafficPolicy};
+use peregrine_engine::model::{
+    HealthKind, HealthSpec, MoveSettings, Resources, Route, ServiceSpec, TrafficPolicy,
+};
 use peregrine_engine::{Ask, MoveOverrides};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -43,9 +45,17 @@ pub(crate) fn shop() -> std::process::ExitCode {
 async fn with_folder(args: &DemoArgs) -> Result {
     let temporary = match &args.data {
         Some(_) => None,
-        None => Some(tempfile::Builder::new().prefix("peregrine-demo-").tempdir().map_err(|e| failed("a folder for the demo", &e))?),
+        None => Some(
+            tempfile::Builder::new()
+                .prefix("peregrine-demo-")
+                .tempdir()
+                .map_err(|e| failed("a folder for the demo", &e))?,
+        ),
     };
-    let data = args.data.clone().unwrap_or_else(|| temporary.as_ref().map_or_else(PathBuf::new, |dir| dir.path().to_owned()));
+    let data = args
+        .data
+        .clone()
+        .unwrap_or_else(|| temporary.as_ref().map_or_else(PathBuf::new, |dir| dir.path().to_owned()));
     std::fs::create_dir_all(&data).map_err(|error| Failure::file(&data, "make", &error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed("signals", &error))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed("signals", &error))?;
@@ -82,13 +92,22 @@ impl Running {
             server.engine().add_machine(machine).await.map_err(|error| refused(&error))?;
         }
         deploy(server, hosts).await?;
-        let edge = server.edge_addrs().first().copied().ok_or_else(|| failed_text("the edge has no address"))?;
+        let edge =
+            server.edge_addrs().first().copied().ok_or_else(|| failed_text("the edge has no address"))?;
         traffic::first_answer(edge).await.map_err(|error| failed("the first request", &error))?;
         screen.say(&format!("hosts    {}", hosts.words()));
-        screen.say(&format!("shop     http://{edge}/     first request served after {:.1} s", begin.elapsed().as_secs_f64()));
+        screen.say(&format!(
+            "shop     http://{edge}/     first request served after {:.1} s",
+            begin.elapsed().as_secs_f64()
+        ));
         screen.say(&format!("api      http://{}     data {}", server.api_addr(), data.display()));
-        screen.say(&format!("traffic  {} requests per second, HTTP/1.1 and HTTP/2, a tenth of them POST", args.rate));
-        let traffic = self.traffic.insert(traffic::Traffic::start(edge, args.rate).map_err(|error| failed_text(&error))?);
+        screen.say(&format!(
+            "traffic  {} requests per second, HTTP/1.1 and HTTP/2, a tenth of them POST",
+            args.rate
+        ));
+        let traffic = self
+            .traffic
+            .insert(traffic::Traffic::start(edge, args.rate).map_err(|error| failed_text(&error))?);
         for number in 0..args.moves {
             let to = if number % 2 == 0 { hosts::HOST_B } else { hosts::HOST_A };
             story::show_move(server.engine(), traffic, screen, (number + 1, args.moves), to).await?;
@@ -99,7 +118,11 @@ impl Running {
             story::next_commands(screen, server.api_addr(), data, edge);
             std::future::pending::<()>().await;
         }
-        if failed > 0 { Err(failed_text(&format!("{failed} requests failed: {}", traffic.first_failures()))) } else { Ok(()) }
+        if failed > 0 {
+            Err(failed_text(&format!("{failed} requests failed: {}", traffic.first_failures())))
+        } else {
+            Ok(())
+        }
     }
 
     async fn take_down(self, data: &Path, screen: &Screen) -> Result {
@@ -110,7 +133,9 @@ impl Running {
         if let Some(server) = self.server {
             // The shop goes first, while there is an engine to take it down. It may never have come up.
             match server.engine().remove_service(SHOP).await {
-                Err(error) if error.kind != peregrine_engine::ErrorKind::NotFound => result = Err(refused(&error)),
+                Err(error) if error.kind != peregrine_engine::ErrorKind::NotFound => {
+                    result = Err(refused(&error))
+                }
                 _ => {}
             }
             result = result.and(server.stop().await);
@@ -130,15 +155,23 @@ async fn deploy(server: &Server, hosts: &Hosts) -> Result {
         name: SHOP.to_owned(),
         routes: vec![Route { host: "*".to_owned(), path: "/".to_owned() }],
         workload: hosts.workload()?,
-        health: HealthSpec { kind: HealthKind::Http { path: "/healthz".to_owned() }, ..HealthSpec::default() },
+        health: HealthSpec {
+            kind: HealthKind::Http { path: "/healthz".to_owned() },
+            ..HealthSpec::default()
+        },
         resources: Resources::default(),
         replicas: 1,
         traffic: TrafficPolicy::default(),
         move_settings: MoveSettings::default(),
         labels: std::collections::BTreeMap::new(),
     };
-    let ask = Ask::Deploy { spec: Box::new(spec), machine: Some(hosts::HOST_A.to_owned()), overrides: MoveOverrides::default() };
-    let started = server.engine().start(ask, "demo".to_owned(), None, None).await.map_err(|error| refused(&error))?;
+    let ask = Ask::Deploy {
+        spec: Box::new(spec),
+        machine: Some(hosts::HOST_A.to_owned()),
+        overrides: MoveOverrides::default(),
+    };
+    let started =
+        server.engine().start(ask, "demo".to_owned(), None, None).await.map_err(|error| refused(&error))?;
     if let Some(rollout) = started {
         let ended = server.engine().ended(&rollout.id).await.map_err(|error| refused(&error))?;
         if ended.state != peregrine_engine::model::RolloutState::Succeeded {

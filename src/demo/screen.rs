@@ -41,7 +41,8 @@ impl Screen {
         let mut bars = self.bars.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         while bars.len() < lines.len() {
             let style = if bars.is_empty() { "{spinner} {msg}" } else { "  {msg}" };
-            let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_spinner());
+            let style =
+                ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_spinner());
             let bar = live.add(ProgressBar::new_spinner().with_style(style));
             bar.enable_steady_tick(Duration::from_millis(120));
             bars.push(bar);

@@ -30,7 +30,12 @@ pub(super) async fn show_move(
     to: &str,
 ) -> Result {
     let from = if to == hosts::HOST_A { hosts::HOST_B } else { hosts::HOST_A };
-    let ask = Ask::Move { service: SHOP.to_owned(), to: to.to_owned(), from: None, overrides: MoveOverrides::default() };
+    let ask = Ask::Move {
+        service: SHOP.to_owned(),
+        to: to.to_owned(),
+        from: None,
+        overrides: MoveOverrides::default(),
+    };
     let failed_before = traffic.failed();
     let after = engine.last_event();
     let started = engine.start(ask, "demo".to_owned(), None, None).await.map_err(|error| refused(&error))?;
@@ -56,7 +61,8 @@ async fn follow(
     screen: &Screen,
     view: &mut View<'_>,
 ) -> Result {
-    let mut events = engine.events(after).filter(|event| std::future::ready(event.rollout.as_ref() == Some(id)));
+    let mut events =
+        engine.events(after).filter(|event| std::future::ready(event.rollout.as_ref() == Some(id)));
     let mut draw = tokio::time::interval(DRAW_EVERY);
     loop {
         tokio::select! {
@@ -174,7 +180,13 @@ impl<'a> View<'a> {
         let (from, to) = self.sample.as_ref().map_or((&empty, &empty), |sample| (&sample.from, &sample.to));
         vec![
             format!("{}  {phase} {}", self.done.join("  "), self.progress),
-            side(self.from, 100 - self.weight_percent.min(100), from.requests_per_s, from.in_flight, from.p95_us),
+            side(
+                self.from,
+                100 - self.weight_percent.min(100),
+                from.requests_per_s,
+                from.in_flight,
+                from.p95_us,
+            ),
             side(self.to, self.weight_percent, to.requests_per_s, to.in_flight, to.p95_us),
             format!(
                 "clients {:.0} req/s   requests {}   failed {}   longest wait {:.1} ms   {:.1} s",
@@ -202,41 +214,70 @@ fn progress(message: &str, done: Option<u64>, total: Option<u64>) -> String {
 }
 
 fn print_receipt(screen: &Screen, receipt: &Receipt, client_failed: u64, longest_us: u64) {
-    let phases: Vec<String> =
-        receipt.phases.iter().map(|phase| format!("{} {:.2} s", name(phase.phase), seconds(phase.duration_ms))).collect();
+    let phases: Vec<String> = receipt
+        .phases
+        .iter()
+        .map(|phase| format!("{} {:.2} s", name(phase.phase), seconds(phase.duration_ms)))
+        .collect();
     screen.say("  receipt");
-    screen.say(&format!("    took                 {:.2} s   ({})", seconds(receipt.duration_ms), phases.join(", ")));
-    screen.say(&format!("    requests             {}   failed {}   retried {}", receipt.requests, receipt.failed, receipt.retried));
+    screen.say(&format!(
+        "    took                 {:.2} s   ({})",
+        seconds(receipt.duration_ms),
+        phases.join(", ")
+    ));
+    screen.say(&format!(
+        "    requests             {}   failed {}   retried {}",
+        receipt.requests, receipt.failed, receipt.retried
+    ));
     for instance in &receipt.instances {
         let side = if instance.new { "new" } else { "old" };
-        let end = if instance.new { "serving" } else if instance.drained { "drained to the last one" } else { "not drained" };
-        screen.say(&format!("    {side} copy on {:<9} {} requests, {end}", instance.machine, instance.started));
+        let end = if instance.new {
+            "serving"
+        } else if instance.drained {
+            "drained to the last one"
+        } else {
+            "not drained"
+        };
+        screen
+            .say(&format!("    {side} copy on {:<9} {} requests, {end}", instance.machine, instance.started));
     }
     screen.say(&format!("    cut                  {}", receipt.hard_cut.len()));
     screen.say(&format!("    longest extra wait   {} ms", receipt.longest_extra_wait_ms));
     if receipt.transferred_bytes > 0 {
-        screen.say(&format!("    image                {}", progress("", Some(receipt.transferred_bytes), None).trim()));
+        screen.say(&format!(
+            "    image                {}",
+            progress("", Some(receipt.transferred_bytes), None).trim()
+        ));
     }
     for note in &receipt.notes {
         screen.say(&format!("    note                 {note}"));
     }
-    screen.say(&format!("    the clients say      {client_failed} failed, longest wait {:.1} ms", ms(longest_us)));
+    screen.say(&format!(
+        "    the clients say      {client_failed} failed, longest wait {:.1} ms",
+        ms(longest_us)
+    ));
 }
 
 /// What to type next, for `--stay`.
 pub(super) fn next_commands(screen: &Screen, api: SocketAddr, data: &Path, edge: SocketAddr) {
-    let program = std::env::current_exe().map_or_else(|_| "peregrine".to_owned(), |path| path.display().to_string());
+    let program =
+        std::env::current_exe().map_or_else(|_| "peregrine".to_owned(), |path| path.display().to_string());
     screen.say("\neverything stays up until Ctrl-C. In another terminal:");
     screen.say(&format!("  export PEREGRINE_API=http://{api} PEREGRINE_DATA={}", data.display()));
     screen.say(&format!("  curl http://{edge}/"));
-    for command in ["status", "move shop --to host-b", "moves list", "rollback shop", "logs shop -f", "events -f"] {
+    for command in
+        ["status", "move shop --to host-b", "moves list", "rollback shop", "logs shop -f", "events -f"]
+    {
         screen.say(&format!("  {program} {command}"));
     }
 }
 
 /// Why a move of the demo did not succeed.
 pub(super) fn went_wrong(rollout: &Rollout) -> Failure {
-    let state = serde_json::to_value(rollout.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    let state = serde_json::to_value(rollout.state)
+        .ok()
+        .and_then(|v| v.as_str().map(str::to_owned))
+        .unwrap_or_default();
     let failure = Failure::new(Exit::Failed, "demo.move", format!("{} ended as {state}", rollout.id));
     match &rollout.problem {
         Some(problem) => failure.why(problem.message.clone()).hint(problem.hint.clone()),
@@ -250,11 +291,17 @@ pub(super) fn run_shop() -> ExitCode {
     let run = async {
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         let address = |name| std::env::var(name).ok();
-        let host = address("HOST").and_then(|host| host.parse().ok()).unwrap_or(std::net::Ipv4Addr::UNSPECIFIED.into());
+        let host = address("HOST")
+            .and_then(|host| host.parse().ok())
+            .unwrap_or(std::net::Ipv4Addr::UNSPECIFIED.into());
         let port = address("PORT").and_then(|port| port.parse().ok()).unwrap_or(hosts::SHOP_PORT);
         let instance = address("PEREGRINE_INSTANCE");
-        let origin =
-            Origin::bind(OriginOptions { listen: SocketAddr::new(host, port), instance, ..OriginOptions::default() }).await?;
+        let origin = Origin::bind(OriginOptions {
+            listen: SocketAddr::new(host, port),
+            instance,
+            ..OriginOptions::default()
+        })
+        .await?;
         terminate.recv().await;
         origin.shutdown().await;
         std::io::Result::Ok(())

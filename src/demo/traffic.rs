@@ -73,7 +73,8 @@ impl Traffic {
 
 /// Waits until the edge answers a request with the shop's page.
 pub(super) async fn first_answer(edge: SocketAddr) -> std::io::Result<()> {
-    let options = LoadOptions { until: Until::Count(1), connections: 1, ..options(edge, Protocol::Http1, 1_000) };
+    let options =
+        LoadOptions { until: Until::Count(1), connections: 1, ..options(edge, Protocol::Http1, 1_000) };
     let run = Load::run(options);
     let summary = tokio::time::timeout(FIRST_ANSWER_TIMEOUT, run).await.map_err(std::io::Error::from)?;
     match summary {

@@ -37,7 +37,8 @@ pub(crate) struct Engines {
 
 impl Engines {
     pub(crate) fn start() -> Self {
-        let folder = tempfile::Builder::new().prefix("peregrine-engines-").tempdir().expect("a scratch folder");
+        let folder =
+            tempfile::Builder::new().prefix("peregrine-engines-").tempdir().expect("a scratch folder");
         let mut threads = tokio::runtime::Builder::new_multi_thread();
         let runtime = threads.worker_threads(1).enable_all().build().expect("a runtime");
         // Never an engine that runs here already: a test must not touch what is not its own.
@@ -85,9 +86,12 @@ impl Engines {
     /// Containers of both engines, running or not.
     pub(crate) fn containers(&self) -> usize {
         let list = |machine: &MachineSpec| {
-            let MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } = &machine.kind else { return 0 };
+            let MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } = &machine.kind else {
+                return 0;
+            };
             let host = format!("unix://{}", path.display());
-            let output = Command::new("docker").args(["-H", &host, "ps", "-aq"]).output().expect("docker runs");
+            let output =
+                Command::new("docker").args(["-H", &host, "ps", "-aq"]).output().expect("docker runs");
             String::from_utf8_lossy(&output.stdout).lines().count()
         };
         self.machines.iter().map(list).sum()

@@ -22,6 +22,8 @@ pub(crate) struct Peregrine {
 pub(crate) struct Said {
     pub(crate) code: i32,
     pub(crate) json: Value,
+    /// What was told to people; shown when a test fails.
+    #[allow(dead_code, reason = "read by Debug")]
     pub(crate) stderr: String,
 }
 
@@ -72,7 +74,8 @@ impl Peregrine {
         let mut ended = None;
         wait_for("the server to be ready", || {
             ended = self.child.as_mut().and_then(|child| child.try_wait().expect("a child can be asked"));
-            let ready = http_get(self.api, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"));
+            let ready =
+                http_get(self.api, "/readyz").is_some_and(|answer| answer.starts_with("HTTP/1.1 200"));
             (ready || ended.is_some()).then_some(())
         });
         assert!(ended.is_none(), "serve ended with {ended:?}:\n{}", self.log_text());
@@ -118,7 +121,10 @@ impl Peregrine {
     }
 
     pub(crate) fn token(&self) -> String {
-        std::fs::read_to_string(self.data().join("api-token")).expect("the token of the first start").trim().to_owned()
+        std::fs::read_to_string(self.data().join("api-token"))
+            .expect("the token of the first start")
+            .trim()
+            .to_owned()
     }
 
     /// Runs a command with `--json`, and parses its one document.
@@ -186,8 +192,12 @@ impl Peregrine {
             let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
             let environment = String::from_utf8_lossy(&environment);
             let mut variables = environment.split('\0');
-            let ours = variables.clone().any(|v| v.strip_prefix("HOME=").is_some_and(|value| value.starts_with(&home)));
-            let this = variables.any(|v| v.strip_prefix("PEREGRINE_INSTANCE=").is_some_and(|id| instance.is_empty() || id == instance));
+            let ours = variables
+                .clone()
+                .any(|v| v.strip_prefix("HOME=").is_some_and(|value| value.starts_with(&home)));
+            let this = variables.any(|v| {
+                v.strip_prefix("PEREGRINE_INSTANCE=").is_some_and(|id| instance.is_empty() || id == instance)
+            });
             if ours && this {
                 found.push(pid);
             }
@@ -200,14 +210,16 @@ impl Peregrine {
 pub(crate) fn said(output: Output, arguments: &[&str]) -> Said {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    let json = serde_json::from_str(&stdout)
-        .unwrap_or_else(|why| panic!("{arguments:?}: stdout is not one JSON document ({why}):\n{stdout}\n--- stderr\n{stderr}"));
+    let json = serde_json::from_str(&stdout).unwrap_or_else(|why| {
+        panic!("{arguments:?}: stdout is not one JSON document ({why}):\n{stdout}\n--- stderr\n{stderr}")
+    });
     Said { code: output.status.code().unwrap_or(-1), json, stderr }
 }
 
 /// Sends a signal by name to one process.
 pub(crate) fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
+    let status =
+        Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
     assert!(status.is_ok(), "kill cannot be run");
 }
 

@@ -6,8 +6,8 @@ use peregrine_bench::collector::{Collected, Collector};
 use peregrine_bench::origin::Record;
 use serde_json::Value;
 
-use super::{origin_program, wait_for};
 use super::server::Peregrine;
+use super::{origin_program, wait_for};
 
 /// Two machines of the process runtime, on two loopback addresses.
 pub(crate) const TWO_HOSTS: &str = r#"
@@ -113,8 +113,11 @@ ORIGIN_RECORD = "tcp://127.0.0.1:{}"
     /// Machines on which the shop has an instance now, in order.
     #[track_caller]
     pub(crate) fn places(&self) -> Vec<String> {
-        let mut places: Vec<String> =
-            self.instances().iter().map(|item| item["machine"].as_str().expect("machine").to_owned()).collect();
+        let mut places: Vec<String> = self
+            .instances()
+            .iter()
+            .map(|item| item["machine"].as_str().expect("machine").to_owned())
+            .collect();
         places.sort();
         places
     }
@@ -146,7 +149,10 @@ ORIGIN_RECORD = "tcp://127.0.0.1:{}"
     pub(crate) fn at_weight(&self, id: &str, percent: u64) {
         wait_for(&format!("{percent} % on the new copy"), || {
             let now = self.the_move(id);
-            assert!(!matches!(now["state"].as_str(), Some("succeeded" | "failed")), "it ended too soon: {now:#}");
+            assert!(
+                !matches!(now["state"].as_str(), Some("succeeded" | "failed")),
+                "it ended too soon: {now:#}"
+            );
             (now["weight_percent"] == percent && now["phase"] == "shift").then_some(())
         });
     }
