@@ -12,6 +12,8 @@ const MAX_ERRORS: usize = 20;
 /// A name that differs by so many letters may be what was meant.
 const MAX_TYPOS: usize = 2;
 
+const NOT_A_LIST: &str = "must be an object, not a list";
+
 /// Why a body is not taken.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BodyError {
@@ -34,8 +36,7 @@ pub fn parse<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, BodyErro
     let given: Value = serde_json::from_slice(body).map_err(|error| malformed(&error))?;
     let errors = not_taken(&given, &parsed);
     let Some(first) = errors.first() else { return Ok(parsed) };
-    let is_list = given.pointer(&first.pointer).is_some_and(Value::is_array);
-    let code = if is_list { &codes::INVALID_FIELD } else { &codes::UNKNOWN_FIELD };
+    let code = if first.message == NOT_A_LIST { &codes::INVALID_FIELD } else { &codes::UNKNOWN_FIELD };
     let place = if first.pointer.is_empty() { "the body" } else { &first.pointer };
     Err(BodyError { code, detail: format!("{place} {}", first.message), errors })
 }
@@ -110,7 +111,7 @@ fn compare(given: &Value, taken: &Value, pointer: &mut String, errors: &mut Vec<
         }
         // A list passes for an object with its fields in order when nobody looks.
         (Value::Array(_), Value::Object(_)) => {
-            errors.push(FieldError::new(pointer.clone(), "must be an object, not a list"));
+            errors.push(FieldError::new(pointer.clone(), NOT_A_LIST));
         }
         _ => {}
     }
