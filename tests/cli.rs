@@ -288,11 +288,8 @@ fn a_mistake_on_the_command_line_is_exit_code_2_in_both_forms() {
     }
     let check = ["config", "check", &bad, "--json"];
     let error = document(&ended(peregrine(&check, scratch.path()), &check), &check)["error"].clone();
-    assert_eq!(
-        (&error["mistakes"][0]["line"], &error["mistakes"][0]["column"]),
-        (&2.into(), &1.into()),
-        "{error:#}"
-    );
+    let places = error["mistakes"].as_array().expect("a list");
+    assert!(places.iter().any(|place| place["line"] == 2 && place["column"] == 1), "{error:#}");
     assert!(error.to_string().contains("image"), "the right key is suggested: {error:#}");
 }
 
@@ -392,8 +389,8 @@ fn every_command_succeeds_on_a_real_service_in_both_forms() {
         &["events"],
         &["events", "--move", &id],
     ];
-    for command in commands {
-        for json in [true, false] {
+    for json in [true, false] {
+        for command in commands {
             let form: &[&str] = if json { &["--json", "--api", &api] } else { &["--api", &api] };
             let arguments = [command, form].concat();
             let output = peregrine(&arguments, &shop.server.data()).output().expect("peregrine runs");

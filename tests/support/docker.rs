@@ -45,6 +45,7 @@ impl Engines {
         let options = LocalEnginesOptions { running: None, ..LocalEnginesOptions::default() };
         let engines = runtime.block_on(LocalEngines::start(folder.path(), &options)).expect("two engines");
         let machines = [engines.first().machine("host-a"), engines.second().machine("host-b")];
+        open_way_to_the_collector(&engines);
         let recipe = ImageRecipe {
             reference: ORIGIN_IMAGE.to_owned(),
             program: origin_program(),
@@ -79,7 +80,7 @@ impl Engines {
         // The other end of the veth pair is the address before the host's own.
         match self.machines[host].address {
             std::net::IpAddr::V4(address) => std::net::Ipv4Addr::from(u32::from(address) - 1).to_string(),
-            other => panic!("{other}"),
+            other @ std::net::IpAddr::V6(_) => panic!("{other}"),
         }
     }
 
@@ -96,6 +97,22 @@ impl Engines {
         };
         self.machines.iter().map(list).sum()
     }
+}
+
+/// Containers on host-b reach this machine at its side of their own link only. Records of both hosts go to one
+/// address, so host-b is told that host-a's side of this machine is here as well.
+fn open_way_to_the_collector(engines: &LocalEngines) {
+    let namespace = engines.second().namespace.clone().expect("the second engine has a namespace");
+    let side = |engine: &peregrine_engine::runtime::local_engines::LocalEngine| match engine.address {
+        std::net::IpAddr::V4(address) => std::net::Ipv4Addr::from(u32::from(address) - 1).to_string(),
+        other @ std::net::IpAddr::V6(_) => panic!("{other}"),
+    };
+    let (to, via) = (side(engines.first()), side(engines.second()));
+    let output = Command::new("ip")
+        .args(["-n", &namespace, "route", "add", &to, "via", &via])
+        .output()
+        .expect("ip runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 impl Drop for Engines {

@@ -130,7 +130,7 @@ impl Peregrine {
     /// Runs a command with `--json`, and parses its one document.
     #[track_caller]
     pub(crate) fn run(&self, arguments: &[&str]) -> Said {
-        said(self.command(arguments).output().expect("peregrine runs"), arguments)
+        said(&self.command(arguments).output().expect("peregrine runs"), arguments)
     }
 
     /// As [`Self::run`], with nothing but success.
@@ -207,7 +207,7 @@ impl Peregrine {
 }
 
 #[track_caller]
-pub(crate) fn said(output: Output, arguments: &[&str]) -> Said {
+pub(crate) fn said(output: &Output, arguments: &[&str]) -> Said {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let json = serde_json::from_str(&stdout).unwrap_or_else(|why| {

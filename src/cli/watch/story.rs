@@ -218,6 +218,7 @@ mod tests {
     use super::*;
     use crate::cli::render::tests::a_move;
 
+    #[expect(clippy::needless_pass_by_value, reason = "every caller makes it on the spot")]
     fn event(id: u64, seconds: f64, kind: &str, data: serde_json::Value) -> Event {
         let at = Timestamp::from_millisecond(1_769_860_800_000 + (seconds * 1e3) as i64).unwrap();
         serde_json::from_value(json!({
