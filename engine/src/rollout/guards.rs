@@ -213,7 +213,7 @@ mod tests {
         /// Mostly 1–3 ms, one in thirty slow, up to 60 ms: a service with a heavy tail.
         fn latency_us(&mut self) -> u64 {
             let base = 1_000 + self.next() % 2_000;
-            if self.next() % 30 == 0 { base + self.next() % 60_000 } else { base }
+            if self.next().is_multiple_of(30) { base + self.next() % 60_000 } else { base }
         }
     }
 
@@ -228,7 +228,8 @@ mod tests {
         for seed in 1..=3_000_u64 {
             let mut noise = Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
             let (n, old_n) = (20 + noise.next() % 80, 20 + noise.next() % 2_000);
-            let errors = |noise: &mut Noise, n: u64| (0..n).filter(|_| noise.next() % 50 == 0).count() as u64;
+            let errors =
+                |noise: &mut Noise, n: u64| (0..n).filter(|_| noise.next().is_multiple_of(50)).count() as u64;
             let (bad, old_bad) = (errors(&mut noise, n), errors(&mut noise, old_n));
             let new = counts((0..n).map(|_| noise.latency_us()).collect::<Vec<_>>(), bad);
             let old = counts((0..old_n).map(|_| noise.latency_us()).collect::<Vec<_>>(), old_bad);
