@@ -153,10 +153,10 @@ pub(crate) fn address(text: &str) -> Option<Address> {
     if let Ok(socket) = text.parse::<SocketAddr>() {
         return (socket.port() != 0).then_some(Address::Socket(socket));
     }
-    let (host, port) = text.rsplit_once(':')?;
-    let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
-    let host = routing::canonical_host(host).ok()?;
-    (!host.contains(':')).then(|| Address::Name { host: host.as_ref().into(), port })
+    // What a host and a port are is the routing's to say; that the port is there is ours.
+    let host = routing::canonical_host(text).ok()?;
+    let port = text.rsplit_once(':')?.1.parse().ok()?;
+    Some(Address::Name { host: host.as_ref().into(), port })
 }
 
 const fn protocol(protocol: Protocol) -> routing::UpstreamProtocol {
@@ -235,4 +235,48 @@ const fn check(kind: HealthCheckKind, spec: &HealthSpec) -> HealthCheck {
 /// The host that probes ask for: the first exact one. A wildcard names no host.
 pub(crate) fn probe_host(spec: &ServiceSpec) -> Option<String> {
     spec.routes.iter().map(|route| &route.host).find(|host| !host.contains('*')).cloned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upstream_is_an_address_or_a_name_with_a_port() {
+        for text in ["10.0.0.5:8080", "[::1]:80", "[fe80::1%2]:80"] {
+            assert_eq!(address(text), Some(Address::Socket(text.parse().expect("a socket"))), "{text}");
+        }
+        for (text, host, port) in
+            [("backend.internal:8080", "backend.internal", 8080), ("Back_End.:1", "back_end", 1)]
+        {
+            assert_eq!(address(text), Some(Address::Name { host: host.into(), port }), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_upstream_without_a_port_of_digits_is_refused() {
+        for text in [
+            "a:+80",
+            "a:-80",
+            "a: 80",
+            "a:0",
+            "a:65536",
+            "a:",
+            "a",
+            "10.0.0.5:+80",
+            "10.0.0.5:0",
+            "10.0.0.5",
+            "[::1]:+80",
+            "[::1]",
+            "::1:80",
+            "a:80:80",
+            "a b:80",
+            "user@a:80",
+            "http://a:80",
+            ":80",
+            "",
+        ] {
+            assert_eq!(address(text), None, "{text:?}");
+        }
+    }
 }

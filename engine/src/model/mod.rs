@@ -2,6 +2,7 @@
 //! validation, so that a record written today is read by any later version.
 
 mod event;
+mod hidden;
 mod ids;
 mod instance;
 mod machine;
@@ -11,6 +12,7 @@ mod rollout;
 mod service;
 
 pub use event::{Event, EventBody};
+pub(crate) use hidden::{HiddenBytes, HiddenValues};
 pub use ids::{InstanceId, RolloutId};
 pub use instance::{Instance, InstanceState};
 pub use machine::{DockerEndpoint, Machine, MachineKind, MachineSpec, TlsFiles};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{RolloutId, UnixMs};
+use super::{HiddenValues, RolloutId, UnixMs};
 
 /// A service as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,8 +41,8 @@ pub struct Route {
     pub path: String,
 }
 
-/// What runs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What runs. `Debug` hides the values of the environment.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Workload {
     /// A container image. Needs a Docker machine.
@@ -74,6 +74,27 @@ pub enum Workload {
         /// Where they listen.
         upstreams: Vec<FixedUpstream>,
     },
+}
+
+impl std::fmt::Debug for Workload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image { image, port, command, env } => f
+                .debug_struct("Image")
+                .field("image", image)
+                .field("port", port)
+                .field("command", command)
+                .field("env", &HiddenValues(env))
+                .finish(),
+            Self::Command { command, directory, env } => f
+                .debug_struct("Command")
+                .field("command", command)
+                .field("directory", directory)
+                .field("env", &HiddenValues(env))
+                .finish(),
+            Self::Fixed { upstreams } => f.debug_struct("Fixed").field("upstreams", upstreams).finish(),
+        }
+    }
 }
 
 /// A server that Peregrine does not manage.

@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
-use crate::model::{InstanceId, MachineKind, MachineSpec, Resources};
+use crate::model::{HiddenValues, InstanceId, MachineKind, MachineSpec, Resources};
 
 /// The runtime of a machine. Nothing is connected yet: that happens at the first use, and anew after a failure.
 ///
@@ -45,8 +45,8 @@ pub fn connect_or_refuse(machine: &MachineSpec, data_dir: &Path) -> Arc<dyn Runt
         .unwrap_or_else(|error| Arc::new(refusing::RefusingRuntime::new(&machine.name, &error)))
 }
 
-/// What is to run, with nothing left to choose.
-#[derive(Clone, Debug, PartialEq)]
+/// What is to run, with nothing left to choose. `Debug` hides the values of the environment.
+#[derive(Clone, PartialEq)]
 pub struct InstanceSpec {
     /// Id of this installation; other installations' instances are never touched.
     pub install: String,
@@ -68,6 +68,22 @@ pub struct InstanceSpec {
     pub resources: Resources,
     /// Address of the machine on which the port is published.
     pub publish: IpAddr,
+}
+
+impl std::fmt::Debug for InstanceSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InstanceSpec")
+            .field("install", &self.install)
+            .field("id", &self.id)
+            .field("service", &self.service)
+            .field("version", &self.version)
+            .field("epoch", &self.epoch)
+            .field("run", &self.run)
+            .field("env", &HiddenValues(&self.env))
+            .field("resources", &self.resources)
+            .field("publish", &self.publish)
+            .finish()
+    }
 }
 
 /// What runs.

@@ -13,6 +13,8 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
+use crate::model::HiddenBytes;
+
 /// Number of a commit. Rises by one with each; 0 is before the first.
 pub type Revision = u64;
 
@@ -41,8 +43,8 @@ pub struct Batch {
     pub writes: Vec<Write>,
 }
 
-/// What has to be true of a key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What has to be true of a key. `Debug` hides values.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Precondition {
     /// It is not there.
     Absent(String),
@@ -54,8 +56,8 @@ pub enum Precondition {
     Equals(String, Bytes),
 }
 
-/// One write.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One write. `Debug` hides values.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Write {
     /// Sets a key.
     Put(String, Bytes),
@@ -63,8 +65,8 @@ pub enum Write {
     Delete(String),
 }
 
-/// A key with its value.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A key with its value, which `Debug` hides.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Key.
     pub key: String,
@@ -72,6 +74,40 @@ pub struct Entry {
     pub value: Bytes,
     /// Revision of its last change.
     pub revision: Revision,
+}
+
+impl std::fmt::Debug for Precondition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Absent(key) => f.debug_tuple("Absent").field(key).finish(),
+            Self::Present(key) => f.debug_tuple("Present").field(key).finish(),
+            Self::Unchanged(key, at) => f.debug_tuple("Unchanged").field(key).field(at).finish(),
+            Self::Equals(key, value) => {
+                f.debug_tuple("Equals").field(key).field(&HiddenBytes(value.len())).finish()
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Write {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Put(key, value) => {
+                f.debug_tuple("Put").field(key).field(&HiddenBytes(value.len())).finish()
+            }
+            Self::Delete(key) => f.debug_tuple("Delete").field(key).finish(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entry")
+            .field("key", &self.key)
+            .field("value", &HiddenBytes(self.value.len()))
+            .field("revision", &self.revision)
+            .finish()
+    }
 }
 
 /// A batch that was applied.
