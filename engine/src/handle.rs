@@ -293,6 +293,16 @@ impl EngineHandle {
         asks::control::rollback(&self.core, id, key).await
     }
 
+    /// Retries what an ended rollout could not undo ([`Rollout::leftovers`]). It is a success when nothing is
+    /// left, also when nothing was; the rollout stays `needs_operator`, with an empty list. Safe to repeat.
+    ///
+    /// # Errors
+    /// It is not known or has not ended, another rollout has its service, or something is still left: the
+    /// error's findings say what.
+    pub async fn cleanup(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
+        asks::control::cleanup(&self.core, id).await
+    }
+
     /// Waits until the rollout has ended.
     ///
     /// # Errors

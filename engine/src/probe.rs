@@ -15,6 +15,19 @@ use crate::model::{HealthKind, HealthSpec, Protocol};
 /// Most bytes of an answer that a probe reads: it looks at the status, not at the content.
 const MAX_PROBE_BODY_BYTES: usize = 1 << 20;
 
+/// Longest time for one warm-up request, in time-outs of the probe: the first answer of a cold copy may
+/// take longer than any later one.
+const WARM_UP_TIMEOUTS: u32 = 5;
+
+/// An answer to a GET.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    /// From the open connection to the last byte, less the time that the connection took: what is left is
+    /// the copy's own, however far away it is.
+    pub(crate) own: Duration,
+}
+
 /// How a copy is probed.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
@@ -32,7 +45,7 @@ impl Probe {
         let probe = async {
             match &self.health.kind {
                 HealthKind::Http { path } => {
-                    let status = self.get(path).await?;
+                    let status = self.get(path).await?.status;
                     if (200..400).contains(&status) {
                         Ok(())
                     } else {
@@ -48,9 +61,9 @@ impl Probe {
         }
     }
 
-    /// Asks for a path, with a bounded time; returns the status.
-    pub(crate) async fn warm_up(&self, path: &str) -> Result<u16, String> {
-        let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1)) * 5);
+    /// Asks for a path, with a bounded time.
+    pub(crate) async fn warm_up(&self, path: &str) -> Result<Answer, String> {
+        let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1))) * WARM_UP_TIMEOUTS;
         tokio::time::timeout(timeout, self.get(path))
             .await
             .unwrap_or_else(|_| Err(format!("{path}: no answer within {} ms", timeout.as_millis())))
@@ -62,8 +75,10 @@ impl Probe {
             .map_err(|error| format!("cannot connect to {}: {error}", self.address))
     }
 
-    async fn get(&self, path: &str) -> Result<u16, String> {
+    async fn get(&self, path: &str) -> Result<Answer, String> {
+        let begun = Instant::now();
         let io = TokioIo::new(self.connect().await?);
+        let connecting = begun.elapsed();
         let authority = self.host.clone().unwrap_or_else(|| self.address.to_string());
         let broken = |error: hyper::Error| format!("{path}: {error}");
         let builder = http::Request::get(match self.protocol {
@@ -77,17 +92,18 @@ impl Probe {
         };
         let request = builder.body(Empty::<Bytes>::new()).map_err(|error| format!("{path}: {error}"))?;
         // The connection is driven in this task, so that it ends with the probe.
-        match self.protocol {
+        let status = match self.protocol {
             Protocol::Http1 => {
                 let (mut send, driver) = hyper::client::conn::http1::handshake(io).await.map_err(broken)?;
-                answered(send.send_request(request), driver).await.map_err(broken)
+                answered(send.send_request(request), driver).await.map_err(broken)?
             }
             Protocol::H2c => {
                 let (mut send, driver) =
                     hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.map_err(broken)?;
-                answered(send.send_request(request), driver).await.map_err(broken)
+                answered(send.send_request(request), driver).await.map_err(broken)?
             }
-        }
+        };
+        Ok(Answer { status, own: begun.elapsed().saturating_sub(connecting * 2) })
     }
 }
 

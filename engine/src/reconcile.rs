@@ -13,7 +13,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use crate::core::Core;
-use crate::model::{EventBody, Finding, Instance, InstanceId, InstanceState};
+use crate::model::{EventBody, Finding, Instance, InstanceId, InstanceState, Rollout};
 use crate::state::State;
 use crate::steps::{Problem, instance_spec, remove_instance};
 
@@ -218,6 +218,28 @@ async fn clear(core: &Arc<Core>, id: &InstanceId) -> Result<(), Finding> {
         Ok(())
     });
     cleared.await.map_err(|error| finding(error.into()))
+}
+
+/// Removes the copies that an ended rollout left behind, all at once; what is still left.
+pub(crate) async fn clear_left(core: &Arc<Core>, rollout: &Rollout) -> Vec<Finding> {
+    let state = core.state();
+    let own = rollout.plan.add.iter().map(|added| &added.id).chain(&rollout.plan.retire);
+    let left = own.filter(|id| state.instances.get(*id).is_some_and(|i| i.state != InstanceState::Serving));
+    let mut clearing = JoinSet::new();
+    for id in left.cloned() {
+        let core = Arc::clone(core);
+        clearing.spawn(async move { clear(&core, &id).await });
+    }
+    drop(state);
+    let mut kept = Vec::new();
+    while let Some(done) = clearing.join_next().await {
+        match done {
+            Ok(result) => kept.extend(result.err()),
+            Err(error) => kept.push(crate::rollout::defect(&error)),
+        }
+    }
+    kept.sort_by(|a, b| a.message.cmp(&b.message));
+    kept
 }
 
 /// Machines first, then the store: what is started in between is known by then.

@@ -7,6 +7,7 @@ use crate::core::Core;
 use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, IdempotencyKey, MoveOverrides};
 use crate::model::{Control, Receipt, Rollout, RolloutId, RolloutKind, RolloutState};
+use crate::reconcile;
 use crate::rollout::is_past_return;
 
 pub(crate) async fn pause(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
@@ -133,6 +134,64 @@ fn way_back(rollout: &Rollout) -> Result<Ask, EngineError> {
             Ok(Ask::Move { service, to: machine.clone(), from: None, overrides })
         }
     }
+}
+
+/// Retries what an ended rollout left undone.
+pub(crate) async fn cleanup(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
+    let (core, id) = (Arc::clone(core), id.clone());
+    super::to_the_end(async move { cleanup_here(&core, &id).await }).await
+}
+
+async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
+    let state = core.state();
+    let known = state.rollouts.get(id).cloned().ok_or_else(|| unknown(id))?;
+    if !known.state.is_terminal() {
+        return Err(refused(
+            &known,
+            "move.running",
+            format!("{id} has not ended: it may still clean up by itself"),
+            "Wait for its end: peregrine moves watch.",
+        ));
+    }
+    let service = &known.plan.service;
+    if let Some(running) = state.services.get(service).and_then(|service| service.rollout.clone()) {
+        let mut error = refused(
+            &known,
+            "move.second",
+            format!("{running} has service {service} now, and sees to its copies"),
+            "Wait for its end, then clean up.",
+        );
+        error.rollout = Some(running);
+        return Err(error);
+    }
+    drop(state);
+    // What is no copy is a table that was not taken: it is rendered anew from the state.
+    core.publish(service).await?;
+    let kept = reconcile::clear_left(core, &known).await;
+    let id = id.clone();
+    let problems = kept.clone();
+    let rollout = core
+        .commit(move |draft| {
+            let mut rollout = draft.state().rollouts.get(&id).cloned().ok_or_else(|| unknown(&id))?;
+            let left: Vec<String> = problems.into_iter().map(|problem| problem.message).collect();
+            if rollout.leftovers != left {
+                rollout.leftovers = left;
+                draft.put_rollout(&rollout);
+            }
+            Ok(rollout)
+        })
+        .await?;
+    if kept.is_empty() {
+        return Ok(rollout);
+    }
+    let message =
+        format!("{} of {} are still left: {}", kept.len(), rollout.id, rollout.leftovers.join("; "));
+    let hint =
+        "Check the machines (peregrine machines check), then clean up again; it is also tried by itself.";
+    let mut error = EngineError::new(ErrorKind::Failed, "cleanup.incomplete", message, hint);
+    error.rollout = Some(rollout.id);
+    error.findings = kept;
+    Err(error)
 }
 
 pub(crate) async fn ended(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {

@@ -119,7 +119,7 @@ async fn run_deed(
     }
 }
 
-pub(super) fn defect(error: &tokio::task::JoinError) -> Finding {
+pub(crate) fn defect(error: &tokio::task::JoinError) -> Finding {
     Finding {
         code: "engine.defect".to_owned(),
         message: format!("the step met a defect: {error}"),

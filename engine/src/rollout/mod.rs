@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use crate::core::Core;
 use crate::model::{RolloutId, Sample};
 
-pub(crate) use executor::{adopt, is_past_return, restore};
+pub(crate) use executor::{adopt, defect, is_past_return, restore};
 pub(crate) use guards::{Compared, more_errors, slower};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::{Signals, Vital};

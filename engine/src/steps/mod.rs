@@ -4,6 +4,7 @@
 //! state only through [`StepContext::commit`], which refuses a deed that is not the newest.
 
 mod drain;
+mod pace;
 mod prepare;
 mod release;
 mod shift;

@@ -1,4 +1,5 @@
-//! Warm: the new copies have to show that they work before they get traffic.
+//! Warm: the new copies have to show that they work, and that they are about as fast as the old ones, before
+//! they get traffic.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -6,8 +7,9 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use tokio::time::Instant;
 
+use super::pace::{self, Pace};
 use super::{Done, Problem, StepContext};
-use crate::model::{Finding, Instance, InstanceId};
+use crate::model::{Finding, Instance, InstanceId, InstanceState};
 use crate::probe::Probe;
 use crate::render;
 use crate::runtime::{LogOptions, Runtime};
@@ -34,9 +36,10 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
             context.plan.settings.warm.probes
         )))
         .await;
+    let mut paces = Vec::new();
     while let Some(done) = copies.join_next().await {
         match done {
-            Ok(result) => result?,
+            Ok(pace) => paces.extend(pace?.map(|pace| pace.to_string())),
             Err(error) => {
                 return Err(Problem::Failed(Finding {
                     code: "engine.defect".to_owned(),
@@ -46,14 +49,52 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
             }
         }
     }
-    Ok(Done::new(format!("{count} copies are warm")))
+    let paces = if paces.is_empty() { "nothing to compare with".to_owned() } else { paces.join("; ") };
+    Ok(Done::new(format!("{count} copies are warm: {paces}")))
 }
 
-async fn warm_one(context: &StepContext, id: &InstanceId) -> Result<(), Problem> {
+/// Warms one copy; how fast it is beside an old one, if that could be told.
+async fn warm_one(context: &StepContext, id: &InstanceId) -> Result<Option<Pace>, Problem> {
     let (instance, probe) = subject(context, id)?;
     let runtime = context.runtime(&instance.machine)?;
     let settings = &context.plan.settings;
     let deadline = Instant::now() + Duration::from_millis(u64::from(settings.start_timeout_ms));
+    let mut last_pace = None;
+    let pace = loop {
+        get_healthy(context, &*runtime, &instance, &probe, deadline).await?;
+        for path in &settings.warm.paths {
+            warm_path(&probe, &instance, path).await?;
+        }
+        let (Some(increase), Some(old)) = (settings.guards.p95_increase, old_probe(context)) else {
+            break None;
+        };
+        match pace::measure(&probe, &old, &settings.warm.paths, deadline).await {
+            Ok(Some(pace)) if pace.is_slower(increase) => {
+                context.waiting_for(Some(format!("{id} to get as fast as the old copies: {pace}"))).await;
+                last_pace = Some(pace);
+            }
+            Ok(pace) => break pace,
+            Err(why) => tracing::debug!(instance = %id, why, "a copy that was healthy is probed anew"),
+        }
+        if Instant::now() >= deadline {
+            return Err(never_fast(&instance, settings.start_timeout_ms, last_pace, increase));
+        }
+        tokio::time::sleep(Duration::from_millis(u64::from(settings.warm.probe_interval_ms))).await;
+    };
+    // It may have answered its last probe while it died.
+    fail_if_exited(&*runtime, &instance).await?;
+    Ok(pace)
+}
+
+/// Waits for good probes in a row.
+async fn get_healthy(
+    context: &StepContext,
+    runtime: &dyn Runtime,
+    instance: &Instance,
+    probe: &Probe,
+    deadline: Instant,
+) -> Result<(), Problem> {
+    let settings = &context.plan.settings;
     let mut good = 0;
     let mut last = String::from("it was not probed");
     while good < settings.warm.probes {
@@ -62,29 +103,39 @@ async fn warm_one(context: &StepContext, id: &InstanceId) -> Result<(), Problem>
             Err(why) => {
                 good = 0;
                 last = why;
-                fail_if_exited(&*runtime, &instance).await?;
+                fail_if_exited(runtime, instance).await?;
             }
         }
         if good >= settings.warm.probes {
             break;
         }
         if Instant::now() >= deadline {
-            return Err(never_healthy(&*runtime, &instance, settings.start_timeout_ms, &last).await);
+            return Err(never_healthy(runtime, instance, settings.start_timeout_ms, &last).await);
         }
         let interval = if good == 0 { KNOCK_INTERVAL_MS } else { u64::from(settings.warm.probe_interval_ms) };
         tokio::time::sleep(Duration::from_millis(interval)).await;
     }
-    for path in &settings.warm.paths {
-        warm_path(&probe, &instance, path).await?;
-    }
-    // It may have answered its last probe while it died.
-    fail_if_exited(&*runtime, &instance).await
+    Ok(())
+}
+
+/// An old copy that serves: the measure of the new ones.
+fn old_probe(context: &StepContext) -> Option<Probe> {
+    let state = context.core.state();
+    let old = context.plan.retire.iter().chain(&context.plan.keep);
+    let serving = old.filter_map(|id| state.instances.get(id)).find(|i| i.state == InstanceState::Serving)?;
+    let spec = &state.services.get(&serving.service)?.spec;
+    Some(Probe {
+        address: serving.address?,
+        protocol: spec.traffic.protocol,
+        host: render::probe_host(spec),
+        health: state.version(&serving.service, serving.version)?.health.clone(),
+    })
 }
 
 async fn warm_path(probe: &Probe, instance: &Instance, path: &str) -> Result<(), Problem> {
     let why = match probe.warm_up(path).await {
-        Ok(status) if status < 500 => return Ok(()),
-        Ok(status) => format!("{path} answers {status}"),
+        Ok(answer) if answer.status < 500 => return Ok(()),
+        Ok(answer) => format!("{path} answers {}", answer.status),
         Err(why) => why,
     };
     Err(Problem::Failed(Finding {
@@ -146,6 +197,20 @@ async fn never_healthy(runtime: &dyn Runtime, instance: &Instance, limit_ms: u32
             instance.service, instance.machine
         ),
         hint: "Check the port and the health path in the manifest, or raise move.start_timeout_ms."
+            .to_owned(),
+    })
+}
+
+fn never_fast(instance: &Instance, limit_ms: u32, pace: Option<Pace>, increase: f64) -> Problem {
+    let pace = pace.map_or_else(|| "it could not be measured".to_owned(), |pace| pace.judged(increase));
+    Problem::Failed(Finding {
+        code: "warm.too_slow".to_owned(),
+        message: format!(
+            "{} on {} did not get as fast as the old copies within {limit_ms} ms: {pace}",
+            instance.service, instance.machine
+        ),
+        hint: "Give it longer (move.start_timeout_ms), name warm-up paths that fill its caches \
+               (move.warm.paths), or allow more (move.guards.p95_increase; off: nothing is compared)."
             .to_owned(),
     })
 }

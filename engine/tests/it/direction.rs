@@ -209,3 +209,47 @@ async fn without_traffic_the_probes_decide_and_the_deploy_goes_on() {
     let ended = bench.deploy(shop_version("two"), None).await;
     assert_eq!(ended.receipt.expect("a receipt").requests, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_copies_that_die_on_the_way_back_turn_it_forward_again() {
+    let bench = held_bench().await;
+    let old = bench.serving()[0].id.clone();
+    bench.world.faults("host-a", |faults| {
+        faults.fail.insert("ensure", u32::MAX);
+    });
+    let started = bench.start(held_move(vec![50, 100])).await;
+    at_weight(&bench, &started, 50).await;
+    let new = started.plan.add[0].id.clone();
+    // Whoever is inside the new copy keeps the way back from its end.
+    let mut inside = Vec::new();
+    until("somebody to be inside the new copy", || {
+        inside.push(bench.edge.get_later("/slow"));
+        (bench.world.seen(&new).requests() > 0).then_some(())
+    })
+    .await;
+    bench.engine.abort(&started.id).await.expect("it is heard");
+    until("the way back to drain the new copy", || {
+        let state = bench.engine.state();
+        (state.instances[&new].state == peregrine_engine::model::InstanceState::Draining).then_some(())
+    })
+    .await;
+    assert_eq!(bench.engine.state().rollouts[&started.id].state, RolloutState::RollingBack);
+    bench.world.kill(&old);
+    let turned = bench
+        .until(&started, "the traffic to turn forward", |r| {
+            r.state == RolloutState::Running && r.weight_percent == 100
+        })
+        .await;
+    assert_eq!(turned.problem.expect("a reason").code, "instance.old_died");
+    bench.world.behaviour(&new).let_go.store(true, Ordering::SeqCst);
+    let ended = bench.end_of(&started).await;
+    assert_eq!(ended.state, RolloutState::Succeeded, "{:?} {:?}", ended.problem, ended.leftovers);
+    bench.assert_tidy(1).await;
+    assert_eq!(bench.serving()[0].id, new, "in a new stretch of service");
+    assert_eq!(bench.edge.get("/").await, Ok(200));
+    let mut answers = Vec::new();
+    for request in inside {
+        answers.push(request.await.expect("a client does not panic"));
+    }
+    assert!(answers.contains(&Ok(200)), "who was inside the new copy was waited for: {answers:?}");
+}

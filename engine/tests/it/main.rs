@@ -8,4 +8,6 @@ mod faults;
 mod moves;
 mod planner;
 mod receipts;
+mod steps;
 mod support;
+mod warming;

@@ -19,6 +19,7 @@ pub(crate) struct Behaviour {
     pub(crate) status: AtomicU16,
     pub(crate) health_status: AtomicU16,
     pub(crate) delay_ms: AtomicU64,
+    pub(crate) health_delay_ms: AtomicU64,
     /// Requests to `/slow` wait until this is set.
     pub(crate) let_go: AtomicBool,
 }
@@ -29,6 +30,7 @@ impl Default for Behaviour {
             status: AtomicU16::new(200),
             health_status: AtomicU16::new(200),
             delay_ms: AtomicU64::new(0),
+            health_delay_ms: AtomicU64::new(0),
             let_go: AtomicBool::new(false),
         }
     }
@@ -109,8 +111,9 @@ async fn answer(
         }
         how.status.load(Ordering::SeqCst)
     };
-    let delay = how.delay_ms.load(Ordering::SeqCst);
-    if delay > 0 && path != "/healthz" {
+    let delay = if path == "/healthz" { &how.health_delay_ms } else { &how.delay_ms };
+    let delay = delay.load(Ordering::SeqCst);
+    if delay > 0 {
         tokio::time::sleep(Duration::from_millis(delay)).await;
     }
     while path == "/slow" && !how.let_go.load(Ordering::SeqCst) {

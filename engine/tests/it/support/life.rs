@@ -1,10 +1,12 @@
 //! An engine's life: after its end nothing that it calls ever answers, as for a process that was killed.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
+use peregrine_engine::journal::{Direction, JournalRecord};
 use peregrine_engine::store::{Batch, Committed, Entry, LeaseGrant, Revision, Store, StoreError, Write};
 
 #[derive(Default)]
@@ -13,6 +15,16 @@ pub(crate) struct Life {
     /// Commits that matter so far.
     commits: AtomicUsize,
     plan: std::sync::Mutex<Option<End>>,
+    border: std::sync::Mutex<Option<Border>>,
+    /// The step and direction of every intent of this life, by the key of its record.
+    intents: std::sync::Mutex<BTreeMap<String, (usize, Direction)>>,
+}
+
+/// The end of a life at a step: it has been begun, or it has been done and that is not written down yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Border {
+    Begun(usize, Direction),
+    Done(usize, Direction),
 }
 
 /// When the life ends by itself.
@@ -33,6 +45,45 @@ impl Life {
     pub(crate) fn end_at(&self, end: End) {
         self.commits.store(0, Ordering::SeqCst);
         *self.plan.lock().expect("not poisoned") = Some(end);
+    }
+
+    /// Ends at a step, whenever that comes.
+    pub(crate) fn end_at_step(&self, border: Border) {
+        *self.border.lock().expect("not poisoned") = Some(border);
+    }
+
+    /// The steps that were begun in this life, in order.
+    pub(crate) fn begun(&self) -> Vec<(usize, Direction)> {
+        self.intents.lock().expect("not poisoned").values().copied().collect()
+    }
+
+    /// Whether a batch is the border: before it is durable (`Done`), or after (`Begun`).
+    fn reaches(&self, batch: &Batch) -> Option<Border> {
+        let border = *self.border.lock().expect("not poisoned");
+        for write in &batch.writes {
+            let Write::Put(key, value) = write else { continue };
+            if !key.starts_with("journal/") {
+                continue;
+            }
+            match serde_json::from_slice(value) {
+                Ok(JournalRecord::Intent { step, direction, .. }) => {
+                    self.intents.lock().expect("not poisoned").insert(key.clone(), (step, direction));
+                    if matches!(border, Some(Border::Begun(s, d)) if (s, d) == (step, direction)) {
+                        return border;
+                    }
+                }
+                Ok(JournalRecord::Settled { intent, error: None, .. }) => {
+                    let of = key.rsplit_once('/').expect("a journal key").0;
+                    let intents = self.intents.lock().expect("not poisoned");
+                    let settled = intents.get(&format!("{of}/{intent:08}"));
+                    if matches!(border, Some(Border::Done(s, d)) if Some(&(s, d)) == settled) {
+                        return border;
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
     }
 
     pub(crate) fn end(&self) {
@@ -81,8 +132,13 @@ impl Store for MortalStore {
                 self.life.end();
                 self.life.go_on().await;
             }
+            let border = self.life.reaches(&batch);
+            if matches!(border, Some(Border::Done(..))) {
+                self.life.end();
+                self.life.go_on().await;
+            }
             let done = self.inner.commit(batch).await;
-            if end.is_some() {
+            if end.is_some() || border.is_some() {
                 self.life.end();
             }
             self.life.go_on().await;
