@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf, Bytes};
@@ -15,6 +15,7 @@ use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::core::ServiceEntry;
 use crate::error::Reason;
 use crate::framing::Follower;
 use crate::respond;
@@ -70,6 +71,19 @@ pub(crate) struct ConnState {
     pub(crate) before_head: Cell<bool>,
     /// The last `Forwarded` value with the host that it was made for.
     pub(crate) forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
+    /// Where the last host led.
+    pub(crate) route: RefCell<Option<Remembered>>,
+}
+
+/// A host's service, of a table in which every path of the host leads there: clients stay with a host.
+#[derive(Debug)]
+pub(crate) struct Remembered {
+    /// Version of the table.
+    pub(crate) table: u64,
+    /// The host as it was sent.
+    pub(crate) host: Box<[u8]>,
+    /// Not kept alive: an idle connection must not hold a service that the table has let go.
+    pub(crate) entry: Weak<ServiceEntry>,
 }
 
 impl ConnState {
@@ -96,6 +110,7 @@ impl ConnState {
             interim: RefCell::new(Vec::new()),
             before_head: Cell::new(false),
             forwarded: RefCell::new(None),
+            route: RefCell::new(None),
         })
     }
 
@@ -150,7 +165,12 @@ pub(crate) struct ClientStream {
     /// An answer of our own that takes the place of hyper's bare one.
     own_answer: Bytes,
     clock_ms: Rc<Cell<u64>>,
+    /// The core's, to make one piece of a small answer.
+    joined: Rc<RefCell<Vec<u8>>>,
 }
+
+/// Up to this size the pieces of an answer are copied together: one `send` costs less than one `writev`.
+const MAX_JOINED_BYTES: usize = 2048;
 
 impl ClientStream {
     pub(crate) const fn new(
@@ -158,8 +178,9 @@ impl ClientStream {
         state: Rc<ConnState>,
         prefix: Bytes,
         clock_ms: Rc<Cell<u64>>,
+        joined: Rc<RefCell<Vec<u8>>>,
     ) -> Self {
-        Self { socket, state, prefix, own_answer: Bytes::new(), clock_ms }
+        Self { socket, state, prefix, own_answer: Bytes::new(), clock_ms, joined }
     }
 
     pub(crate) fn into_socket(self) -> (TcpStream, Bytes) {
@@ -259,13 +280,20 @@ impl AsyncWrite for ClientStream {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let first = slices.first().map_or(&[][..], |slice| slice);
+        let total = slices.iter().map(|slice| slice.len()).sum();
         if std::task::ready!(self.before_write(cx, first))? {
-            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+            return Poll::Ready(Ok(total));
         }
-        // One piece is cheaper as such.
+        let me = &mut *self;
         match slices {
-            [one] => Pin::new(&mut self.socket).poll_write(cx, one),
-            _ => Pin::new(&mut self.socket).poll_write_vectored(cx, slices),
+            [one] => Pin::new(&mut me.socket).poll_write(cx, one),
+            _ if total <= MAX_JOINED_BYTES => {
+                let mut joined = me.joined.borrow_mut();
+                joined.clear();
+                slices.iter().for_each(|slice| joined.extend_from_slice(slice));
+                Pin::new(&mut me.socket).poll_write(cx, &joined)
+            }
+            _ => Pin::new(&mut me.socket).poll_write_vectored(cx, slices),
         }
     }
 

@@ -16,7 +16,7 @@ use http::HeaderValue;
 use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
 use hyper_util::rt::TokioTimer;
-use peregrine_routing::{Acknowledger, CachedReader, Service, TableReader};
+use peregrine_routing::{Acknowledger, CachedReader, Generation, Service, TableReader};
 
 use crate::access_log::CoreLog;
 use crate::clock::now_ms;
@@ -71,6 +71,8 @@ pub(crate) struct Core {
     /// The time for a shutdown is over: what still runs is broken off.
     pub(crate) aborting: Cell<bool>,
     clock_ms: Rc<Cell<u64>>,
+    /// Room in which small answers are put together.
+    pub(crate) joined: Rc<RefCell<Vec<u8>>>,
     services: RefCell<ServiceCache>,
 }
 
@@ -125,6 +127,7 @@ impl Core {
             draining: Cell::new(false),
             aborting: Cell::new(false),
             clock_ms,
+            joined: Rc::default(),
             services: RefCell::default(),
             config,
         })
@@ -183,18 +186,19 @@ impl Core {
     pub(crate) async fn follow_table(self: Rc<Self>, table: TableReader, acknowledger: Acknowledger) {
         let mut version = 0;
         acknowledger.acknowledge(self.reader.borrow_mut().load().version());
-        let mut watched: Vec<u64> = Vec::new();
+        let mut watched: Vec<Generation> = Vec::new();
         loop {
             version = table.newer_than(version).await;
             let _ = self.reader.borrow_mut().load();
             self.services.borrow_mut().clear();
             self.pools.drop_retired();
-            for upstream in self.flights.retired_upstreams() {
-                if watched.contains(&upstream.generation().0) {
-                    continue;
+            let retired = self.flights.retired_upstreams();
+            watched.retain(|known| retired.iter().any(|upstream| upstream.generation() == *known));
+            for upstream in retired {
+                if !watched.contains(&upstream.generation()) {
+                    watched.push(upstream.generation());
+                    tokio::task::spawn_local(watch_for_cut(Rc::downgrade(&self), upstream));
                 }
-                watched.push(upstream.generation().0);
-                tokio::task::spawn_local(watch_for_cut(Rc::downgrade(&self), upstream));
             }
             acknowledger.acknowledge(version);
         }

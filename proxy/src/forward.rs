@@ -34,7 +34,7 @@ use crate::body::{
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
-use crate::conn::ConnState;
+use crate::conn::{ConnState, Remembered};
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
 use crate::headers::{self, Added, Seen, Wishes};
@@ -81,7 +81,7 @@ pub(crate) async fn handle(
     let guard = begin(&core, &conn, &parts, seen, target.as_ref());
     let checked = target.and_then(|target| {
         let wishes = check(&parts, seen, has_body, conflict)?;
-        Ok((find_service(&core, &target)?, target, wishes))
+        Ok((service_of(&core, &conn, &target)?, target, wishes))
     });
     let (entry, target, wishes) = match checked {
         Ok(found) => found,
@@ -152,14 +152,35 @@ fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> 
     headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
 }
 
+/// The service of a request. What a connection's last request found is found again without a look-up.
+fn service_of(core: &Core, conn: &ConnState, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+    let table = core.reader.borrow_mut().load().version();
+    let host = target.host.as_bytes();
+    if let Some(last) = &*conn.route.borrow()
+        && last.table == table
+        && *last.host == *host
+        && let Some(entry) = last.entry.upgrade()
+    {
+        return Ok(entry);
+    }
+    let (entry, any_path) = look_up(core, target)?;
+    let remembered = any_path.then(|| Remembered { table, host: host.into(), entry: Rc::downgrade(&entry) });
+    *conn.route.borrow_mut() = remembered;
+    Ok(entry)
+}
+
 pub(crate) fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+    look_up(core, target).map(|(entry, _)| entry)
+}
+
+fn look_up(core: &Core, target: &route::Target) -> Result<(Rc<ServiceEntry>, bool), Reason> {
     let host = route::canonical(&target.host)?;
     // "OPTIONS *" is about the server as a whole: it goes where "/" goes.
     let path = target.path.path();
     let path = if path == "*" { "/" } else { path };
     let mut reader = core.reader.borrow_mut();
     let found = reader.load().lookup(&host, path).ok_or(Reason::NoRoute)?;
-    Ok(core.entry(found.service))
+    Ok((core.entry(found.service), found.any_path))
 }
 
 // --- the request as it goes on -----------------------------------------------------------------------

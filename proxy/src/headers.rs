@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use bytes::BytesMut;
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+    Entry,     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -144,7 +144,7 @@ pub(crate) fn check(headers: &HeaderMap, seen: Seen, http11: bool, has_body: boo
 
 /// Takes off what is meant for this connection only (RFC 9110 §7.6.1).
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) {
-    if seen.has(Seen::CONNECTION) {
+    if seen.has(Seen::CONNECTION) && !remove_plain_connection(headers) {
         strip_nominated(headers);
         headers.remove(CONNECTION);
     }
@@ -162,6 +162,21 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) {
     if seen.has(Seen::UPGRADE) {
         headers.remove(UPGRADE);
     }
+}
+
+/// Takes off a `Connection` that nominates nothing: nearly every one is a single `close` or `keep-alive`.
+fn remove_plain_connection(headers: &mut HeaderMap) -> bool {
+    let Entry::Occupied(field) = headers.entry(CONNECTION) else { return true };
+    let mut values = field.iter().map(HeaderValue::as_bytes);
+    let plain = values
+        .next()
+        .is_some_and(|only| only.eq_ignore_ascii_case(b"close") || only.eq_ignore_ascii_case(b"keep-alive"));
+    let is_plain = plain && values.next().is_none();
+    drop(values);
+    if is_plain {
+        field.remove();
+    }
+    is_plain
 }
 
 fn strip_nominated(headers: &mut HeaderMap) {

@@ -65,13 +65,19 @@ impl IdMaker {
         request: Option<&HeaderValue>,
         traceparent: Option<&HeaderValue>,
     ) -> Ids {
-        let traceparent = match traceparent {
-            Some(sent) if is_traceparent(sent.as_bytes()) => sent.clone(),
-            _ => value(self.make_traceparent(random)),
+        let (traceparent, made) = match traceparent {
+            Some(sent) if is_traceparent(sent.as_bytes()) => (sent.clone(), None),
+            _ => {
+                let made = self.make_traceparent(random);
+                (value(made.clone()), Some(made))
+            }
         };
         let request = match request {
             Some(sent) if is_request_id(sent.as_bytes()) => sent.clone(),
-            _ => HeaderValue::from_bytes(&traceparent.as_bytes()[3..35]).unwrap_or_else(|_| none()),
+            _ => made.map_or_else(
+                || HeaderValue::from_bytes(&traceparent.as_bytes()[3..35]).unwrap_or_else(|_| none()),
+                |made| value(made.slice(3..35)),
+            ),
         };
         Ids { request, traceparent }
     }

@@ -83,7 +83,7 @@ async fn run(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, state: Rc<
     }
     let mut socket = socket;
     let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
-    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core.clock());
+    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core.clock(), Rc::clone(&core.joined));
     match protocol {
         Detected::Http2 => serve_http2(&core, &servers, state, stream).await,
         _ => serve_http1(&core, &servers, state, stream).await,

@@ -62,6 +62,11 @@ impl PathRoutes {
         };
     }
 
+    /// Whether there is but one route, which is for every path.
+    pub(crate) fn is_root(&self) -> bool {
+        matches!(self, Self::One(route) if &*route.prefix == "/")
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.as_slice().is_empty()
     }

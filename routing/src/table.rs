@@ -16,6 +16,9 @@ pub struct Match<'a> {
     pub service: &'a Arc<Service>,
     /// The path prefix that matched.
     pub path_prefix: &'a Arc<str>,
+    /// Every path of this host leads to this service, so that what was found here may be remembered for
+    /// the host as long as the table is the same.
+    pub any_path: bool,
 }
 
 /// A snapshot of all routes. Cheap to clone.
@@ -41,10 +44,17 @@ impl RoutingTable {
     /// host whose prefixes do not match lets the next one try. Among prefixes the longest wins.
     #[must_use]
     pub fn lookup(&self, host: &str, path: &str) -> Option<Match<'_>> {
-        let exact = self.exact.get(host.as_bytes()).and_then(|routes| routes.longest(path));
-        let found = exact.or_else(|| self.wildcard.longest(host, path)).or_else(|| self.any.longest(path));
-        let (path_prefix, slot) = found?;
-        Some(Match { service: self.services.get(u64::from(slot))?, path_prefix })
+        let exact = self.exact.get(host.as_bytes());
+        let candidates = exact.into_iter().chain(self.wildcard.below(host)).chain([&*self.any]);
+        let mut first = true;
+        for routes in candidates {
+            if let Some((path_prefix, slot)) = routes.longest(path) {
+                let any_path = first && routes.is_root();
+                return Some(Match { service: self.services.get(u64::from(slot))?, path_prefix, any_path });
+            }
+            first = false;
+        }
+        None
     }
 
     /// Calls `visit` with every service. Takes as long as there are services: not for the request path.
@@ -100,18 +110,15 @@ impl Default for Wildcards {
 }
 
 impl Wildcards {
-    fn longest(&self, host: &str, path: &str) -> Option<(&Arc<str>, u32)> {
-        if self.suffixes.is_empty() || host.len() > MAX_HOST_BYTES {
-            return None;
-        }
+    /// The routes of every wildcard that the host is below, the longest first.
+    fn below<'t, 'h>(&'t self, host: &'h str) -> impl Iterator<Item = &'t PathRoutes> + use<'t, 'h> {
+        let host = if self.suffixes.is_empty() || host.len() > MAX_HOST_BYTES { "" } else { host };
         // "a.b.c" has the suffixes "b.c" of two labels and "c" of one, the longest first.
         let dots = host.bytes().filter(|byte| *byte == b'.').count();
         let suffixes = host.match_indices('.').zip((1..=dots).rev());
         let known =
             suffixes.filter(|(_, labels)| self.by_labels.get(*labels).is_some_and(|count| *count > 0));
-        known
-            .filter_map(|((at, _), _)| self.suffixes.get(&host.as_bytes()[at + 1..]))
-            .find_map(|routes| routes.longest(path))
+        known.filter_map(|((at, _), _)| self.suffixes.get(&host.as_bytes()[at + 1..]))
     }
 
     fn update(&mut self, suffix: &Arc<str>, next: impl FnOnce(Option<PathRoutes>) -> Option<PathRoutes>) {

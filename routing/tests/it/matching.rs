@@ -56,6 +56,13 @@ fn fits_path(prefix: &str, path: &str) -> bool {
 fn assert_same(table: &RoutingTable, model: &Model, host: &str, path: &str) -> Result<(), TestCaseError> {
     let found = table.lookup(host, path).map(|found| (&**found.service.name(), &**found.path_prefix));
     prop_assert_eq!(found, model.lookup(host, path), "{} {}", host, path);
+    // What may be remembered for the host is true of every path.
+    if table.lookup(host, path).is_some_and(|found| found.any_path) {
+        for other in ["/", "*", "/a", "/b/a", "/a/b/-", "/ab/x"] {
+            let there = table.lookup(host, other).map(|found| &**found.service.name());
+            prop_assert_eq!(there, found.map(|(name, _)| name), "{} {} and {}", host, path, other);
+        }
+    }
     Ok(())
 }
 
@@ -74,6 +81,21 @@ fn pattern() -> impl Strategy<Value = String> {
 
 fn path() -> impl Strategy<Value = String> {
     "(/[ab\\-]{0,2}){1,3}"
+}
+
+#[test]
+fn a_host_with_one_route_for_everything_may_be_remembered_and_one_with_more_may_not() {
+    let (mut writer, reader) = table();
+    let web = named("web", &["one.example/", "two.example/", "*.below.example/"], vec![]);
+    let api = named("api", &["two.example/api", "x.below.example/api"], vec![]);
+    writer.apply(&[Change::Put(web), Change::Put(api)]).expect("applied");
+    let table = reader.load();
+    let any_path = |host| table.lookup(host, "/").map(|found| found.any_path);
+    assert_eq!(any_path("one.example"), Some(true));
+    assert_eq!(any_path("two.example"), Some(false));
+    assert_eq!(any_path("y.below.example"), Some(true));
+    assert_eq!(any_path("x.below.example"), Some(false), "its own route comes before the wildcard's");
+    assert_eq!(any_path("none.example"), None);
 }
 
 #[derive(Clone, Debug)]
