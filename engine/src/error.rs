@@ -89,6 +89,12 @@ impl From<StoreError> for EngineError {
     }
 }
 
+/// Code of an instance that reached its limit on memory.
+pub(crate) const OUT_OF_MEMORY_CODE: &str = "instance.out_of_memory";
+/// What to do about it.
+pub(crate) const OUT_OF_MEMORY_HINT: &str =
+    "Raise its limit (resources.memory in the manifest), or see why it takes so much.";
+
 impl From<&RuntimeError> for Finding {
     fn from(error: &RuntimeError) -> Self {
         let (code, hint) = match error {
@@ -102,6 +108,7 @@ impl From<&RuntimeError> for Finding {
             RuntimeError::Refused { .. } => {
                 ("runtime.refused", "Change what the engine objects to in the manifest, then deploy again.")
             }
+            RuntimeError::Exited { out_of_memory: true, .. } => (OUT_OF_MEMORY_CODE, OUT_OF_MEMORY_HINT),
             RuntimeError::Exited { .. } => {
                 ("instance.exited", "Read its last output; check command, environment and port.")
             }

@@ -157,8 +157,8 @@ pub(crate) async fn ensure(core: &Arc<Core>, id: &InstanceId) -> Result<(), Find
     let address = match status.map_err(|error| Finding::from(&error))? {
         Some(status) if status.running && status.address.is_some() => status.address,
         found => {
-            let change = match found.and_then(|status| status.exit_code) {
-                Some(code) => format!("exited with {code}"),
+            let change = match found.filter(|status| status.exit_code.is_some() || status.out_of_memory) {
+                Some(status) => format!("exited with {}", status.ending()),
                 None => "was not running".to_owned(),
             };
             tell(core, &instance, &change).await;

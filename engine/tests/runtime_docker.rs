@@ -163,7 +163,7 @@ async fn a_container_that_ends_at_once_is_reported_with_its_last_output() {
             Ok(_) => assert!(started.elapsed() < DEADLINE, "it never fails"),
         }
     };
-    let RuntimeError::Exited { code, last_output } = &error else { panic!("{error}") };
+    let RuntimeError::Exited { code, last_output, .. } = &error else { panic!("{error}") };
     assert_eq!(*code, Some(3));
     assert!(last_output.contains("cannot find the thing"), "{last_output}");
     runtime.remove(&spec.id, 1_000).await.unwrap();

@@ -195,7 +195,10 @@ async fn an_instance_that_ends_at_once_is_reported_with_its_last_output() {
     let data = tempfile::tempdir().unwrap();
     let runtime = runtime(data.path());
     let spec = spec(&["sh", "-c", "echo port {port} is taken; echo no luck >&2; exit 3"]);
-    let Err(RuntimeError::Exited { code, last_output }) = runtime.ensure(&spec).await else { panic!() };
+    let Err(RuntimeError::Exited { code, out_of_memory: false, last_output }) = runtime.ensure(&spec).await
+    else {
+        panic!()
+    };
     assert_eq!(code, Some(3));
     assert!(last_output.contains("is taken") && last_output.contains("no luck"), "{last_output}");
     assert!(!last_output.contains("{port}"));
@@ -411,6 +414,128 @@ async fn output_is_followed_to_the_end_of_the_instance() {
     let tail: Vec<_> = runtime.logs(&spec.id, options).map(|line| line.unwrap().text).collect().await;
     assert_eq!(tail, ["last"]);
     runtime.remove(&spec.id, 0).await.unwrap();
+}
+
+/// Control groups of an instance, anywhere.
+fn groups_of(id: &InstanceId) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry.file_name().to_string_lossy().contains(id.as_str()) {
+                    found.push(entry.path());
+                }
+                folders.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+/// Whether a kind of limit holds by control groups here, which is not so everywhere.
+async fn holds(runtime: &ProcessRuntime, kind: &str) -> bool {
+    let said = runtime.info().await.unwrap().version;
+    let by_groups = said.split(';').find(|part| part.contains("by cgroups"));
+    let holds = by_groups.is_some_and(|part| part.contains(kind));
+    if !holds {
+        let text = format!("SKIPPED: no control group for {kind} can be made here: {said}\n");
+        std::io::stderr().write_all(text.as_bytes()).unwrap();
+    }
+    holds
+}
+
+#[tokio::test]
+async fn a_process_that_takes_too_much_memory_is_ended_and_that_is_said() {
+    let data = tempfile::tempdir().unwrap();
+    let runtime = runtime(data.path());
+    if !holds(&runtime, "memory").await {
+        return;
+    }
+    // The shell holds what it reads in memory; a child does the reading, so that both are limited.
+    let mut greedy =
+        spec(&["sh", "-c", "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo ${#x}; sleep 1000"]);
+    greedy.resources = Resources { memory_bytes: 24 << 20, cpu_millis: 0, pids: 0 };
+    let said = match runtime.ensure(&greedy).await {
+        Err(error) => error.to_string(),
+        Ok(_) => {
+            eventually("it is ended", || async {
+                !runtime.inspect(&greedy.id).await.unwrap().unwrap().running
+            })
+            .await;
+            runtime.inspect(&greedy.id).await.unwrap().unwrap().ending()
+        }
+    };
+    assert!(said.contains("137") && said.contains("more memory than its limit"), "{said}");
+    let status = runtime.inspect(&greedy.id).await.unwrap().unwrap();
+    assert!(status.out_of_memory && !status.running);
+    // Another start begins with a clean slate.
+    greedy.run = Run::Process { command: own_role("instance_main"), directory: None };
+    greedy.resources.memory_bytes = 512 << 20;
+    runtime.ensure(&greedy).await.unwrap();
+    assert!(!runtime.inspect(&greedy.id).await.unwrap().unwrap().out_of_memory);
+    assert!(!groups_of(&greedy.id).is_empty());
+    runtime.remove(&greedy.id, 1_000).await.unwrap();
+    assert_eq!(groups_of(&greedy.id), [] as [std::path::PathBuf; 0]);
+}
+
+#[tokio::test]
+async fn a_process_cannot_start_more_processes_than_its_limit() {
+    let data = tempfile::tempdir().unwrap();
+    let runtime = runtime(data.path());
+    if !holds(&runtime, "pids").await {
+        return;
+    }
+    let mut spec = spec(&["sh", "-c", "sleep 0.1; for i in $(seq 20); do sleep 1000 & done; echo all; wait"]);
+    spec.resources = Resources { memory_bytes: 0, cpu_millis: 0, pids: 8 };
+    // A shell that cannot fork gives up: it may have ended before anybody looks.
+    drop(runtime.ensure(&spec).await);
+    let full = |group: &std::path::PathBuf| {
+        std::fs::read_to_string(group.join("pids.events")).is_ok_and(|text| text.trim() != "max 0")
+    };
+    eventually("the kernel refuses one", || async { groups_of(&spec.id).iter().any(full) }).await;
+    assert!(processes_of(&spec.id).len() <= 8);
+    runtime.remove(&spec.id, 0).await.unwrap();
+    assert_eq!(processes_of(&spec.id), [] as [u32; 0]);
+    assert_eq!(groups_of(&spec.id), [] as [std::path::PathBuf; 0]);
+}
+
+#[tokio::test]
+async fn a_process_gets_no_more_cpu_than_its_limit() {
+    let data = tempfile::tempdir().unwrap();
+    let runtime = runtime(data.path());
+    if !holds(&runtime, "CPU").await {
+        return;
+    }
+    let mut spec = spec(&["sh", "-c", "while :; do :; done"]);
+    spec.resources = Resources { memory_bytes: 0, cpu_millis: 100, pids: 0 };
+    runtime.ensure(&spec).await.unwrap();
+    let throttled = |group: &std::path::PathBuf| {
+        let stat = std::fs::read_to_string(group.join("cpu.stat")).unwrap_or_default();
+        stat.lines().any(|line| line.strip_prefix("nr_throttled ").is_some_and(|times| times != "0"))
+    };
+    eventually("it is held back", || async { groups_of(&spec.id).iter().any(throttled) }).await;
+    runtime.remove(&spec.id, 0).await.unwrap();
+    assert_eq!(groups_of(&spec.id), [] as [std::path::PathBuf; 0]);
+}
+
+#[tokio::test]
+async fn a_process_that_hides_from_its_instance_is_found_by_its_control_group() {
+    let data = tempfile::tempdir().unwrap();
+    let runtime = runtime(data.path());
+    if !holds(&runtime, "pids").await {
+        return;
+    }
+    let script = "sleep 0.1; env -i setsid sh -c 'echo $$ > hidden; exec sleep 1000' & sleep 1000";
+    let spec = spec(&["sh", "-c", script]);
+    runtime.ensure(&spec).await.unwrap();
+    let file = data.path().join("processes/host-a").join(spec.id.as_str()).join("work/hidden");
+    let pid = || std::fs::read_to_string(&file).ok()?.trim().parse::<u32>().ok();
+    eventually("it hides", || async { pid().is_some() }).await;
+    let hidden = pid().unwrap();
+    assert!(alive(hidden) && !processes_of(&spec.id).contains(&hidden));
+    runtime.remove(&spec.id, 1_000).await.unwrap();
+    assert!(!alive(hidden));
 }
 
 #[tokio::test]

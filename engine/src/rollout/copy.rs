@@ -100,10 +100,7 @@ impl Watcher {
         let reachable = matches!(status, Ok(Ok(_)));
         let known = match status {
             Ok(Ok(None)) => dead("it is not there any more"),
-            Ok(Ok(Some(status))) if !status.running => dead(&format!(
-                "it exited with {}",
-                status.exit_code.map_or_else(|| "?".to_owned(), |c| c.to_string())
-            )),
+            Ok(Ok(Some(status))) if !status.running => dead(&format!("it exited with {}", status.ending())),
             Ok(Ok(Some(status))) if self.restarts.is_some_and(|before| status.restarts > before) => {
                 dead("it died and was restarted")
             }

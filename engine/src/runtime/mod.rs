@@ -131,11 +131,25 @@ pub struct InstanceStatus {
     pub running: bool,
     /// How it ended last, if it did.
     pub exit_code: Option<i64>,
+    /// It ended because it took more memory than its limit.
+    pub out_of_memory: bool,
     /// How often it was restarted.
     pub restarts: u64,
     /// Where it listens.
     pub address: Option<SocketAddr>,
 }
+
+impl InstanceStatus {
+    /// How it ended last, in words that follow on "exited with".
+    #[must_use]
+    pub fn ending(&self) -> String {
+        let code = self.exit_code.map_or_else(|| "an unknown code".to_owned(), |code| format!("code {code}"));
+        if self.out_of_memory { format!("{code}, {OUT_OF_MEMORY}") } else { code }
+    }
+}
+
+/// Why the kernel ended an instance, in words.
+const OUT_OF_MEMORY: &str = "for it took more memory than its limit";
 
 /// An image on a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -220,10 +234,15 @@ pub enum RuntimeError {
         detail: String,
     },
     /// It was started and ended at once.
-    #[error("the instance exited with code {code:?} before it listened: {last_output}")]
+    #[error(
+        "the instance exited with code {code:?}{} before it listened: {last_output}",
+        if *out_of_memory { format!(", {OUT_OF_MEMORY},") } else { String::new() }
+    )]
     Exited {
         /// Exit code.
         code: Option<i64>,
+        /// It took more memory than its limit.
+        out_of_memory: bool,
         /// Its last lines.
         last_output: String,
     },

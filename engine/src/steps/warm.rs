@@ -9,10 +9,11 @@ use tokio::time::Instant;
 
 use super::pace::{self, Pace};
 use super::{Done, Problem, StepContext};
+use crate::error::{OUT_OF_MEMORY_CODE, OUT_OF_MEMORY_HINT};
 use crate::model::{Finding, Instance, InstanceId, InstanceState};
 use crate::probe::Probe;
 use crate::render;
-use crate::runtime::{LogOptions, Runtime};
+use crate::runtime::{InstanceStatus, LogOptions, Runtime};
 
 /// Between probes while the copy is not up yet.
 const KNOCK_INTERVAL_MS: u64 = 50;
@@ -171,20 +172,24 @@ fn subject(context: &StepContext, id: &InstanceId) -> Result<(Instance, Probe), 
 /// A copy that has ended is not waited for.
 async fn fail_if_exited(runtime: &dyn Runtime, instance: &Instance) -> Result<(), Problem> {
     let limit = Duration::from_millis(INSPECT_TIMEOUT_MS);
-    let code = match tokio::time::timeout(limit, runtime.inspect(&instance.id)).await {
-        Ok(Ok(Some(status))) if !status.running => status.exit_code,
-        Ok(Ok(None)) => None,
+    let status = match tokio::time::timeout(limit, runtime.inspect(&instance.id)).await {
+        Ok(Ok(status)) if status.as_ref().is_none_or(|status| !status.running) => status,
         _ => return Ok(()),
     };
-    let code = code.map_or_else(|| "an unknown code".to_owned(), |code| format!("code {code}"));
+    let ending = status.as_ref().map_or_else(|| "an unknown code".to_owned(), InstanceStatus::ending);
     let output = last_output(runtime, &instance.id).await;
+    let (code, hint) = if status.is_some_and(|status| status.out_of_memory) {
+        (OUT_OF_MEMORY_CODE, OUT_OF_MEMORY_HINT)
+    } else {
+        ("instance.exited", "Read its last output; check command, environment and port.")
+    };
     Err(Problem::Failed(Finding {
-        code: "instance.exited".to_owned(),
+        code: code.to_owned(),
         message: format!(
-            "{} on {} exited with {code} before it was healthy: {output}",
+            "{} on {} exited with {ending} before it was healthy: {output}",
             instance.service, instance.machine
         ),
-        hint: "Read its last output; check command, environment and port.".to_owned(),
+        hint: hint.to_owned(),
     }))
 }
 

@@ -248,6 +248,7 @@ async fn watch_start(engine: &Engine, id: &InstanceId) -> Result<SocketAddr, Run
 async fn exited(engine: &Engine, status: &InstanceStatus) -> RuntimeError {
     RuntimeError::Exited {
         code: status.exit_code,
+        out_of_memory: status.out_of_memory,
         last_output: output::last_output(engine, &status.id).await,
     }
 }

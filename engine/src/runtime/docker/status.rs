@@ -64,6 +64,7 @@ pub(super) fn read(id: &InstanceId, machine: IpAddr, container: ContainerInspect
             epoch: epoch(&labels),
             running,
             exit_code: state.exit_code.filter(|_| ended),
+            out_of_memory: ended && state.oom_killed == Some(true),
             restarts: container.restart_count.and_then(|count| u64::try_from(count).ok()).unwrap_or(0),
             address: address(&labels, machine, container.network_settings).filter(|_| running),
         },

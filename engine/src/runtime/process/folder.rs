@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::limits;
 use super::procfs::{self, ProcessKey, ProcessStat};
 use crate::model::InstanceId;
 
@@ -48,6 +49,12 @@ pub(super) struct Record {
     pub(super) mark: String,
     /// Starts so far.
     pub(super) starts: u64,
+    /// Control groups of the last start.
+    #[serde(default)]
+    pub(super) groups: Vec<PathBuf>,
+    /// Control groups of earlier starts that could not be taken away yet.
+    #[serde(default)]
+    pub(super) old_groups: Vec<PathBuf>,
 }
 
 /// How a process ended.
@@ -203,17 +210,22 @@ impl Folder {
         Ok(Some(key))
     }
 
-    /// Every live process of the instance: its process group, and those that left the group and bear the mark.
+    /// Every live process of the instance: its process group, those that left the group and bear the mark, and
+    /// whatever is in its control groups.
     pub(super) fn processes(&self, record: &Record) -> io::Result<Vec<ProcessStat>> {
         // The group's number is only ours for certain while its leader lives; afterwards the mark decides alone.
         let group = self.process()?.as_ref().and_then(procfs::find).map(|leader| leader.pid);
         let marked = format!("{MARK_VARIABLE}={}", record.mark);
         let own = i32::try_from(std::process::id()).unwrap_or_default();
+        let mut members = limits::members(&record.groups);
+        members.extend(limits::members(&record.old_groups));
         let mut processes = procfs::all();
         processes.retain(|process| {
             process.alive()
                 && process.pid != own
-                && (Some(process.group) == group || procfs::environment_has(process.pid, &marked))
+                && (Some(process.group) == group
+                    || members.contains(&process.pid)
+                    || procfs::environment_has(process.pid, &marked))
         });
         Ok(processes)
     }

@@ -4,14 +4,14 @@
 //! that is in its state folder, see `folder.rs`. Nothing is ever signalled by a bare number: a process is known
 //! by pid, start time and boot, or by a random mark in its environment.
 //!
-//! What this runtime never does: it enforces no limits. Memory, CPU and pids of [`InstanceSpec::resources`]
-//! are ignored, because the limits that an unprivileged parent can set (`RLIMIT_AS`, `RLIMIT_NPROC`) hit
-//! address space instead of memory and users instead of instances; use a Docker machine where limits matter.
-//! It isolates nothing either: instances share the file system, the user and the network of Peregrine.
+//! Limits on memory, CPU and pids hold as far as the kernel lets us, see `limits.rs`; [`Runtime::info`] says how
+//! far. What this runtime never does: it isolates nothing. Instances share the file system, the user and the
+//! network of Peregrine.
 //!
 //! Under systemd the unit needs `KillMode=process`, or else a restart of Peregrine takes the instances along.
 
 mod folder;
+mod limits;
 mod output;
 mod ports;
 pub(super) mod procfs;
@@ -33,6 +33,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 
 use self::folder::{Ending, Folder, Record};
+use self::limits::Limits;
 use self::output::Times;
 use self::procfs::{ProcessKey, ProcessStat};
 use super::{
@@ -64,6 +65,7 @@ struct Inner {
     /// Held from the choice of a port until it is written down.
     ports: Mutex<()>,
     times: Arc<Times>,
+    limits: OnceLock<Limits>,
 }
 
 /// A process that was just started, and the news of its end.
@@ -88,6 +90,7 @@ impl ProcessRuntime {
             locks: Mutex::default(),
             ports: Mutex::default(),
             times: Arc::default(),
+            limits: OnceLock::new(),
         };
         Self { inner: Arc::new(inner), watching: OnceLock::new() }
     }
@@ -114,17 +117,23 @@ impl ProcessRuntime {
 
 impl Runtime for ProcessRuntime {
     fn info(&self) -> BoxFuture<'_, Result<RuntimeInfo, RuntimeError>> {
-        let info = RuntimeInfo {
-            version: "plain processes (limits are not enforced)".to_owned(),
-            architecture: match std::env::consts::ARCH {
-                "x86_64" => "amd64",
-                "aarch64" => "arm64",
-                other => other,
-            }
-            .to_owned(),
-            os: std::env::consts::OS.to_owned(),
-        };
-        async { Ok(info) }.boxed()
+        let inner = Arc::clone(&self.inner);
+        async {
+            blocking(move || {
+                Ok(RuntimeInfo {
+                    version: format!("plain processes ({})", inner.limits().words()),
+                    architecture: match std::env::consts::ARCH {
+                        "x86_64" => "amd64",
+                        "aarch64" => "arm64",
+                        other => other,
+                    }
+                    .to_owned(),
+                    os: std::env::consts::OS.to_owned(),
+                })
+            })
+            .await
+        }
+        .boxed()
     }
 
     /// Returns as soon as the process listens, or after half a second if it has not ended by then: waiting for
@@ -157,7 +166,7 @@ impl Runtime for ProcessRuntime {
             self.inner.end(&folder, grace_ms).await?;
             self.inner.times.forget(&folder);
             let inner = Arc::clone(&self.inner);
-            blocking(move || folder.remove().map_err(|error| inner.other(&error))).await
+            blocking(move || inner.forget(&folder)).await
         }
         .boxed()
     }
@@ -325,9 +334,43 @@ impl Inner {
         }
         self.fence(spec)?;
         let record = self.intend(&folder, spec, record.as_ref())?;
-        let child = spawn::spawn(&folder, &record, spec, command, directory.as_ref())
-            .map_err(|detail| RuntimeError::Refused { machine: self.machine.clone(), detail })?;
+        let refused = |detail: String| RuntimeError::Refused { machine: self.machine.clone(), detail };
+        let limits = self.limits();
+        limits
+            .prepare(&record.groups, &spec.resources)
+            .map_err(|error| refused(format!("its limits cannot be set: {error}")))?;
+        let mut child = spawn::spawn(&folder, &record, spec, command, directory.as_ref()).map_err(refused)?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).unwrap_or_default();
+        let all = || folder.processes(&record);
+        if let Err(error) = limits.hold(&record.groups, &spec.resources, pid, all) {
+            drop(child.start_kill()); // an error: it has ended, which is what is wanted
+            return Err(refused(format!("it cannot be put under its limits: {error}")));
+        }
         self.started(&folder, &record, child).map(Ensured::Started)
+    }
+
+    fn limits(&self) -> &Limits {
+        self.limits.get_or_init(Limits::find)
+    }
+
+    /// Takes an instance without processes away: its control groups, then its folder.
+    fn forget(&self, folder: &Folder) -> Result<(), RuntimeError> {
+        let failed = |error: io::Error| self.other(&error);
+        if let Some(record) = folder.record().map_err(failed)? {
+            let deadline = std::time::Instant::now() + Duration::from_millis(KILL_TIMEOUT_MS);
+            let mut groups = [record.groups, record.old_groups].concat();
+            loop {
+                groups = limits::remove(&groups).map_err(failed)?;
+                if groups.is_empty() {
+                    break;
+                }
+                if std::time::Instant::now() >= deadline {
+                    return Err(self.other(&format!("control groups {groups:?} do not get empty")));
+                }
+                std::thread::sleep(Duration::from_millis(POLL_INTERVAL_MS));
+            }
+        }
+        folder.remove().map_err(failed)
     }
 
     /// A controller that was replaced starts nothing.
@@ -377,6 +420,14 @@ impl Inner {
                 SocketAddr::new(spec.publish, port)
             }
         };
+        let starts = before.map_or(0, |record| record.starts) + 1;
+        let old_groups = match before {
+            Some(before) => {
+                let groups = [&before.groups[..], &before.old_groups].concat();
+                limits::remove(&groups).map_err(failed)?
+            }
+            None => Vec::new(),
+        };
         let record = Record {
             install: spec.install.clone(),
             id: spec.id.clone(),
@@ -385,7 +436,9 @@ impl Inner {
             epoch: spec.epoch,
             address,
             mark: uuid::Uuid::new_v4().simple().to_string(),
-            starts: before.map_or(0, |record| record.starts) + 1,
+            starts,
+            groups: self.limits().groups(&spec.id, starts),
+            old_groups,
         };
         folder.write_record(&record).map_err(failed)?;
         folder.forget_process().map_err(failed)?;
@@ -424,7 +477,11 @@ impl Inner {
     }
 
     /// Waits until the process listens, ends, or has lived for a while.
-    async fn watch_start(&self, folder: &Folder, mut started: Started) -> Result<SocketAddr, RuntimeError> {
+    async fn watch_start(
+        self: &Arc<Self>,
+        folder: &Folder,
+        mut started: Started,
+    ) -> Result<SocketAddr, RuntimeError> {
         let deadline = Instant::now() + Duration::from_millis(EARLY_EXIT_WATCH_MS);
         let address = started.address;
         let ending = loop {
@@ -440,8 +497,13 @@ impl Inner {
             }
         };
         let (folder, times) = (folder.clone(), Arc::clone(&self.times));
-        let last_output = blocking(move || Ok(output::last_output(&folder, &times))).await?;
-        Err(RuntimeError::Exited { code: ending.and_then(|ending| ending.code), last_output })
+        let inner = Arc::clone(self);
+        let (last_output, out_of_memory) = blocking(move || {
+            let status = inner.status(&folder)?;
+            Ok((output::last_output(&folder, &times), status.is_some_and(|(_, status)| status.out_of_memory)))
+        })
+        .await?;
+        Err(RuntimeError::Exited { code: ending.and_then(|ending| ending.code), out_of_memory, last_output })
     }
 
     fn records(&self) -> Result<Vec<Record>, RuntimeError> {
@@ -469,6 +531,7 @@ impl Inner {
             epoch: record.epoch,
             running,
             exit_code: exit_code.filter(|_| !running),
+            out_of_memory: !running && limits::ran_out_of_memory(&record.groups),
             restarts: record.starts.saturating_sub(1),
             address: running.then_some(record.address),
         };

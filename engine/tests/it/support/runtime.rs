@@ -202,6 +202,7 @@ fn status(id: &InstanceId, copy: &Placed) -> InstanceStatus {
         epoch: copy.spec.epoch,
         running: copy.running.is_some(),
         exit_code: copy.exit_code,
+        out_of_memory: false,
         restarts: 0,
         address: copy.running.as_ref().map(|running| running.address),
     }
