@@ -11,13 +11,15 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use docker_support::{
-    DEADLINE, Daemon, INSTALL, PORT, TLS_PORT, allowed, answer_of, ask, docker, engines, eventually,
-    forwarder, free_port, image, playing, runtime, spec,
+    DEADLINE, Daemon, INSTALL, OnFirst, PORT, TLS_PORT, allowed, allowing, answer_of, ask, docker, engines,
+    eventually, forwarder, free_port, image, on_first, playing, program, runtime, spec,
 };
 use futures_util::StreamExt;
 use peregrine_engine::model::{DockerEndpoint, InstanceId, MachineKind, MachineSpec, TlsFiles};
 use peregrine_engine::runtime::local_engines::{LocalEngines, LocalEnginesError, LocalEnginesOptions};
-use peregrine_engine::runtime::{LogOptions, Run, RuntimeError, connect, transfer_image};
+use peregrine_engine::runtime::{
+    InstanceSpec, LogOptions, Run, Runtime, RuntimeError, connect, transfer_image,
+};
 
 #[tokio::test]
 async fn a_container_listens_where_it_says_and_is_gone_after_its_removal() {
@@ -48,10 +50,8 @@ async fn a_container_listens_where_it_says_and_is_gone_after_its_removal() {
 
 #[tokio::test]
 async fn a_container_is_confined_and_limited_and_may_still_listen_on_port_80() {
-    let Some(engines) = engines().await else { return };
+    let Some(OnFirst { engines, runtime, spec }) = on_first().await else { return };
     let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
     let address = runtime.ensure(&spec).await.unwrap();
     let answer = answer_of(address).await;
     for set in ["CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb"] {
@@ -78,11 +78,37 @@ async fn a_container_is_confined_and_limited_and_may_still_listen_on_port_80() {
 }
 
 #[tokio::test]
+async fn an_image_that_changes_user_runs_only_with_the_capabilities_for_it_and_has_no_other() {
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
+    let spec = playing("serve_as_nobody", spec);
+    let error = failure_of(&*runtime, &spec).await;
+    assert!(matches!(&error, RuntimeError::Exited { code: Some(4), .. }), "{error}");
+    runtime.remove(&spec.id, 1_000).await.unwrap();
+    let spec = allowing(&["SETGID", "SETUID"], spec);
+    let answer = answer_of(runtime.ensure(&spec).await.unwrap()).await;
+    let nobody = program::NOBODY.to_string();
+    assert!(answer["status.Uid"].split_whitespace().all(|id| id == nobody), "{}", answer["status.Uid"]);
+    assert_eq!(answer["status.CapBnd"], "00000000000000c0", "CAP_SETGID is bit 6, CAP_SETUID bit 7");
+    assert_eq!(answer["status.CapEff"], "0000000000000000", "what changes the user has none left");
+    assert_eq!(answer["status.NoNewPrivs"], "1");
+    runtime.remove(&spec.id, 1_000).await.unwrap();
+}
+
+/// Why an instance that goes on failing does not start, whether the first attempt or a later one sees it.
+async fn failure_of(runtime: &dyn Runtime, spec: &InstanceSpec) -> RuntimeError {
+    let started = Instant::now();
+    loop {
+        match runtime.ensure(spec).await {
+            Err(error) => return error,
+            Ok(_) => assert!(started.elapsed() < DEADLINE, "it never fails"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_container_that_runs_is_left_alone_by_a_second_ensure() {
-    let Some(engines) = engines().await else { return };
+    let Some(OnFirst { engines, runtime, spec }) = on_first().await else { return };
     let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
     let (one, two) = tokio::join!(runtime.ensure(&spec), runtime.ensure(&spec));
     let address = one.unwrap();
     assert_eq!(two.unwrap(), address);
@@ -97,10 +123,8 @@ async fn a_container_that_runs_is_left_alone_by_a_second_ensure() {
 
 #[tokio::test]
 async fn a_container_that_was_stopped_or_never_started_is_started() {
-    let Some(engines) = engines().await else { return };
+    let Some(OnFirst { engines, runtime, spec }) = on_first().await else { return };
     let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
     let address = runtime.ensure(&spec).await.unwrap();
     answer_of(address).await;
     docker(first, &["kill", spec.id.as_str()]);
@@ -133,10 +157,8 @@ async fn a_container_that_was_stopped_or_never_started_is_started() {
 
 #[tokio::test]
 async fn a_crashed_container_comes_back_by_itself_and_inspect_knows_its_new_address() {
-    let Some(engines) = engines().await else { return };
+    let Some(OnFirst { engines, runtime, spec }) = on_first().await else { return };
     let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
     answer_of(runtime.ensure(&spec).await.unwrap()).await;
     let pid = docker(first, &["inspect", "-f", "{{.State.Pid}}", spec.id.as_str()]);
     let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
@@ -151,18 +173,9 @@ async fn a_crashed_container_comes_back_by_itself_and_inspect_knows_its_new_addr
 
 #[tokio::test]
 async fn a_container_that_ends_at_once_is_reported_with_its_last_output() {
-    let Some(engines) = engines().await else { return };
-    let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = playing("fail", spec(first, &engines.image.id));
-    // Whether the first attempt or a later one sees it: the container goes on failing.
-    let started = Instant::now();
-    let error = loop {
-        match runtime.ensure(&spec).await {
-            Err(error) => break error,
-            Ok(_) => assert!(started.elapsed() < DEADLINE, "it never fails"),
-        }
-    };
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
+    let spec = playing("fail", spec);
+    let error = failure_of(&*runtime, &spec).await;
     let RuntimeError::Exited { code, last_output, .. } = &error else { panic!("{error}") };
     assert_eq!(*code, Some(3));
     assert!(last_output.contains("cannot find the thing"), "{last_output}");
@@ -172,10 +185,8 @@ async fn a_container_that_ends_at_once_is_reported_with_its_last_output() {
 
 #[tokio::test]
 async fn an_older_controller_makes_and_starts_nothing() {
-    let Some(engines) = engines().await else { return };
-    let first = engines.engines.first();
-    let runtime = runtime(first);
-    let mut newer = playing("hang", spec(first, &engines.image.id));
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
+    let mut newer = playing("hang", spec);
     newer.epoch = 5;
     runtime.ensure(&newer).await.unwrap();
     let mut older = newer.clone();
@@ -189,10 +200,8 @@ async fn an_older_controller_makes_and_starts_nothing() {
 
 #[tokio::test]
 async fn somebody_elses_container_is_never_touched() {
-    let Some(engines) = engines().await else { return };
+    let Some(OnFirst { engines, runtime, spec }) = on_first().await else { return };
     let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
     docker(first, &["create", "--name", spec.id.as_str(), &engines.image.id]);
     let error = runtime.ensure(&spec).await.unwrap_err();
     assert!(matches!(&error, RuntimeError::Refused { .. }), "{error}");
@@ -226,10 +235,7 @@ async fn what_cannot_be_run_is_refused_with_the_engines_reason() {
 
 #[tokio::test]
 async fn output_is_told_apart_followed_and_cut_as_asked() {
-    let Some(engines) = engines().await else { return };
-    let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = spec(first, &engines.image.id);
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
     let address = runtime.ensure(&spec).await.unwrap();
     answer_of(address).await;
     let mut follow = runtime.logs(&spec.id, LogOptions { follow: true, ..LogOptions::default() });
@@ -624,10 +630,8 @@ fn assert_gone(names: &[String]) {
 
 #[tokio::test]
 async fn sigterm_reaches_the_program_so_that_no_grace_is_waited_for() {
-    let Some(engines) = engines().await else { return };
-    let first = engines.engines.first();
-    let runtime = runtime(first);
-    let spec = playing("hang", spec(first, &engines.image.id));
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
+    let spec = playing("hang", spec);
     runtime.ensure(&spec).await.unwrap();
     let started = Instant::now();
     runtime.remove(&spec.id, 60_000).await.unwrap();

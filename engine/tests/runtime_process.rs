@@ -225,7 +225,8 @@ async fn a_command_that_is_not_there_is_refused_with_what_to_do() {
     let error = runtime.ensure(&elsewhere).await.unwrap_err();
     assert!(error.to_string().contains("192.0.2.1"), "{error}");
     let mut image = spec(&[]);
-    image.run = Run::Container { image: "sha256:0".to_owned(), command: None, port: 80 };
+    image.run =
+        Run::Container { image: "sha256:0".to_owned(), command: None, port: 80, capabilities: Vec::new() };
     assert!(matches!(runtime.ensure(&image).await, Err(RuntimeError::Unsupported(_))));
     for spec in [no_program, no_directory, elsewhere, image] {
         runtime.remove(&spec.id, 0).await.unwrap();

@@ -97,6 +97,8 @@ pub enum Run {
         command: Option<Vec<String>>,
         /// Port inside.
         port: u16,
+        /// What is given back of the capabilities that are dropped: names without `CAP_`.
+        capabilities: Vec<String>,
     },
     /// A process. `{port}` and `{host}` in the command are replaced; `PORT` and `HOST` are set.
     Process {

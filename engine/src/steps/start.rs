@@ -100,7 +100,8 @@ pub(crate) fn instance_spec(
     let (run, env) = match &version.workload {
         Workload::Image { image, port, command, env } => {
             let image = version.digest.clone().unwrap_or_else(|| image.clone());
-            (Run::Container { image, command: command.clone(), port: *port }, env)
+            let capabilities = Vec::new();
+            (Run::Container { image, command: command.clone(), port: *port, capabilities }, env)
         }
         Workload::Command { command, directory, env } => {
             (Run::Process { command: command.clone(), directory: directory.clone() }, env)

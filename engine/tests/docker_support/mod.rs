@@ -68,6 +68,21 @@ pub(crate) async fn engines() -> Option<Arc<Engines>> {
     Some(engines)
 }
 
+/// What most tests need: the first engine's runtime and an instance for it. The engines live as long as this.
+pub(crate) struct OnFirst {
+    pub(crate) engines: Arc<Engines>,
+    pub(crate) runtime: Arc<dyn Runtime>,
+    pub(crate) spec: InstanceSpec,
+}
+
+/// [`OnFirst`]; `None` if the test is to be skipped.
+pub(crate) async fn on_first() -> Option<OnFirst> {
+    let engines = engines().await?;
+    let first = engines.engines.first();
+    let (runtime, spec) = (runtime(first), spec(first, &engines.image.id));
+    Some(OnFirst { engines, runtime, spec })
+}
+
 /// Whether the test can go on: it can if nothing is missing.
 pub(crate) fn allowed(missing: Option<String>) -> bool {
     let Some(missing) = missing else { return true };
@@ -90,7 +105,7 @@ pub(crate) fn spec(engine: &LocalEngine, image: &str) -> InstanceSpec {
         service: InstanceId::generate().to_string(),
         version: 1,
         epoch: 1,
-        run: Run::Container { image: image.to_owned(), command: None, port: PORT },
+        run: Run::Container { image: image.to_owned(), command: None, port: PORT, capabilities: Vec::new() },
         env: BTreeMap::new(),
         resources: Resources { memory_bytes: 128 << 20, cpu_millis: 500, pids: 64 },
         publish: engine.address,
@@ -101,6 +116,14 @@ pub(crate) fn spec(engine: &LocalEngine, image: &str) -> InstanceSpec {
 pub(crate) fn playing(role: &str, mut spec: InstanceSpec) -> InstanceSpec {
     if let Run::Container { command, .. } = &mut spec.run {
         *command = Some(program::arguments(role));
+    }
+    spec
+}
+
+/// The same with capabilities given back.
+pub(crate) fn allowing(names: &[&str], mut spec: InstanceSpec) -> InstanceSpec {
+    if let Run::Container { capabilities, .. } = &mut spec.run {
+        *capabilities = names.iter().map(|&name| name.to_owned()).collect();
     }
     spec
 }

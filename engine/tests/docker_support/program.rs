@@ -8,6 +8,9 @@ pub(crate) fn arguments(role: &str) -> Vec<String> {
     [&role, "--exact", "--ignored", "--nocapture"].map(str::to_owned).to_vec()
 }
 
+/// Another user than root.
+pub(crate) const NOBODY: u32 = 65_534;
+
 fn is_in_container() -> bool {
     std::env::var_os("IN_TEST_IMAGE").is_some()
 }
@@ -59,5 +62,18 @@ fn hang() {
         println!("hanging");
         let (_sender, receiver) = std::sync::mpsc::channel::<()>();
         let _ = receiver.recv();
+    }
+}
+
+/// Begins as root, as many images do, and serves as somebody else; code 4 if it may not.
+#[test]
+#[ignore = "played as a program in a container"]
+fn serve_as_nobody() {
+    use std::os::unix::process::CommandExt;
+    if is_in_container() {
+        let mut other = std::process::Command::new(std::env::current_exe().unwrap());
+        let error = other.args(arguments("serve")).uid(NOBODY).gid(NOBODY).exec();
+        println!("cannot change the user: {error}");
+        std::process::exit(4);
     }
 }

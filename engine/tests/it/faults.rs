@@ -1,14 +1,9 @@
 //! Whatever fails, the service is as it was, and what is left over is named.
 
-use std::sync::Arc;
-
-use peregrine_engine::model::{DockerEndpoint, InstanceState, MachineKind, RolloutState, Workload};
+use peregrine_engine::model::{InstanceState, RolloutState};
 use peregrine_engine::{Ask, ErrorKind, MoveOverrides};
 
-use crate::support::life::Life;
-use crate::support::memory::MemoryStore;
-use crate::support::runtime::World;
-use crate::support::{Bench, machine, move_to, shop, shop_version, until};
+use crate::support::{Bench, move_to, shop, shop_image, shop_version, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_fails_leaves_everything_as_it_was() {
@@ -205,28 +200,16 @@ async fn whichever_call_fails_once_the_end_is_tidy() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_that_cannot_be_brought_leaves_everything_as_it_was() {
-    let world = World::new(&["dock-a", "dock-b"]);
-    let bench = Bench::open(Arc::clone(&world), Arc::new(MemoryStore::default()), Life::new()).await;
-    for name in ["dock-a", "dock-b"] {
-        let mut spec = machine(name);
-        spec.kind =
-            MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: "/run/docker.sock".into() } };
-        bench.engine.add_machine(spec).await.expect("a machine can be added");
-    }
-    world.put_image("dock-a", "shop:1", "sha256:1");
-    let mut spec = shop();
-    spec.workload =
-        Workload::Image { image: "shop:1".to_owned(), port: 80, command: None, env: Default::default() };
-    bench.deploy(spec.clone(), Some("dock-a")).await;
-    world.faults("dock-b", |faults| {
+    let bench = Bench::with_image().await;
+    bench.deploy(shop_image("shop:1"), Some("host-a")).await;
+    bench.world.faults("host-b", |faults| {
         faults.fail.insert("import", 1);
     });
-    let ended = bench.ended(move_to("dock-b")).await;
+    let ended = bench.ended(move_to("host-b")).await;
     assert_eq!(ended.state, RolloutState::Failed);
     bench.assert_tidy(1).await;
     // A version whose image nobody has fails in the phase prepare, and the service is untouched.
-    spec.workload =
-        Workload::Image { image: "shop:typo".to_owned(), port: 80, command: None, env: Default::default() };
+    let spec = shop_image("shop:typo");
     let ask = Ask::Deploy { spec: Box::new(spec), machine: None, overrides: MoveOverrides::default() };
     let ended = bench.ended(ask).await;
     assert_eq!(

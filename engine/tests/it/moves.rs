@@ -1,16 +1,12 @@
 //! Deploying and moving.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures_util::StreamExt as _;
-use peregrine_engine::model::{DockerEndpoint, EventBody, FixedUpstream, MachineKind, Phase, Workload};
+use peregrine_engine::model::{EventBody, FixedUpstream, Phase, Workload};
 use peregrine_engine::{Ask, MoveOverrides};
 
-use crate::support::life::Life;
-use crate::support::memory::MemoryStore;
-use crate::support::runtime::World;
-use crate::support::{Bench, machine, machines_of, move_to, shop, until};
+use crate::support::{Bench, machines_of, move_to, shop, shop_image, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_first_deploy_brings_a_copy_that_serves() {
@@ -59,26 +55,16 @@ async fn the_phases_of_a_move_come_in_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_that_no_registry_has_is_streamed_from_a_machine_that_has_it() {
-    let world = World::new(&["dock-a", "dock-b"]);
-    let bench = Bench::open(Arc::clone(&world), Arc::new(MemoryStore::default()), Life::new()).await;
-    for name in ["dock-a", "dock-b"] {
-        let mut spec = machine(name);
-        spec.kind =
-            MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: "/run/docker.sock".into() } };
-        bench.engine.add_machine(spec).await.expect("a machine can be added");
-    }
-    world.put_image("dock-a", "shop:1", "sha256:1");
-    let mut spec = shop();
-    spec.workload =
-        Workload::Image { image: "shop:1".to_owned(), port: 80, command: None, env: BTreeMap::new() };
-    bench.deploy(spec, Some("dock-a")).await;
+    let bench = Bench::with_image().await;
+    let world = Arc::clone(&bench.world);
+    bench.deploy(shop_image("shop:1"), Some("host-a")).await;
     assert_eq!(bench.engine.state().versions[&("shop".to_owned(), 1)].digest.as_deref(), Some("sha256:1"));
     // The tag means another image by now; the version is still what it was.
-    world.put_image("dock-a", "shop:1", "sha256:2");
-    world.put_image("dock-a", "old", "sha256:1");
-    let ended = bench.done(move_to("dock-b")).await;
+    world.put_image("host-a", "shop:1", "sha256:2");
+    world.put_image("host-a", "old", "sha256:1");
+    let ended = bench.done(move_to("host-b")).await;
     assert!(ended.transferred_bytes > 0);
-    assert_eq!(world.calls("dock-b", "import"), 1);
+    assert_eq!(world.calls("host-b", "import"), 1);
     bench.assert_tidy(1).await;
 }
 

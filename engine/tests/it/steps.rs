@@ -5,15 +5,11 @@ use std::sync::Arc;
 
 use peregrine_engine::Ask;
 use peregrine_engine::journal::Direction;
-use peregrine_engine::model::{
-    Control, DockerEndpoint, InstanceId, MachineKind, Rollout, RolloutState, Step, Workload,
-};
+use peregrine_engine::model::{Control, InstanceId, Rollout, RolloutState, Step};
 use peregrine_engine::store::{Batch, Write};
 
 use crate::support::life::{Border, Life};
-use crate::support::memory::MemoryStore;
-use crate::support::runtime::World;
-use crate::support::{Bench, machine, shop, slow_move_to, until};
+use crate::support::{Bench, shop_image, slow_move_to, until};
 
 /// A move from one Docker machine to another, with a soak: it has a step of every kind.
 fn ask() -> Ask {
@@ -22,19 +18,8 @@ fn ask() -> Ask {
 
 /// The shop as an image that only `host-a` has.
 async fn image_bench() -> Bench {
-    let world = World::new(&["host-a", "host-b"]);
-    let bench = Bench::open(Arc::clone(&world), Arc::new(MemoryStore::default()), Life::new()).await;
-    for name in ["host-a", "host-b"] {
-        let mut spec = machine(name);
-        spec.kind =
-            MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: "/run/docker.sock".into() } };
-        bench.engine.add_machine(spec).await.expect("a machine can be added");
-    }
-    world.put_image("host-a", "shop:1", "sha256:1");
-    let mut spec = shop();
-    spec.workload =
-        Workload::Image { image: "shop:1".to_owned(), port: 80, command: None, env: Default::default() };
-    bench.deploy(spec, Some("host-a")).await;
+    let bench = Bench::with_image().await;
+    bench.deploy(shop_image("shop:1"), Some("host-a")).await;
     bench.assert_tidy(1).await;
     bench
 }

@@ -1,9 +1,9 @@
 //! An [`InstanceSpec`] as a container.
 //!
-//! Containers are confined: no new privileges, every capability dropped and none given back, limits on memory
-//! (swap included), CPU and pids, and output that cannot fill the disk. An image whose program expects to be an
-//! almighty root (changes owners, changes users) has to be one that does not; ports below 1024 work
-//! nevertheless, because `net.ipv4.ip_unprivileged_port_start` is 0 inside.
+//! Containers are confined: no new privileges, every capability dropped, limits on memory (swap included), CPU
+//! and pids, and output that cannot fill the disk. An image whose program begins as an almighty root (changes
+//! owners, changes users) needs the service to name the capabilities that are given back; ports below 1024 work
+//! without, because `net.ipv4.ip_unprivileged_port_start` is 0 inside.
 //!
 //! The restart policy is `unless-stopped`: a crash or a reboot of the machine brings the container back also
 //! while Peregrine itself is down; the engine's own back-off (100 ms doubling to a minute) bounds a crash loop,
@@ -42,7 +42,7 @@ const LOG_FILES: &str = "3";
 ///
 /// The instance is no container.
 pub(super) fn container(spec: &InstanceSpec, init: bool) -> Result<ContainerCreateBody, RuntimeError> {
-    let Run::Container { image, command, port } = &spec.run else {
+    let Run::Container { image, command, port, capabilities } = &spec.run else {
         return Err(RuntimeError::Unsupported(
             "a Docker engine runs images, not commands: give the service an image, or use a process machine"
                 .to_owned(),
@@ -62,7 +62,7 @@ pub(super) fn container(spec: &InstanceSpec, init: bool) -> Result<ContainerCrea
         env: Some(env),
         exposed_ports: Some(vec![inside.clone()]),
         labels: Some(labels(spec, *port)),
-        host_config: Some(HostConfig { init: Some(init), ..confinement(spec, inside) }),
+        host_config: Some(HostConfig { init: Some(init), ..confinement(spec, inside, capabilities) }),
         ..ContainerCreateBody::default()
     })
 }
@@ -85,7 +85,7 @@ fn labels(spec: &InstanceSpec, port: u16) -> HashMap<String, String> {
     .into()
 }
 
-fn confinement(spec: &InstanceSpec, inside: String) -> HostConfig {
+fn confinement(spec: &InstanceSpec, inside: String, capabilities: &[String]) -> HostConfig {
     let resources = &spec.resources;
     let memory = i64::try_from(resources.memory_bytes).ok().filter(|bytes| *bytes > 0);
     let binding = PortBinding {
@@ -98,6 +98,7 @@ fn confinement(spec: &InstanceSpec, inside: String) -> HostConfig {
         nano_cpus: (resources.cpu_millis > 0).then(|| i64::from(resources.cpu_millis) * 1_000_000),
         pids_limit: (resources.pids > 0).then(|| i64::from(resources.pids)),
         cap_drop: Some(vec!["ALL".to_owned()]),
+        cap_add: (!capabilities.is_empty()).then(|| capabilities.to_vec()),
         security_opt: Some(vec!["no-new-privileges".to_owned()]),
         sysctls: Some([("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into()),
         restart_policy: Some(RestartPolicy {

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use peregrine_engine::model::{
-    HealthKind, HealthSpec, Instance, InstanceState, MachineKind, MachineSpec, MoveSettings, Resources,
-    Rollout, RolloutState, Route, ServiceSpec, TrafficPolicy, WarmSettings, Workload,
+    DockerEndpoint, HealthKind, HealthSpec, Instance, InstanceState, MachineKind, MachineSpec, MoveSettings,
+    Resources, Rollout, RolloutState, Route, ServiceSpec, TrafficPolicy, WarmSettings, Workload,
 };
 use peregrine_engine::store::Store;
 use peregrine_engine::{Ask, Engine, EngineConfig, EngineHandle, MoveOverrides, State};
@@ -53,6 +53,20 @@ impl Bench {
     pub(crate) async fn with_shop() -> Self {
         let bench = Self::new().await;
         bench.deploy(shop(), Some("host-a")).await;
+        bench
+    }
+
+    /// Two Docker machines, `host-a` and `host-b`, and an image of the shop on the first.
+    pub(crate) async fn with_image() -> Self {
+        let world = World::new(&["host-a", "host-b"]);
+        world.put_image("host-a", "shop:1", "sha256:1");
+        let bench = Self::open(world, Arc::new(MemoryStore::default()), Life::new()).await;
+        for name in ["host-a", "host-b"] {
+            let mut spec = machine(name);
+            spec.kind =
+                MachineKind::Docker { endpoint: DockerEndpoint::Unix { path: "/run/docker.sock".into() } };
+            bench.engine.add_machine(spec).await.expect("a machine can be added");
+        }
         bench
     }
 
@@ -224,6 +238,14 @@ pub(crate) fn shop() -> ServiceSpec {
         },
         labels: Default::default(),
     }
+}
+
+/// The shop as an image.
+pub(crate) fn shop_image(image: &str) -> ServiceSpec {
+    let mut spec = shop();
+    spec.workload =
+        Workload::Image { image: image.to_owned(), port: 80, command: None, env: Default::default() };
+    spec
 }
 
 /// The shop as another version.
