@@ -22,6 +22,8 @@ use crate::inflight::Flight;
 const BATCH_RECORDS: usize = 512;
 /// Batches that may wait for the writer, over all cores.
 const WAITING_BATCHES: usize = 64;
+/// Empty batches that a core keeps.
+const SPARE_BATCHES: usize = 2;
 /// Lines are written in pieces of this size.
 const WRITE_BYTES: usize = 128 * 1024;
 /// Longest text of one field; what is longer is cut.
@@ -78,24 +80,32 @@ pub(crate) struct Batch {
 /// A core's end of the log.
 pub(crate) struct CoreLog {
     batch: RefCell<Batch>,
-    sender: SyncSender<Batch>,
+    sender: SyncSender<(Batch, Giver)>,
+    giver: Giver,
+    given: Receiver<Batch>,
     dropped: Cell<u64>,
     /// Whether lines name referer and user agent.
     pub(crate) wants_agent: bool,
 }
 
+/// How a batch goes back to its core when it is written, so that its memory is used again.
+type Giver = SyncSender<Batch>;
+
 /// Where cores get their end of the log from.
 #[derive(Clone)]
 pub(crate) struct LogSender {
-    sender: SyncSender<Batch>,
+    sender: SyncSender<(Batch, Giver)>,
     wants_agent: bool,
 }
 
 impl LogSender {
     pub(crate) fn core(&self) -> CoreLog {
+        let (giver, given) = sync_channel(SPARE_BATCHES);
         CoreLog {
             batch: RefCell::default(),
             sender: self.sender.clone(),
+            giver,
+            given,
             dropped: Cell::new(0),
             wants_agent: self.wants_agent,
         }
@@ -178,12 +188,10 @@ impl CoreLog {
         if batch.records.is_empty() {
             return;
         }
-        let text_bytes = batch.text.len();
-        let next =
-            Batch { records: Vec::with_capacity(batch.records.len()), text: Vec::with_capacity(text_bytes) };
+        let next = self.given.try_recv().unwrap_or_default();
         let full = std::mem::replace(&mut *batch, next);
         let lines = full.records.len() as u64;
-        if self.sender.try_send(full).is_err() {
+        if self.sender.try_send((full, self.giver.clone())).is_err() {
             self.dropped.set(self.dropped.get() + lines);
         }
     }
@@ -231,10 +239,10 @@ fn open(path: &PathBuf) -> Result<File, LogError> {
     opened.map_err(|source| LogError { path: path.clone(), source })
 }
 
-fn write_all(batches: &Receiver<Batch>, mut target: Box<dyn Write + Send>, format: AccessLogFormat) {
+fn write_all(batches: &Receiver<(Batch, Giver)>, mut target: Box<dyn Write + Send>, format: AccessLogFormat) {
     let mut out = Vec::with_capacity(WRITE_BYTES);
     let mut date = DateCache::default();
-    while let Ok(batch) = batches.recv() {
+    while let Ok((mut batch, giver)) = batches.recv() {
         let offset_us = unix_offset_us();
         let mut text = &batch.text[..];
         for record in &batch.records {
@@ -249,6 +257,10 @@ fn write_all(batches: &Receiver<Batch>, mut target: Box<dyn Write + Send>, forma
             }
         }
         write_out(&mut *target, &mut out);
+        batch.records.clear();
+        batch.text.clear();
+        // A core that has ended, or has enough of them, takes none.
+        drop(giver.try_send(batch));
     }
 }
 
@@ -331,9 +343,11 @@ fn push(out: &mut Vec<u8>, pieces: &[&[u8]]) {
 }
 
 fn json_escape(out: &mut Vec<u8>, text: &[u8]) {
-    // Without a branch for each byte, so that the compiler can look at many at once.
-    let odd = |b: &u8| !(0x20..0x7f).contains(b) | (*b == b'"') | (*b == b'\\');
-    if !text.iter().fold(false, |any, b| any | odd(b)) {
+    // Without a branch for each byte, so that many are looked at at once.
+    let odd = |b: u8| u8::from(!(0x20..0x7f).contains(&b)) | u8::from(b == b'"') | u8::from(b == b'\\');
+    let (blocks, rest) = text.as_chunks::<16>();
+    let any = |block: &[u8; 16]| block.iter().fold(0, |any, b| any | odd(*b)) != 0;
+    if !blocks.iter().any(any) && !rest.iter().any(|b| odd(*b) != 0) {
         out.extend_from_slice(text);
         return;
     }
@@ -532,6 +546,6 @@ mod tests {
             log.flush();
         }
         assert_eq!(log.take_dropped(), 20);
-        assert_eq!(receiver.recv().expect("the first batch").records.len(), 10);
+        assert_eq!(receiver.recv().expect("the first batch").0.records.len(), 10);
     }
 }

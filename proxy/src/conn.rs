@@ -69,10 +69,18 @@ pub(crate) struct ConnState {
     pub(crate) interim: RefCell<Vec<u8>>,
     /// Whether the answer's head is still to come.
     pub(crate) before_head: Cell<bool>,
-    /// The last `Forwarded` value with the host that it was made for.
-    pub(crate) forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
+    /// The field lines that are the same for every request to one host.
+    pub(crate) steady: RefCell<Steady>,
     /// Where the last host led.
     pub(crate) route: RefCell<Option<Remembered>>,
+}
+
+/// Field lines with what they were made for.
+#[derive(Debug, Default)]
+pub(crate) struct Steady {
+    pub(crate) host: Vec<u8>,
+    pub(crate) via: Vec<u8>,
+    pub(crate) lines: Vec<u8>,
 }
 
 /// A host's service, of a table in which every path of the host leads there: clients stay with a host.
@@ -109,7 +117,7 @@ impl ConnState {
             linger: Cell::new(false),
             interim: RefCell::new(Vec::new()),
             before_head: Cell::new(false),
-            forwarded: RefCell::new(None),
+            steady: RefCell::default(),
             route: RefCell::new(None),
         })
     }

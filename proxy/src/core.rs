@@ -12,7 +12,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::HeaderValue;
+use http::{HeaderValue, Version};
 use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
 use hyper_util::rt::TokioTimer;
@@ -84,6 +84,14 @@ pub(crate) struct Via {
 }
 
 impl Via {
+    pub(crate) const fn of(&self, version: Version) -> &HeaderValue {
+        match version {
+            Version::HTTP_10 => &self.http10,
+            Version::HTTP_2 => &self.http2,
+            _ => &self.http11,
+        }
+    }
+
     fn new(name: &str) -> Self {
         let value = |version: &str| {
             HeaderValue::from_str(&format!("{version} {name}"))

@@ -37,7 +37,7 @@ use crate::clock::now_us;
 use crate::conn::{ConnState, Remembered};
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
-use crate::headers::{self, Added, Seen, Wishes};
+use crate::headers::{self, Added, Owed, Seen, Wishes};
 use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
 use crate::pool::{Http1Conn, UpstreamPool};
 use crate::respond::{self, Form};
@@ -59,7 +59,10 @@ struct Outgoing {
     path: PathAndQuery,
     wishes: Wishes,
     upgrade: Option<HeaderValue>,
-    has_host: bool,
+    /// The client's host as a field; `None` in HTTP/1.0.
+    host: Option<HeaderValue>,
+    /// What the edge has still to add.
+    owed: Owed,
     idempotent: bool,
     gate: Option<Arc<ContinueGate>>,
 }
@@ -199,7 +202,8 @@ struct Inbound {
 impl Inbound {
     fn into_outgoing(mut self, core: &Core, flight: &Rc<Flight>, entry: &ServiceEntry) -> Outgoing {
         let upgrade = if self.wishes.upgrade { self.parts.headers.get(UPGRADE).cloned() } else { None };
-        self.rewrite_headers(core, flight);
+        let host = self.target.host.value();
+        let owed = self.rewrite_headers(core, flight, host.as_ref());
         let Self { mut parts, incoming, first, target, wishes, has_body, .. } = self;
         if !parts.extensions.is_empty() {
             parts.extensions = http::Extensions::new();
@@ -224,35 +228,24 @@ impl Inbound {
             RequestBody::new(incoming, Rc::clone(flight), limits)
         });
         let idempotent = is_idempotent(&parts.method);
-        let has_host = !matches!(target.host, HostText::None);
-        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, has_host, idempotent, gate }
+        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, host, owed, idempotent, gate }
     }
 
-    fn rewrite_headers(&mut self, core: &Core, flight: &Flight) {
+    fn rewrite_headers(&mut self, core: &Core, flight: &Flight, host: Option<&HeaderValue>) -> Owed {
         let Self { parts, seen, .. } = self;
         let (headers, seen) = (&mut parts.headers, *seen);
-        let via = match parts.version {
-            Version::HTTP_10 => &core.via.http10,
-            Version::HTTP_2 => &core.via.http2,
-            _ => &core.via.http11,
-        };
         if seen.has(Seen::COOKIE) && parts.version == Version::HTTP_2 {
             headers::join_cookies(headers);
         }
-        let host = match &self.target.host {
-            HostText::None => None,
-            HostText::Field(value) => Some(value.clone()),
-            HostText::Authority(authority) => HeaderValue::from_str(authority.as_str()).ok(),
-        };
         // First off, then on: a field that the client nominates must not be one that the edge adds.
         headers::strip_hop_by_hop(headers, seen);
-        if let Some(host) = &host
+        if let Some(host) = host
             && (matches!(self.target.host, HostText::Authority(_)) || seen.has(Seen::CONNECTION))
         {
             headers.insert(HOST, host.clone());
         }
-        let added = Added { ids: &flight.ids, via, host: host.as_ref() };
-        headers::add(headers, seen, &flight.conn, &added);
+        let added = Added { ids: &flight.ids, via: core.via.of(parts.version), host };
+        let owed = headers::settle(headers, seen, &flight.conn, &added);
         let sends = matches!(parts.method, Method::POST | Method::PUT | Method::PATCH);
         if self.has_body && self.incoming.size_hint().exact().is_none() {
             // Said aloud, because hyper takes a GET without a length for one without a body.
@@ -260,6 +253,7 @@ impl Inbound {
         } else if !self.has_body && sends && !seen.has(Seen::CONTENT_LENGTH) {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
+        owed
     }
 }
 
@@ -276,6 +270,10 @@ impl Outgoing {
         self.body.as_ref().map_or(Some(ForwardBody::Empty), RequestBody::attempt)
     }
 
+    fn added<'a>(&'a self, core: &'a Core, flight: &'a Flight) -> Added<'a> {
+        Added { ids: &flight.ids, via: core.via.of(flight.version), host: self.host.as_ref() }
+    }
+
     /// Whether it can be sent (again).
     fn is_whole(&self) -> bool {
         self.parts.is_some() && self.body().is_some()
@@ -284,7 +282,7 @@ impl Outgoing {
     fn for_http1(&mut self, upstream: &Upstream, policy: &ServicePolicy) -> Option<Request<ForwardBody>> {
         let body = self.body()?;
         let mut parts = self.parts.take()?;
-        if !(policy.preserve_host && self.has_host)
+        if !(policy.preserve_host && self.host.is_some())
             && let Ok(host) = HeaderValue::from_str(&upstream.address().to_string())
         {
             parts.headers.insert(HOST, host);
@@ -300,7 +298,13 @@ impl Outgoing {
     }
 
     /// A copy, because a stream that is refused does not give the request back.
-    fn for_http2(&self, upstream: &Upstream, policy: &ServicePolicy) -> Option<Request<ForwardBody>> {
+    fn for_http2(
+        &self,
+        core: &Core,
+        flight: &Flight,
+        upstream: &Upstream,
+        policy: &ServicePolicy,
+    ) -> Option<Request<ForwardBody>> {
         let body = self.body()?;
         let sent = self.parts.as_ref()?;
         let authority = sent
@@ -321,6 +325,7 @@ impl Outgoing {
         for name in [HOST, TRANSFER_ENCODING, EXPECT] {
             headers.remove(name);
         }
+        headers::insert_owed(&mut headers, self.owed, &flight.conn, &self.added(core, flight));
         if self.wishes.trailers {
             headers::ask_for_trailers(&mut headers, false);
         }
@@ -443,7 +448,12 @@ async fn attempt_http1(
         }
         core.metrics.upstream_connection(conn.reused);
         let client = (flight.version == Version::HTTP_11).then(|| Rc::clone(&flight.conn));
-        conn.interims.expect(client, out.gate.clone());
+        conn.link.expect(client, out.gate.clone());
+        let mut lines = conn.link.lines.borrow_mut();
+        // A request that was given back unsent has left its own here.
+        lines.clear();
+        headers::write_owed(&mut lines, out.owed, &flight.conn, &out.added(core, flight));
+        drop(lines);
         match exchange(flight, &mut conn, request).await {
             Exchanged::Head(response) => return Ok((response, source(out, conn, pool))),
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
@@ -629,7 +639,7 @@ async fn attempt_http2(
             (pool.open_http2(&core.http2, socket).await.map_err(not_sent)?, false)
         }
     };
-    let request = out.for_http2(upstream, policy).ok_or(Reason::Internal)?;
+    let request = out.for_http2(core, flight, upstream, policy).ok_or(Reason::Internal)?;
     let (waits, timeout_ms) = if out.body.is_some() {
         (Waits::UpstreamReads, policy.body_idle_timeout_ms)
     } else {

@@ -83,12 +83,13 @@ impl IdMaker {
     }
 
     fn make_traceparent(&self, random: &Random) -> Bytes {
-        let mut text = [b'-'; TRACEPARENT_BYTES];
-        text[..2].copy_from_slice(b"00");
-        hex(random.next() | 1, &mut text[3..19]);
-        hex(random.next(), &mut text[19..35]);
-        hex(random.next() | 1, &mut text[36..52]);
-        text[53..].copy_from_slice(b"01");
+        let mut ids = [[0; 16]; 3];
+        let bits = [random.next() | 1, random.next(), random.next() | 1];
+        ids.iter_mut().zip(bits).for_each(|(id, bits)| hex(bits, id));
+        let mut text = *b"00-aaaaaaaaaaaaaaaabbbbbbbbbbbbbbbb-cccccccccccccccc-01";
+        text[3..19].copy_from_slice(&ids[0]);
+        text[19..35].copy_from_slice(&ids[1]);
+        text[36..52].copy_from_slice(&ids[2]);
         let mut block = self.0.borrow_mut();
         if block.capacity() < TRACEPARENT_BYTES {
             *block = BytesMut::with_capacity(BLOCK_BYTES);
@@ -106,10 +107,22 @@ const fn none() -> HeaderValue {
     HeaderValue::from_static("-")
 }
 
-fn hex(bits: u64, into: &mut [u8]) {
+/// Two digits for each byte.
+const HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for (at, digit) in into.iter_mut().enumerate() {
-        *digit = DIGITS[(bits >> (60 - 4 * at)) as usize & 15];
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < pairs.len() {
+        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
+fn hex(bits: u64, into: &mut [u8; 16]) {
+    let (pairs, _) = into.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(bits.to_be_bytes()) {
+        *pair = HEX[usize::from(byte)];
     }
 }
 

@@ -51,6 +51,15 @@ pub(crate) enum HostText {
 }
 
 impl HostText {
+    /// As the value of a field.
+    pub(crate) fn value(&self) -> Option<HeaderValue> {
+        match self {
+            Self::None => None,
+            Self::Field(value) => Some(value.clone()),
+            Self::Authority(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+        }
+    }
+
     pub(crate) fn as_bytes(&self) -> &[u8] {
         match self {
             Self::None => b"",

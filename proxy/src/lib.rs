@@ -31,10 +31,12 @@ mod edge;
 mod error;
 mod forward;
 mod framing;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod headers;
 mod ids;
 mod inflight;
-mod interim;
+mod link;
 mod listen;
 mod metrics;
 mod pool;

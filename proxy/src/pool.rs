@@ -24,7 +24,7 @@ use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
 use crate::core::LocalExecutor;
-use crate::interim::{Interims, UpstreamStream};
+use crate::link::{Link, UpstreamStream};
 
 /// How long a connection that has sent its answer may take to become idle.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ type Http1Io = TokioIo<UpstreamStream>;
 pub(crate) struct Http1Conn {
     pub(crate) sender: http1::SendRequest<ForwardBody>,
     conn: Option<http1::Connection<Http1Io, ForwardBody>>,
-    pub(crate) interims: Rc<Interims>,
+    pub(crate) link: Rc<Link>,
     ended: bool,
     idle_since_ms: u64,
     /// It has served a request before.
@@ -59,7 +59,7 @@ impl Http1Conn {
     /// Takes the socket back after an upgrade, with what was read beyond the head.
     pub(crate) fn into_socket(self) -> Option<(TcpStream, bytes::Bytes)> {
         let parts = self.conn?.into_parts();
-        Some((parts.io.into_inner().into_socket(), parts.read_buf))
+        Some((parts.io.into_inner().into_socket()?, parts.read_buf))
     }
 
     /// Drops the connection proper. That hands a request which was still queued in it back to its sender.
@@ -198,13 +198,13 @@ impl UpstreamPool {
         builder: &http1::Builder,
         socket: TcpStream,
     ) -> hyper::Result<Box<Http1Conn>> {
-        let interims = Rc::<Interims>::default();
-        let stream = UpstreamStream::new(socket, Rc::clone(&interims));
+        let link = Rc::<Link>::default();
+        let stream = UpstreamStream::new(socket, Rc::clone(&link));
         let (sender, conn) = builder.handshake(TokioIo::new(stream)).await?;
         Ok(Box::new(Http1Conn {
             sender,
             conn: Some(conn),
-            interims,
+            link,
             ended: false,
             idle_since_ms: 0,
             reused: false,
