@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use peregrine_routing::{Health, HealthCheck, HealthCheckKind};
+use peregrine_routing::{Health, HealthCheck, HealthCheckKind, Upstream};
 
-use super::support::{Origin, TestEdge, dead_address, service, until, upstream};
+use super::support::{Client, Origin, TestEdge, dead_address, service, until, upstream};
 
 fn check(kind: HealthCheckKind) -> HealthCheck {
     HealthCheck { kind, interval_ms: 20, timeout_ms: 500, healthy_threshold: 2, unhealthy_threshold: 3 }
@@ -143,24 +144,82 @@ fn a_copy_that_answers_503_is_ejected_and_comes_back() {
     until("it is back", || client.get("/").text() == "back");
 }
 
+/// Of so many requests, those that went to this copy, in percent.
+fn percent_of_requests(client: &mut Client, requests: u64, copy: &Upstream) -> u64 {
+    let before = copy.receipt().started;
+    for _ in 0..requests {
+        assert_eq!(client.get("/").status, 200);
+    }
+    (copy.receipt().started - before) * 100 / requests
+}
+
 #[test]
 fn a_copy_that_comes_back_gets_its_share_slowly() {
+    const SLOW_START_MS: u32 = 3_000;
+    let slow_start = Duration::from_millis(u64::from(SLOW_START_MS));
     let healthy = Arc::new(AtomicBool::new(false));
     let (fresh, old) = (switchable(&healthy), Origin::ok());
     let specs = vec![upstream(fresh.addr), upstream(old.addr)];
     let mut web = service(specs.clone());
     web.policy.health = Some(check(http("/healthz")));
-    web.policy.slow_start_ms = 3_600_000;
+    web.policy.slow_start_ms = SLOW_START_MS;
     let edge = TestEdge::start(web);
     let (first, second) = (edge.upstream(&specs[0]), edge.upstream(&specs[1]));
     until("both are known", || first.health() == Health::Unhealthy && second.health() == Health::Healthy);
-    // The old one's slow start is over: it never was away.
-    healthy.store(true, Ordering::SeqCst);
-    until("it is back", || first.health() == Health::Healthy);
+    let known = Instant::now();
+    until("the slow start of the old one is over", || known.elapsed() > slow_start);
     let mut client = edge.client();
-    for _ in 0..300 {
-        client.get("/");
+    assert_eq!(percent_of_requests(&mut client, 50, &first), 0);
+    healthy.store(true, Ordering::SeqCst);
+    let back = Instant::now();
+    until("it is back", || first.health() == Health::Healthy);
+    let early = percent_of_requests(&mut client, 400, &first);
+    // Its weight is the part of its slow start that is over, at least a tenth; so much it may have at the end of these
+    // requests, and some more by chance. Usually that is 9 % and 8 %, after a tenth of a second.
+    let over = (back.elapsed().as_secs_f64() / slow_start.as_secs_f64()).clamp(0.1, 1.0);
+    let most = 100.0 * over / (1.0 + over) + 8.0;
+    assert!(
+        early > 0 && early as f64 <= most,
+        "{early} % of the requests, not {most}, {:?} after",
+        back.elapsed()
+    );
+    // The edge looks at the time ten times a second.
+    until("its slow start is over", || back.elapsed() > slow_start + Duration::from_millis(500));
+    let late = percent_of_requests(&mut client, 400, &first);
+    assert!((38..=62).contains(&late), "an equal share at the end, but it is {late} %");
+}
+
+#[test]
+fn the_share_of_a_copy_grows_with_the_time_since_it_came_back() {
+    const LEAST_AGE_MS: u64 = 3_000;
+    let origins = [Origin::ok(), Origin::ok()];
+    let specs: Vec<_> = origins.iter().map(|origin| upstream(origin.addr)).collect();
+    let mut web = service(specs.clone());
+    let mut edge = TestEdge::start(web.clone());
+    let copy = edge.upstream(&specs[0]);
+    // Nobody probes here, so the test says when it came back: when the clock began. The other never was away.
+    copy.set_health(Health::Unhealthy, 1);
+    copy.set_health(Health::Healthy, 1);
+    let age_ms = || peregrine_proxy::now_ms() - 1;
+    until("it has an age", || age_ms() > LEAST_AGE_MS);
+    let mut client = edge.client();
+    let mut shares = Vec::new();
+    for part in [5, 25, 50, 100] {
+        let slow_start_ms = age_ms() * 100 / part;
+        web.policy.slow_start_ms = u32::try_from(slow_start_ms).expect("is short");
+        let version = edge.put(web.clone());
+        edge.wait_acknowledged(version);
+        // Its weight is the part that is over, at least a tenth; the edge's time is a tenth of a second old.
+        let share = |age_ms: u64| {
+            let weight = (age_ms as f64 / slow_start_ms as f64).clamp(0.1, 1.0);
+            100.0 * weight / (1.0 + weight)
+        };
+        let least = share(age_ms() - 200) - 7.0;
+        let percent = percent_of_requests(&mut client, 1_000, &copy);
+        let most = share(age_ms()) + 7.0;
+        let fits = (least..=most).contains(&(percent as f64));
+        assert!(fits, "{part} % of the slow start were over: {percent} %, not {least:.0} to {most:.0} %");
+        shares.push(percent);
     }
-    let (started, rest) = (first.receipt().started, second.receipt().started);
-    assert!(started > 0 && rest > 0, "{started} and {rest}: both in their slow start share what there is");
+    assert!(shares.is_sorted() && shares[0] > 0, "it grows: {shares:?}");
 }

@@ -1,11 +1,16 @@
 //! Time-outs and limits.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use peregrine_proxy::{Config, Limits};
 use peregrine_routing::TrafficClass;
 
-use super::support::{Origin, TestEdge, block_on, config, service, until, upstream};
+use super::support::{Origin, PATIENCE, TestEdge, block_on, config, find, service, until, upstream};
+
+/// Time between two pieces of a body that goes on and on.
+const DRIP: Duration = Duration::from_millis(20);
 
 fn with_limits(limits: Limits, origin: &Origin) -> TestEdge {
     TestEdge::start_with(Config { limits, ..config() }, vec![service(vec![upstream(origin.addr)])])
@@ -140,7 +145,7 @@ fn connections_above_the_limit_wait_for_one_to_end() {
     let mut byte = [0];
     assert!(third.socket.peek(&mut byte).is_err(), "it is not served yet");
     drop(first);
-    third.socket.set_read_timeout(Some(super::support::PATIENCE)).expect("time-out");
+    third.socket.set_read_timeout(Some(PATIENCE)).expect("time-out");
     assert_eq!(third.answer().status, 200);
 }
 
@@ -167,12 +172,58 @@ fn a_rapid_reset_ends_the_connection_and_not_the_edge() {
 
 #[test]
 fn a_long_transfer_becomes_one_in_the_account_only_when_it_is_long() {
-    let origin = Origin::ok();
+    /// The edge's own, so that a drain gives a long body more time than a request.
+    const TRANSFER_AFTER: Duration = Duration::from_secs(10);
+    let stop = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&stop);
+    let origin = Origin::scripted(move |conn| match conn.head() {
+        Some(head) if head.starts_with("GET /down ") => {
+            conn.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+            while !over.load(Ordering::SeqCst) {
+                conn.write(b"1\r\nx\r\n");
+                std::thread::park_timeout(DRIP);
+            }
+            conn.write(b"0\r\n\r\n");
+        }
+        Some(head) if head.starts_with("POST /up ") => {
+            while find(&conn.unread, b"0\r\n\r\n").is_none() && conn.more().is_some() {}
+            conn.answer("ok");
+        }
+        _ => conn.answer("ok"),
+    });
     let spec = upstream(origin.addr);
     let edge = TestEdge::start(service(vec![spec.clone()]));
-    edge.client().get("/");
-    until("it is over", || edge.upstream(&spec).in_flight() == 0);
-    let receipt = edge.upstream(&spec).receipt();
-    assert_eq!(receipt.completed[TrafficClass::Request], 1);
-    assert_eq!(receipt.completed[TrafficClass::Transfer], 0);
+    let account = || edge.upstream(&spec).receipt();
+    edge.client().get("/short");
+    until("the short one is over", || account().completed[TrafficClass::Request] == 1);
+
+    let began = Instant::now();
+    let (mut down, mut up) = (edge.client(), edge.client());
+    down.send("GET /down HTTP/1.1\r\nHost: a\r\n\r\n").head();
+    up.send("POST /up HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
+    until("both are under way", || account().in_flight[TrafficClass::Request] == 2);
+    let mut first_seen = None;
+    while account().in_flight[TrafficClass::Transfer] < 2 {
+        if account().in_flight[TrafficClass::Transfer] > 0 {
+            first_seen.get_or_insert(began.elapsed());
+        }
+        assert!(
+            began.elapsed() < TRANSFER_AFTER + PATIENCE,
+            "still in the account as {:?}",
+            account().in_flight
+        );
+        up.send("1\r\nx\r\n");
+        std::thread::park_timeout(DRIP);
+    }
+    let changed = first_seen.unwrap_or_else(|| began.elapsed());
+    assert!(changed >= TRANSFER_AFTER, "a transfer already after {changed:?}");
+    assert_eq!(account().in_flight[TrafficClass::Request], 0, "it is in the account once");
+
+    stop.store(true, Ordering::SeqCst);
+    assert_eq!(up.send("0\r\n\r\n").answer().status, 200);
+    while find(&down.unread, b"0\r\n\r\n").is_none() {
+        assert!(down.more() > 0, "the answer comes to its end");
+    }
+    until("both are over", || account().completed[TrafficClass::Transfer] == 2);
+    assert_eq!(account().completed[TrafficClass::Request], 1, "the short one");
 }

@@ -3,9 +3,11 @@
 mod bodies;
 mod drain;
 mod forwarding;
+mod goaway;
 mod health;
 mod limits;
 mod malformed;
+mod names;
 mod observe;
 mod retries;
 mod shutdown;

@@ -177,7 +177,7 @@ fn fields<'a>(head: &'a str, name: &str) -> Vec<&'a str> {
 pub(crate) struct OriginConn {
     pub(crate) socket: TcpStream,
     seen: Arc<Mutex<Vec<Seen>>>,
-    unread: Vec<u8>,
+    pub(crate) unread: Vec<u8>,
 }
 
 impl OriginConn {
@@ -273,7 +273,13 @@ pub(crate) struct Origin {
 impl Origin {
     /// Runs `script` for every connection, each in a thread.
     pub(crate) fn scripted(script: impl Fn(&mut OriginConn) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+        Self::scripted_on(TcpListener::bind("127.0.0.1:0").expect("binds"), script)
+    }
+
+    pub(crate) fn scripted_on(
+        listener: TcpListener,
+        script: impl Fn(&mut OriginConn) + Send + Sync + 'static,
+    ) -> Self {
         let addr = listener.local_addr().expect("address");
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
         let connections = Arc::new(AtomicUsize::new(0));
