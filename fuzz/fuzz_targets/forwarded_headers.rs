@@ -9,9 +9,9 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use http::{HeaderName, HeaderValue, Method, Request, Uri, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 use libfuzzer_sys::fuzz_target;
-use peregrine_proxy::fuzzing::{Client, Forwarded, VIA};
+use peregrine_proxy::fuzzing::{Client, Forwarded};
 use peregrine_proxy::{IpNet, Reason};
 
 /// More than the edge takes of a client.
@@ -155,12 +155,17 @@ impl Model {
         assert_eq!(self.framing_fault(sent), None, "this must not go on");
         assert_eq!(forwarded.client, self.client(sent), "the client");
         self.has_one_host(sent, &forwarded);
-        let mut goes_on = Fields::new();
-        for (name, value) in &forwarded.headers {
-            goes_on.entry(name.as_str().to_owned()).or_default().push(value.as_bytes().to_vec());
+        let mut to_http2 = fields_of(&forwarded.headers);
+        let mut to_http1 = fields_of(&forwarded.settled);
+        for line in forwarded.lines.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+            let line = line.strip_suffix(b"\r").expect("a line ends like a line");
+            let (name, value) = field(line).expect("the edge writes fields");
+            let before = to_http1.insert(name.as_str().to_owned(), vec![value.as_bytes().to_vec()]);
+            assert_eq!(before, None, "{name} would go on twice");
         }
-        self.has_ids(sent, &mut goes_on);
-        assert_eq!(shown(&goes_on), shown(&self.expected(sent)), "from {} {:?}", self.peer, sent.fields);
+        assert_eq!(shown(&to_http1), shown(&to_http2), "both protocols say the same");
+        self.has_ids(sent, &mut to_http2);
+        assert_eq!(shown(&to_http2), shown(&self.expected(sent)), "from {} {:?}", self.peer, sent.fields);
     }
 
     // --- what is refused ---
@@ -293,7 +298,12 @@ impl Model {
         {
             *crumbs = vec![crumbs.join(&b"; "[..])];
         }
-        fields.entry("via".to_owned()).or_default().push(VIA.as_bytes().to_vec());
+        let version = match sent.version {
+            Version::HTTP_10 => "1.0",
+            Version::HTTP_2 => "2.0",
+            _ => "1.1",
+        };
+        fields.entry("via".to_owned()).or_default().push(format!("{version} edge").into_bytes());
         if let Some(host) = sent.host() {
             fields.insert("host".to_owned(), vec![host]);
         }
@@ -335,6 +345,14 @@ impl Model {
             fields.entry("x-forwarded-host".to_owned()).or_insert_with(|| vec![host]);
         }
     }
+}
+
+fn fields_of(headers: &HeaderMap) -> Fields {
+    let mut fields = Fields::new();
+    for (name, value) in headers {
+        fields.entry(name.as_str().to_owned()).or_default().push(value.as_bytes().to_vec());
+    }
+    fields
 }
 
 fn is_forwarding(name: &str) -> bool {

@@ -15,9 +15,6 @@ use crate::ids::{IdMaker, Ids, Random};
 use crate::inflight::HostText;
 use crate::route;
 
-/// What is added to `Via`, whatever the version.
-pub const VIA: HeaderValue = HeaderValue::from_static("1.1 peregrine");
-
 /// A client's connection. What a request leaves behind in it is there for the next one.
 pub struct Client {
     config: Config,
@@ -29,8 +26,12 @@ pub struct Client {
 /// A request that the edge would forward.
 #[derive(Debug)]
 pub struct Forwarded {
-    /// Its fields, as every attempt begins with them.
+    /// Its fields, as an HTTP/2 upstream would get them.
     pub headers: HeaderMap,
+    /// Those of them that go to an HTTP/1.1 upstream by way of a map …
+    pub settled: HeaderMap,
+    /// … and the lines that the edge writes itself.
+    pub lines: Vec<u8>,
     /// The host that its route is looked up by; empty without one.
     pub host: String,
     /// The client that logs would name.
@@ -51,15 +52,15 @@ impl Client {
     /// # Errors
     /// The [`Reason`] that the client would be told.
     pub fn forward(&self, request: Request<()>, has_body: bool) -> Result<Forwarded, Reason> {
-        let (mut parts, ()) = request.into_parts();
+        let (parts, ()) = request.into_parts();
         let seen = Seen::scan(&parts.headers);
         let target = route::target(&parts.method, &parts.uri, parts.version, &parts.headers)?;
         let ids = self.ids(&parts, seen);
         let client = headers::client_address(&parts.headers, seen, &self.conn, &self.config);
         headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)?;
         let host = route::canonical(&target.host)?.into_owned();
-        self.rewrite(&mut parts, seen, &target, &ids);
-        Ok(Forwarded { headers: parts.headers, host, client })
+        let Rewritten { headers, settled, lines } = self.rewrite(parts, seen, &target, &ids);
+        Ok(Forwarded { headers, settled, lines, host, client })
     }
 
     fn ids(&self, parts: &request::Parts, seen: Seen) -> Ids {
@@ -69,22 +70,39 @@ impl Client {
     }
 
     /// In the order of `Inbound::rewrite_headers`, which cannot be called without a body: first off, then on.
-    fn rewrite(&self, parts: &mut request::Parts, seen: Seen, target: &route::Target, ids: &Ids) {
-        let headers = &mut parts.headers;
+    fn rewrite(&self, parts: request::Parts, seen: Seen, target: &route::Target, ids: &Ids) -> Rewritten {
+        let mut settled = parts.headers;
         if seen.has(Seen::COOKIE) && parts.version == Version::HTTP_2 {
-            headers::join_cookies(headers);
+            headers::join_cookies(&mut settled);
         }
         let host = match &target.host {
             HostText::None => None,
             HostText::Field(value) => Some(value.clone()),
             HostText::Authority(authority) => HeaderValue::from_str(authority.as_str()).ok(),
         };
-        headers::strip_hop_by_hop(headers, seen);
+        headers::strip_hop_by_hop(&mut settled, seen);
         if let Some(host) = &host
             && (matches!(target.host, HostText::Authority(_)) || seen.has(Seen::CONNECTION))
         {
-            headers.insert(HOST, host.clone());
+            settled.insert(HOST, host.clone());
         }
-        headers::add(headers, seen, &self.conn, &Added { ids, via: &VIA, host: host.as_ref() });
+        let via = HeaderValue::from_static(match parts.version {
+            Version::HTTP_10 => "1.0 edge",
+            Version::HTTP_2 => "2.0 edge",
+            _ => "1.1 edge",
+        });
+        let added = Added { ids, via: &via, host: host.as_ref() };
+        let mut headers = settled.clone();
+        headers::add(&mut headers, seen, &self.conn, &added);
+        let owed = headers::settle(&mut settled, seen, &self.conn, &added);
+        let mut lines = Vec::new();
+        headers::write_owed(&mut lines, owed, &self.conn, &added);
+        Rewritten { headers, settled, lines }
     }
+}
+
+struct Rewritten {
+    headers: HeaderMap,
+    settled: HeaderMap,
+    lines: Vec<u8>,
 }
