@@ -224,13 +224,15 @@ async fn clear(core: &Arc<Core>, id: &InstanceId) -> Result<(), Finding> {
 pub(crate) async fn clear_left(core: &Arc<Core>, rollout: &Rollout) -> Vec<Finding> {
     let state = core.state();
     let own = rollout.plan.add.iter().map(|added| &added.id).chain(&rollout.plan.retire);
-    let left = own.filter(|id| state.instances.get(*id).is_some_and(|i| i.state != InstanceState::Serving));
+    let is_left =
+        |id: &&InstanceId| state.instances.get(*id).is_some_and(|i| i.state != InstanceState::Serving);
+    let left: Vec<InstanceId> = own.filter(is_left).cloned().collect();
+    drop(state);
     let mut clearing = JoinSet::new();
-    for id in left.cloned() {
+    for id in left {
         let core = Arc::clone(core);
         clearing.spawn(async move { clear(&core, &id).await });
     }
-    drop(state);
     let mut kept = Vec::new();
     while let Some(done) = clearing.join_next().await {
         match done {

@@ -11,7 +11,7 @@ use peregrine_engine::runtime::RuntimeInfo;
 use peregrine_engine::{Ask, EngineError, ErrorKind, MoveOverrides, State};
 
 use crate::support::runtime::image_info;
-use crate::support::{machine, move_to, shop, shop_version};
+use crate::support::{machine, move_to, shop, shop_image, shop_version};
 
 fn docker(name: &str) -> Machine {
     let mut spec = machine(name);
@@ -24,10 +24,7 @@ fn process(name: &str) -> Machine {
 }
 
 fn image_shop() -> ServiceSpec {
-    let mut spec = shop();
-    spec.workload =
-        Workload::Image { image: "shop:1".to_owned(), port: 80, command: None, env: BTreeMap::new() };
-    spec
+    shop_image("shop:1")
 }
 
 fn service(spec: &ServiceSpec, version: u32, previous: Option<u32>) -> Service {
@@ -391,9 +388,7 @@ fn weak_spots_are_warnings() {
     let plan = planned(&state, &move_to("host-b"), &all_up(&state));
     assert_eq!(codes(&plan.warnings), ["health.no_path", "replicas.single", "route.none"]);
     let state = state_of(&image_shop(), dockers());
-    let mut second = image_shop();
-    second.workload =
-        Workload::Image { image: "shop:2".to_owned(), port: 80, command: None, env: BTreeMap::new() };
+    let second = shop_image("shop:2");
     let plan = planned(&state, &deploy(second, None), &all_up(&state));
     assert!(codes(&plan.warnings).contains(&"image.to_be_pulled"), "{:?}", plan.warnings);
 }

@@ -10,8 +10,9 @@
 //!
 //! A control group is taken when it can be made and written; that needs root, or a delegation (systemd:
 //! `Delegate=yes` and `DelegateSubgroup=`). Where there is none for memory, each process gets a limit on its
-//! own writable memory instead (`RLIMIT_DATA`): weaker, because it holds for one process and not for all, but it
-//! counts neither reserved addresses nor shared libraries. CPU and pids have no such stand-in: the kernel's own
+//! own writable memory instead (`RLIMIT_DATA`). It counts neither reserved addresses nor shared libraries, but
+//! the stack of each thread as a whole, used or not: so it is set wide ([`DATA_FACTOR`]), and stops what
+//! runs away rather than what is a little too big. It holds for one process and not for all together. CPU and pids have no such stand-in: the kernel's own
 //! `RLIMIT_NPROC` counts every process of the user, whichever instance it is of.
 //!
 //! Every start has a new group, so that its counts begin at nought. Groups are written down in the instance's
@@ -33,6 +34,8 @@ use crate::model::{InstanceId, Resources};
 const CPU_PERIOD_US: u64 = 100_000;
 /// Smallest quota that the kernel takes.
 const MIN_CPU_QUOTA_US: u64 = 1_000;
+/// Without a control group: writable memory of one process, in limits of the instance.
+const DATA_FACTOR: u64 = 4;
 /// Looks for processes that were started before their parent was in the group; each finds fewer.
 const MAX_ADOPTIONS: usize = 20;
 /// Mark of a group that systemd leaves to us.
@@ -117,7 +120,7 @@ impl Limits {
             words.push(format!("{} limited by cgroups", yes.join(", ")));
         }
         if no.contains(&Kind::Memory.name()) {
-            words.push("memory limited for each process alone".to_owned());
+            words.push(format!("each process limited to {DATA_FACTOR} times the memory"));
         }
         let no: Vec<&str> = no.into_iter().filter(|name| *name != Kind::Memory.name()).collect();
         if !no.is_empty() {
@@ -134,7 +137,7 @@ impl Limits {
     /// Makes the groups with their limits.
     pub(super) fn prepare(&self, groups: &[PathBuf], resources: &Resources) -> io::Result<()> {
         for (parent, group) in self.parents.iter().zip(groups) {
-            fs::create_dir(group).map_err(|error| at(group, error))?;
+            fs::create_dir(group).map_err(|error| at(group, &error))?;
             for kind in parent.kinds.iter().filter(|kind| kind.is_wanted(resources)) {
                 limit(group, parent.version, *kind, resources)?;
             }
@@ -170,12 +173,12 @@ impl Limits {
         for group in groups {
             match fs::write(group.join("cgroup.procs"), pid.to_string()) {
                 Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {} // it has ended
-                done => done.map_err(|error| at(group, error))?,
+                done => done.map_err(|error| at(group, &error))?,
             }
         }
         let in_group = self.parents.iter().any(|parent| parent.kinds.contains(&Kind::Memory));
         if let Some(pid) = Pid::from_raw(pid).filter(|_| !in_group && Kind::Memory.is_wanted(resources)) {
-            let bytes = Some(resources.memory_bytes);
+            let bytes = Some(resources.memory_bytes.saturating_mul(DATA_FACTOR));
             match prlimit(Some(pid), Resource::Data, Rlimit { current: bytes, maximum: bytes }) {
                 Ok(_) | Err(Errno::SRCH) => {}
                 Err(error) => return Err(error.into()),
@@ -207,7 +210,7 @@ pub(super) fn remove(groups: &[PathBuf]) -> io::Result<Vec<PathBuf>> {
     for group in groups {
         match fs::remove_dir(group) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => busy.push(group.clone()),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(group, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(group, &error)),
             _ => {}
         }
     }
@@ -309,7 +312,7 @@ fn setting(version: u8, kind: Kind, resources: &Resources) -> (&'static str, Str
 fn limit(group: &Path, version: u8, kind: Kind, resources: &Resources) -> io::Result<()> {
     let (file, value) = setting(version, kind, resources);
     let file = group.join(file);
-    fs::write(&file, &value).map_err(|error| at(&file, error))?;
+    fs::write(&file, &value).map_err(|error| at(&file, &error))?;
     if kind == Kind::Memory {
         // Memory and swap together; where swap is not counted there is no such file.
         let (file, value) = if version == 1 {
@@ -319,13 +322,13 @@ fn limit(group: &Path, version: u8, kind: Kind, resources: &Resources) -> io::Re
         };
         let file = group.join(file);
         if file.exists() {
-            fs::write(&file, value).map_err(|error| at(&file, error))?;
+            fs::write(&file, value).map_err(|error| at(&file, &error))?;
         }
     }
     Ok(())
 }
 
-fn at(path: &Path, error: io::Error) -> io::Error {
+fn at(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
@@ -408,9 +411,9 @@ mod tests {
         assert_eq!(words(vec![parent(&Kind::ALL)]), "memory, CPU, pids limited by cgroups");
         assert_eq!(
             words(vec![parent(&[Kind::Pids])]),
-            "pids limited by cgroups; memory limited for each process alone; CPU not limited"
+            "pids limited by cgroups; each process limited to 4 times the memory; CPU not limited"
         );
-        assert_eq!(words(Vec::new()), "memory limited for each process alone; CPU, pids not limited");
+        assert_eq!(words(Vec::new()), "each process limited to 4 times the memory; CPU, pids not limited");
     }
 
     #[test]
@@ -423,7 +426,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         let data = limits.lines().find(|line| line.starts_with("Max data size")).unwrap();
-        assert_eq!(data.split_whitespace().filter(|word| *word == "67108864").count(), 2, "{data}");
+        assert_eq!(data.split_whitespace().filter(|word| *word == "268435456").count(), 2, "{data}");
     }
 
     #[test]

@@ -165,8 +165,7 @@ impl Runtime for ProcessRuntime {
             let _guard = self.inner.lock(id).await;
             self.inner.end(&folder, grace_ms).await?;
             self.inner.times.forget(&folder);
-            let inner = Arc::clone(&self.inner);
-            blocking(move || inner.forget(&folder)).await
+            self.inner.forget(folder).await
         }
         .boxed()
     }
@@ -354,23 +353,27 @@ impl Inner {
     }
 
     /// Takes an instance without processes away: its control groups, then its folder.
-    fn forget(&self, folder: &Folder) -> Result<(), RuntimeError> {
-        let failed = |error: io::Error| self.other(&error);
-        if let Some(record) = folder.record().map_err(failed)? {
-            let deadline = std::time::Instant::now() + Duration::from_millis(KILL_TIMEOUT_MS);
-            let mut groups = [record.groups, record.old_groups].concat();
-            loop {
-                groups = limits::remove(&groups).map_err(failed)?;
-                if groups.is_empty() {
-                    break;
-                }
-                if std::time::Instant::now() >= deadline {
-                    return Err(self.other(&format!("control groups {groups:?} do not get empty")));
-                }
-                std::thread::sleep(Duration::from_millis(POLL_INTERVAL_MS));
+    async fn forget(self: &Arc<Self>, folder: Folder) -> Result<(), RuntimeError> {
+        let deadline = Instant::now() + Duration::from_millis(KILL_TIMEOUT_MS);
+        loop {
+            let (inner, place) = (Arc::clone(self), folder.clone());
+            let busy = blocking(move || inner.remove_groups(&place)).await?;
+            if busy.is_empty() {
+                break;
             }
+            if Instant::now() >= deadline {
+                return Err(self.other(&format!("control groups {busy:?} do not get empty")));
+            }
+            tokio::time::sleep(Duration::from_millis(POLL_INTERVAL_MS)).await;
         }
-        folder.remove().map_err(failed)
+        let inner = Arc::clone(self);
+        blocking(move || folder.remove().map_err(|error| inner.other(&error))).await
+    }
+
+    fn remove_groups(&self, folder: &Folder) -> Result<Vec<PathBuf>, RuntimeError> {
+        let failed = |error: io::Error| self.other(&error);
+        let Some(record) = folder.record().map_err(failed)? else { return Ok(Vec::new()) };
+        limits::remove(&[record.groups, record.old_groups].concat()).map_err(failed)
     }
 
     /// A controller that was replaced starts nothing.
