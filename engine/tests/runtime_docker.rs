@@ -184,6 +184,19 @@ async fn a_container_that_ends_at_once_is_reported_with_its_last_output() {
 }
 
 #[tokio::test]
+async fn a_container_that_takes_too_much_memory_is_ended_and_that_is_said() {
+    let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
+    let spec = playing("devour", spec);
+    drop(runtime.ensure(&spec).await); // it may have ended before anybody looks, or not
+    eventually("the reason of its end", || async {
+        let status = runtime.inspect(&spec.id).await.unwrap().unwrap();
+        status.out_of_memory && !status.running && status.ending().contains("more memory than its limit")
+    })
+    .await;
+    runtime.remove(&spec.id, 0).await.unwrap();
+}
+
+#[tokio::test]
 async fn an_older_controller_makes_and_starts_nothing() {
     let Some(OnFirst { engines: _engines, runtime, spec }) = on_first().await else { return };
     let mut newer = playing("hang", spec);

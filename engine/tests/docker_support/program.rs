@@ -77,3 +77,13 @@ fn serve_as_nobody() {
         std::process::exit(4);
     }
 }
+
+/// Takes more and more memory.
+#[test]
+#[ignore = "played as a program in a container"]
+fn devour() {
+    let mut taken = Vec::new();
+    while is_in_container() {
+        taken.push(vec![1_u8; 1 << 20]);
+    }
+}
