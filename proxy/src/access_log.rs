@@ -496,7 +496,17 @@ mod tests {
         let (request_id, trace_id, host) = (&b"id-1"[..], &b"t"[..], &b"shop.example.com"[..]);
         let (service, upstream) = (&b"web"[..], &b"web-1"[..]);
         let client = &b"203.0.113.9"[..];
-        Texts { client, request_id, trace_id, host, path, service, upstream, referer: b"", agent: b"curl/8\"\n" }
+        Texts {
+            client,
+            request_id,
+            trace_id,
+            host,
+            path,
+            service,
+            upstream,
+            referer: b"",
+            agent: b"curl/8\"\n",
+        }
     }
 
     #[test]

@@ -15,8 +15,9 @@ use peregrine_routing::TrafficClass;
 
 use crate::error::Reason;
 use crate::headers;
+use crate::http1::Http1Conn;
 use crate::inflight::{Flight, FlightGuard, Waits};
-use crate::pool::{Http1Conn, Http2Ticket, UpstreamPool};
+use crate::pool::{Http2Ticket, UpstreamPool};
 
 /// Why a body broke off. Tells hyper to break the message off too, without a proper end.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -29,7 +30,7 @@ const MAX_KEPT_BYTES: usize = 64 * 1024;
 
 // --- request -------------------------------------------------------------------------------------------
 
-/// What hyper's client sends as a body.
+/// A request body as one attempt sends it.
 pub(crate) enum ForwardBody {
     Empty,
     Stream { shared: Rc<RequestBody>, replayed: usize },
@@ -121,10 +122,6 @@ impl RequestBody {
     /// What the client did wrong, if it did.
     pub(crate) fn fault(&self) -> Option<Reason> {
         self.fault.get()
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.ended.get() || self.fault.get().is_some()
     }
 
     /// Lets go of a body of which the client was not asked for a byte, because the answer is there
@@ -321,7 +318,6 @@ pub(crate) enum ReplyBody {
 /// The upstream's half of an answer. Kept in the flight, so that the timekeeper and a cut can drop it
 /// although the client takes nothing.
 pub(crate) struct UpstreamBody {
-    pub(crate) incoming: Incoming,
     pub(crate) source: Source,
     pub(crate) body_idle_ms: u32,
     /// The class that it gets if it goes on beyond `late_from_ms`; 0 is never.
@@ -331,37 +327,39 @@ pub(crate) struct UpstreamBody {
 
 /// Where an answer's body comes from.
 pub(crate) enum Source {
-    /// A connection that this body drives.
-    Http1(Option<Box<Http1Conn>>, Rc<UpstreamPool>),
-    /// A connection that is driven by a task, because the request is still going up.
-    Detached,
+    Http1(Box<Http1Conn>, Rc<UpstreamPool>),
     /// A stream of an HTTP/2 connection.
-    Http2(#[expect(dead_code, reason = "counts the stream until dropped")] Http2Ticket),
+    Http2(Incoming, #[expect(dead_code, reason = "counts the stream until dropped")] Http2Ticket),
 }
 
-impl UpstreamBody {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Source::Http1(Some(conn), _) = &mut self.source else {
-            return Pin::new(&mut self.incoming).poll_frame(cx);
-        };
-        // Errors of the connection come out of the body, so the result says nothing new. What the
-        // connection finds is handed over inside this very call, so there is nobody to be woken.
-        let mut quiet = Context::from_waker(Waker::noop());
-        drop(conn.poll(cx));
-        if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(&mut quiet) {
-            return Poll::Ready(frame);
+/// An upstream's body that broke off.
+struct BrokeOff;
+
+impl Source {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokeOff>>> {
+        match self {
+            Self::Http1(conn, _) => conn.poll_frame(cx).map_err(|_| BrokeOff),
+            Self::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(|_| BrokeOff),
         }
-        // Asking for a frame is what lets the connection read on.
-        if conn.poll(cx).is_ready() {
-            conn.discard();
+    }
+
+    pub(crate) fn is_end(&self) -> bool {
+        match self {
+            Self::Http1(conn, _) => conn.is_end(),
+            Self::Http2(incoming, _) => incoming.is_end_stream(),
         }
-        Pin::new(&mut self.incoming).poll_frame(&mut quiet)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http1(conn, _) => conn.size_hint(),
+            Self::Http2(incoming, _) => incoming.size_hint(),
+        }
     }
 
     /// The whole body has been read: the connection is free.
     pub(crate) fn done(self) {
-        if let Source::Http1(Some(conn), pool) = self.source {
-            drop(self.incoming);
+        if let Self::Http1(conn, pool) = self {
             pool.give_back(conn);
         }
     }
@@ -375,7 +373,7 @@ impl ReplyBody {
             let reason = flight.reason.get().unwrap_or(Reason::Internal);
             return Poll::Ready(if ended { None } else { Some(Err(Broken(reason))) });
         };
-        match body.poll(cx) {
+        match body.source.poll(cx) {
             Poll::Pending => {
                 if flight.is_expired() {
                     return fail(flight, &mut slot, flight.timeout_reason(), cx);
@@ -393,7 +391,7 @@ impl ReplyBody {
                 if let Some(trailers) = frame.trailers_mut() {
                     headers::clean_trailers(trailers);
                 }
-                if body.incoming.is_end_stream() {
+                if body.source.is_end() {
                     complete(flight, &mut slot);
                 } else {
                     flight.wait(Waits::Client, body.body_idle_ms);
@@ -419,7 +417,7 @@ impl ReplyBody {
 fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     flight.complete.set(true);
     if let Some(body) = slot.take() {
-        body.done();
+        body.source.done();
     }
 }
 
@@ -459,12 +457,9 @@ impl Body for ReplyBody {
         match self {
             Self::Page(page, _) => SizeHint::with_exact(page.as_ref().map_or(0, Bytes::len) as u64),
             Self::Empty(_) => SizeHint::with_exact(0),
-            Self::Stream(guard) => guard
-                .0
-                .body
-                .borrow()
-                .as_ref()
-                .map_or_else(SizeHint::default, |body| body.incoming.size_hint()),
+            Self::Stream(guard) => {
+                guard.0.body.borrow().as_ref().map_or_else(SizeHint::default, |body| body.source.size_hint())
+            }
         }
     }
 }

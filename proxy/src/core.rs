@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderValue, Version};
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper::rt::Executor;
 use hyper_util::rt::TokioTimer;
 use peregrine_routing::{Acknowledger, CachedReader, Generation, Service, TableReader};
@@ -22,6 +22,7 @@ use crate::access_log::CoreLog;
 use crate::clock::now_ms;
 use crate::config::Config;
 use crate::conn::{ConnState, Kill};
+use crate::http1::HeadLimits;
 use crate::ids::{IdMaker, Random};
 use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
@@ -64,7 +65,7 @@ pub(crate) struct Core {
     pub(crate) random: Random,
     pub(crate) ids: IdMaker,
     pub(crate) resolver: Resolver,
-    pub(crate) http1: http1::Builder,
+    pub(crate) head_limits: HeadLimits,
     pub(crate) http2: http2::Builder<LocalExecutor>,
     /// No new requests: connections end after the one they have.
     pub(crate) draining: Cell<bool>,
@@ -110,9 +111,9 @@ impl Core {
     ) -> Rc<Self> {
         let clock_ms = Rc::new(Cell::new(now_ms()));
         let limits = &config.limits;
-        let mut http1 = http1::Builder::new();
-        // An answer's head may be as large as a request's; hyper answers a larger one with an error.
-        http1.max_headers(limits.max_headers as usize).max_header_size(limits.max_header_bytes as usize);
+        // An answer's head may be as large as a request's.
+        let head_limits =
+            HeadLimits { bytes: limits.max_header_bytes as usize, fields: limits.max_headers as usize };
         let mut http2 = http2::Builder::new(LocalExecutor);
         http2
             .timer(TokioTimer::new())
@@ -130,7 +131,7 @@ impl Core {
             random: Random::new(),
             ids: IdMaker::new(),
             resolver,
-            http1,
+            head_limits,
             http2,
             draining: Cell::new(false),
             aborting: Cell::new(false),

@@ -13,7 +13,7 @@ use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
@@ -37,9 +37,11 @@ use crate::clock::now_us;
 use crate::conn::{ConnState, Remembered};
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
+use crate::framing::Framing;
 use crate::headers::{self, Added, Owed, Seen, Wishes};
+use crate::http1::{self, Head, Http1Conn, Http1Error};
 use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
-use crate::pool::{Http1Conn, UpstreamPool};
+use crate::pool::UpstreamPool;
 use crate::respond::{self, Form};
 use crate::route;
 use crate::upgrade::Tunnel;
@@ -48,14 +50,17 @@ use crate::upgrade::Tunnel;
 const MAX_ATTEMPTS: u8 = 3;
 /// After this time a body is a transfer, which a drain gives more time than a request.
 const TRANSFER_AFTER_MS: u64 = 10_000;
+/// Largest interim response that is passed on; a longer one is only read over.
+const MAX_INTERIM_BYTES: usize = 8 * 1024;
 /// How long the upstream has for `100 Continue` before the body is sent anyway (RFC 9110 §10.1.1).
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 
 /// A request on its way, in the form that an attempt needs.
 struct Outgoing {
-    /// Gone when an attempt has sent it and could not get it back.
-    parts: Option<request::Parts>,
+    parts: request::Parts,
     body: Option<Rc<RequestBody>>,
+    /// How the body is delimited on HTTP/1.1; `None` is no body.
+    framing: Option<Framing>,
     path: PathAndQuery,
     wishes: Wishes,
     upgrade: Option<HeaderValue>,
@@ -67,7 +72,11 @@ struct Outgoing {
     gate: Option<Arc<ContinueGate>>,
 }
 
-type Head = (Response<Incoming>, Source);
+/// The head of an answer, without what is meant for the upstream's connection only.
+struct Answer {
+    head: Head,
+    source: Source,
+}
 
 /// Serves one request. The only error is [`Broken`]: an answer that cannot be given at all.
 pub(crate) async fn handle(
@@ -213,6 +222,8 @@ impl Inbound {
             parts.uri = Uri::from(target.path.clone());
         }
         let policy = entry.service.policy();
+        let framing =
+            has_body.then(|| incoming.size_hint().exact().map_or(Framing::Chunked, Framing::Length));
         let gate = wishes.expects_continue.then(Arc::<ContinueGate>::default);
         let body = has_body.then(|| {
             let limits = RequestBodyLimits {
@@ -228,7 +239,7 @@ impl Inbound {
             RequestBody::new(incoming, Rc::clone(flight), limits)
         });
         let idempotent = is_idempotent(&parts.method);
-        Outgoing { parts: Some(parts), body, path: target.path, wishes, upgrade, host, owed, idempotent, gate }
+        Outgoing { parts, body, framing, path: target.path, wishes, upgrade, host, owed, idempotent, gate }
     }
 
     fn rewrite_headers(&mut self, core: &Core, flight: &Flight, host: Option<&HeaderValue>) -> Owed {
@@ -276,25 +287,38 @@ impl Outgoing {
 
     /// Whether it can be sent (again).
     fn is_whole(&self) -> bool {
-        self.parts.is_some() && self.body().is_some()
+        self.body().is_some()
     }
 
-    fn for_http1(&mut self, upstream: &Upstream, policy: &ServicePolicy) -> Option<Request<ForwardBody>> {
-        let body = self.body()?;
-        let mut parts = self.parts.take()?;
-        if !(policy.preserve_host && self.host.is_some())
-            && let Ok(host) = HeaderValue::from_str(&upstream.address().to_string())
-        {
-            parts.headers.insert(HOST, host);
+    /// Writes the head for an HTTP/1.1 upstream.
+    fn write_head(
+        &self,
+        out: &mut Vec<u8>,
+        core: &Core,
+        flight: &Flight,
+        upstream: &Upstream,
+        policy: &ServicePolicy,
+    ) {
+        http1::write_request_line(out, &self.parts.method, &self.path);
+        let own_host = !(policy.preserve_host && self.host.is_some());
+        if own_host {
+            out.extend_from_slice(format!("host: {}\r\n", upstream.address()).as_bytes());
         }
+        for (name, value) in &self.parts.headers {
+            if !(own_host && *name == HOST) {
+                http1::write_field(out, name, value);
+            }
+        }
+        headers::write_owed(out, self.owed, &flight.conn, &self.added(core, flight));
         if self.wishes.trailers {
-            headers::ask_for_trailers(&mut parts.headers, true);
+            // In the form that RFC 9110 §10.1.4 wants.
+            out.extend_from_slice(b"te: trailers\r\nconnection: te\r\n");
         }
         if let Some(protocol) = &self.upgrade {
-            parts.headers.insert(UPGRADE, protocol.clone());
-            parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            out.extend_from_slice(b"connection: upgrade\r\n");
+            http1::write_field(out, &UPGRADE, protocol);
         }
-        Some(Request::from_parts(parts, body))
+        out.extend_from_slice(b"\r\n");
     }
 
     /// A copy, because a stream that is refused does not give the request back.
@@ -306,7 +330,7 @@ impl Outgoing {
         policy: &ServicePolicy,
     ) -> Option<Request<ForwardBody>> {
         let body = self.body()?;
-        let sent = self.parts.as_ref()?;
+        let sent = &self.parts;
         let authority = sent
             .headers
             .get(HOST)
@@ -327,7 +351,7 @@ impl Outgoing {
         }
         headers::insert_owed(&mut headers, self.owed, &flight.conn, &self.added(core, flight));
         if self.wishes.trailers {
-            headers::ask_for_trailers(&mut headers, false);
+            headers::ask_for_trailers(&mut headers);
         }
         *request.headers_mut() = headers;
         if let Some(gate) = &self.gate {
@@ -357,7 +381,7 @@ async fn send(
         }
         flight.attempts.set(flight.attempts.get() + 1);
         let error = match attempt(core, &entry, &flight, &mut out).await {
-            Ok(head) => match answer(&entry, guard, &out, choice.prefer, head) {
+            Ok(found) => match answer(&entry, guard, &out, choice.prefer, found) {
                 Ok(response) => return response,
                 Err((error, guard)) => return give_up(&error, form, guard),
             },
@@ -411,19 +435,19 @@ async fn attempt(
     entry: &ServiceEntry,
     flight: &Rc<Flight>,
     out: &mut Outgoing,
-) -> Result<Head, ProxyError> {
+) -> Result<Answer, ProxyError> {
     let upstream = flight.upstream.borrow().clone().ok_or(Reason::NoUpstream)?;
     let policy = entry.service.policy();
     let pool = core.pools.of(&upstream, policy);
     let sent_us = now_us();
-    let head = match upstream.protocol() {
+    let answer = match upstream.protocol() {
         UpstreamProtocol::Http1 => attempt_http1(core, &upstream, policy, flight, out, pool).await?,
         UpstreamProtocol::H2c => Box::pin(attempt_http2(core, &upstream, policy, flight, out, pool)).await?,
     };
     let latency_us = now_us() - sent_us;
     flight.head_us.set(latency_us);
-    flight.record(Outcome::Response { status: head.0.status().as_u16(), latency_us });
-    Ok(head)
+    flight.record(Outcome::Response { status: answer.head.status.as_u16(), latency_us });
+    Ok(answer)
 }
 
 async fn attempt_http1(
@@ -433,13 +457,13 @@ async fn attempt_http1(
     flight: &Rc<Flight>,
     out: &mut Outgoing,
     pool: Rc<UpstreamPool>,
-) -> Result<Head, ProxyError> {
+) -> Result<Answer, ProxyError> {
     loop {
         let mut conn = match pool.checkout(out.idempotent) {
             Some(conn) => conn,
-            None => Box::pin(open_http1(core, upstream, policy, flight)).await?,
+            None => Http1Conn::new(Box::pin(connect(core, upstream, policy, flight)).await?),
         };
-        let request = out.for_http1(upstream, policy).ok_or(Reason::Internal)?;
+        let body = out.body().ok_or(Reason::Internal)?;
         if out.body.is_some() {
             flight.wait(Waits::UpstreamReads, policy.body_idle_timeout_ms);
             open_gate_in_time(out);
@@ -447,44 +471,68 @@ async fn attempt_http1(
             flight.wait(Waits::Head, policy.response_head_timeout_ms);
         }
         core.metrics.upstream_connection(conn.reused);
-        let client = (flight.version == Version::HTTP_11).then(|| Rc::clone(&flight.conn));
-        conn.link.expect(client, out.gate.clone());
-        let mut lines = conn.link.lines.borrow_mut();
-        // A request that was given back unsent has left its own here.
-        lines.clear();
-        headers::write_owed(&mut lines, out.owed, &flight.conn, &out.added(core, flight));
-        drop(lines);
-        match exchange(flight, &mut conn, request).await {
-            Exchanged::Head(response) => return Ok((response, source(out, conn, pool))),
+        conn.begin(body, out.framing, |head| out.write_head(head, core, flight, upstream, policy));
+        match exchange(core, flight, &mut conn, out).await {
+            Ok(Ok(head)) => return Ok(Answer { head, source: source(out, conn, pool) }),
+            Ok(Err(Http1Error::Body(reason))) => return Err(reason.into()),
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
-            Exchanged::Returned(request, _) if conn.reused => out.take_back(request),
-            Exchanged::Returned(request, error) => {
-                out.take_back(request);
-                return Err(ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error));
-            }
-            Exchanged::Failed(error) => return Err(classify(out, error)),
-            Exchanged::Stopped(reason) => return Err(ProxyError::with(reason, Evidence::Ambiguous)),
+            Ok(Err(_)) if conn.reused && !conn.wrote() && out.is_whole() => {}
+            Ok(Err(error)) => return Err(classify(&conn, error)),
+            Err(reason) => return Err(ProxyError::with(reason, Evidence::Ambiguous)),
         }
     }
 }
 
-impl Outgoing {
-    fn take_back(&mut self, request: Request<ForwardBody>) {
-        self.parts = Some(request.into_parts().0);
-    }
+/// Sends a request and waits for the head of its answer.
+async fn exchange(
+    core: &Core,
+    flight: &Flight,
+    conn: &mut Http1Conn,
+    out: &mut Outgoing,
+) -> Result<Result<Head, Http1Error>, Reason> {
+    // Whoever speaks HTTP/1.0 or HTTP/2 gets no interim responses.
+    let client = (flight.version == Version::HTTP_11).then_some(&flight.conn);
+    std::future::poll_fn(|cx| {
+        let Outgoing { parts, gate, .. } = &mut *out;
+        let request = (&parts.method, &mut parts.headers);
+        let polled = conn.poll_head(cx, request, core.head_limits, |status, head| {
+            if status == StatusCode::CONTINUE {
+                gate.iter().for_each(|gate| gate.open());
+            } else if let Some(client) = client.filter(|_| head.len() <= MAX_INTERIM_BYTES) {
+                http1::clean_interim(head, &mut client.interim.borrow_mut());
+                client.wake();
+            }
+        });
+        if conn.wrote() {
+            flight.mark_sent();
+        }
+        match polled {
+            Poll::Ready(answer) => Poll::Ready(Ok(answer)),
+            Poll::Pending => stopped(flight, cx).map(Err),
+        }
+    })
+    .await
 }
 
-fn source(out: &Outgoing, conn: Box<Http1Conn>, pool: Rc<UpstreamPool>) -> Source {
-    match &out.body {
-        Some(body) if !body.is_over() => {
-            if body.abandon_if_untouched() {
-                return Source::Http1(Some(conn), pool);
-            }
-            pool.detach(conn);
-            Source::Detached
+fn classify(conn: &Http1Conn, error: Http1Error) -> ProxyError {
+    let malformed = matches!(error, Http1Error::Malformed(_));
+    let (reason, evidence) = match conn.wrote() {
+        false => (Reason::ConnectFailed, Evidence::NotSent),
+        true if malformed => (Reason::UpstreamProtocol, Evidence::Ambiguous),
+        true => (Reason::UpstreamReset, Evidence::Ambiguous),
+    };
+    ProxyError::with(reason, evidence).because(error)
+}
+
+fn source(out: &Outgoing, mut conn: Box<Http1Conn>, pool: Rc<UpstreamPool>) -> Source {
+    if let Some(body) = out.body.as_ref().filter(|_| !conn.is_sent()) {
+        if body.abandon_if_untouched() {
+            conn.give_up_request();
+        } else {
+            conn.detach_request();
         }
-        _ => Source::Http1(Some(conn), pool),
     }
+    Source::Http1(conn, pool)
 }
 
 fn open_gate_in_time(out: &Outgoing) {
@@ -494,48 +542,6 @@ fn open_gate_in_time(out: &Outgoing) {
             gate.open();
         });
     }
-}
-
-enum Exchanged {
-    Head(Response<Incoming>),
-    /// Not a byte was written; here it is again.
-    Returned(Request<ForwardBody>, hyper::Error),
-    Failed(hyper::Error),
-    Stopped(Reason),
-}
-
-/// Sends a request and waits for the head of its answer, driving the connection meanwhile.
-async fn exchange(flight: &Flight, conn: &mut Http1Conn, request: Request<ForwardBody>) -> Exchanged {
-    let mut answer = pin!(conn.sender.try_send_request(request));
-    std::future::poll_fn(move |cx| {
-        // What the connection finds comes out of `answer`, inside this call: nobody needs to be woken.
-        let mut quiet = Context::from_waker(Waker::noop());
-        let ended = conn.poll(cx).is_ready();
-        let mut polled = answer.as_mut().poll(&mut quiet);
-        if ended && polled.is_pending() {
-            // The upstream closed before it was asked: the request lies unsent in the connection's queue.
-            conn.discard();
-            polled = answer.as_mut().poll(&mut quiet);
-        }
-        match polled {
-            Poll::Ready(Ok(response)) => {
-                flight.mark_sent();
-                Poll::Ready(Exchanged::Head(response))
-            }
-            Poll::Ready(Err(mut error)) => match error.take_message() {
-                Some(request) => Poll::Ready(Exchanged::Returned(request, error.into_error())),
-                None => {
-                    flight.mark_sent();
-                    Poll::Ready(Exchanged::Failed(error.into_error()))
-                }
-            },
-            Poll::Pending => {
-                flight.mark_sent();
-                stopped(flight, cx).map(Exchanged::Stopped)
-            }
-        }
-    })
-    .await
 }
 
 /// Ready when the request has to stop waiting for a reason other than bytes.
@@ -560,7 +566,7 @@ async fn unless_stopped<T>(flight: &Flight, future: impl Future<Output = T>) -> 
     .await
 }
 
-fn classify(out: &Outgoing, error: hyper::Error) -> ProxyError {
+fn classify_http2(out: &Outgoing, error: hyper::Error) -> ProxyError {
     if let Some(fault) = out.body.as_ref().and_then(|body| body.fault()) {
         return ProxyError::new(fault).because(error);
     }
@@ -587,17 +593,6 @@ fn h2_cause(error: &hyper::Error) -> Option<&h2::Error> {
         source = cause.source();
     }
     None
-}
-
-async fn open_http1(
-    core: &Rc<Core>,
-    upstream: &Upstream,
-    policy: &ServicePolicy,
-    flight: &Flight,
-) -> Result<Box<Http1Conn>, ProxyError> {
-    let socket = connect(core, upstream, policy, flight).await?;
-    let opened = UpstreamPool::open_http1(&core.http1, socket).await;
-    opened.map_err(|error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error))
 }
 
 async fn connect(
@@ -629,7 +624,7 @@ async fn attempt_http2(
     flight: &Rc<Flight>,
     out: &Outgoing,
     pool: Rc<UpstreamPool>,
-) -> Result<Head, ProxyError> {
+) -> Result<Answer, ProxyError> {
     let not_sent =
         |error: hyper::Error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
     let (mut ticket, reused) = match pool.join_http2() {
@@ -649,13 +644,18 @@ async fn attempt_http2(
     core.metrics.upstream_connection(reused);
     flight.mark_sent();
     match unless_stopped(flight, ticket.sender.try_send_request(request)).await {
-        Ok(Ok(response)) => Ok((response, Source::Http2(ticket))),
+        Ok(Ok(response)) => {
+            let (mut parts, incoming) = response.into_parts();
+            headers::clean_response(&mut parts.headers);
+            let head = Head { status: parts.status, headers: parts.headers };
+            Ok(Answer { head, source: Source::Http2(incoming, ticket) })
+        }
         Ok(Err(mut error)) => {
             let returned = error.take_message().is_some();
             let error = error.into_error();
             let only_stream = h2_cause(&error).is_some_and(h2::Error::is_reset);
             pool.leave_http2(&ticket, only_stream);
-            Err(if returned { not_sent(error) } else { classify(out, error) })
+            Err(if returned { not_sent(error) } else { classify_http2(out, error) })
         }
         Err(reason) => Err(ProxyError::with(reason, Evidence::Ambiguous)),
     }
@@ -669,47 +669,43 @@ fn answer(
     guard: FlightGuard,
     out: &Outgoing,
     preferred: Option<u64>,
-    (response, source): Head,
+    Answer { head: Head { status, mut headers }, source }: Answer,
 ) -> Result<Response<ReplyBody>, (ProxyError, FlightGuard)> {
-    let (mut parts, incoming) = response.into_parts();
-    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
-        return switch(entry, guard, out, parts, source);
+    if status == StatusCode::SWITCHING_PROTOCOLS {
+        return switch(entry, guard, out, headers, source);
     }
     let flight = &guard.0;
     flight.conn.before_head.set(false);
-    headers::clean_response(&mut parts.headers);
-    set_sticky_cookie(entry, flight, preferred, &mut parts.headers);
-    parts.version = Version::HTTP_11;
+    set_sticky_cookie(entry, flight, preferred, &mut headers);
     let unread = out.body.as_ref().is_some_and(|body| body.is_abandoned());
     if !flight.conn.http2.get() && (unread || flight.core.draining.get()) {
-        parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
         flight.conn.linger.set(unread);
     }
-    flight.status.set(parts.status.as_u16());
+    flight.status.set(status.as_u16());
     let policy = entry.service.policy();
-    let (class, late_class) = class_of(&parts.headers);
+    let (class, late_class) = class_of(&headers);
     if let Some(class) = class {
         flight.reclassify(class);
     }
     let long = class.is_some() || late_class == TrafficClass::GrpcStream;
     let body = UpstreamBody {
-        incoming,
         source,
         // A stream of events may be silent for as long as a tunnel.
         body_idle_ms: if long { policy.tunnel_idle_timeout_ms } else { policy.body_idle_timeout_ms },
         late_class,
         late_from_ms: if class.is_some() { 0 } else { flight.started_us / 1_000 + TRANSFER_AFTER_MS },
     };
-    let body = if body.incoming.is_end_stream() {
+    let body = if body.source.is_end() {
         flight.complete.set(true);
-        body.done();
+        body.source.done();
         ReplyBody::Empty(guard)
     } else {
         flight.wait(Waits::Client, body.body_idle_ms);
         *flight.body.borrow_mut() = Some(body);
         ReplyBody::Stream(guard)
     };
-    Ok(Response::from_parts(parts, body))
+    Ok(respond::response(status, headers, body))
 }
 
 /// The class of an answer at once, and the class that it gets if it goes on for long.
@@ -742,28 +738,21 @@ fn switch(
     entry: &ServiceEntry,
     guard: FlightGuard,
     out: &Outgoing,
-    mut parts: http::response::Parts,
+    mut headers: HeaderMap,
     source: Source,
 ) -> Result<Response<ReplyBody>, (ProxyError, FlightGuard)> {
     let unasked = |guard| Err((ProxyError::with(Reason::UpstreamProtocol, Evidence::Ambiguous), guard));
-    let (Some(asked), Source::Http1(Some(mut upstream), _)) = (&out.upgrade, source) else {
+    let (Some(asked), Source::Http1(upstream, _)) = (&out.upgrade, source) else {
         return unasked(guard);
     };
-    // The connection has said all that it had to say as HTTP; a last look lets it see that.
-    if upstream.poll(&mut Context::from_waker(Waker::noop())).is_pending() {
-        return unasked(guard);
-    }
     let Some((socket, early)) = upstream.into_socket() else { return unasked(guard) };
-    let protocol = parts.headers.get(UPGRADE).unwrap_or(asked).clone();
-    headers::clean_response(&mut parts.headers);
-    parts.headers.insert(UPGRADE, protocol);
-    parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.entry(UPGRADE).or_insert_with(|| asked.clone());
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     let flight = &guard.0;
     flight.status.set(101);
     let conn = Rc::clone(&flight.conn);
     let idle_ms = entry.service.policy().tunnel_idle_timeout_ms;
     flight.wait(Waits::Tunnel, idle_ms);
     *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms });
-    parts.version = Version::HTTP_11;
-    Ok(Response::from_parts(parts, ReplyBody::Page(None, None)))
+    Ok(respond::response(StatusCode::SWITCHING_PROTOCOLS, headers, ReplyBody::Page(None, None)))
 }

@@ -13,7 +13,8 @@ use std::net::IpAddr;
 
 use bytes::BytesMut;
 use http::header::{
-    Entry,     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, Entry, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING,
+    UPGRADE, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -57,7 +58,7 @@ impl Seen {
     pub(crate) fn scan(headers: &HeaderMap) -> Self {
         let mut seen = 0;
         for name in headers.keys() {
-            seen |= bit_of(name.as_str());
+            seen |= Self::bit_of(name.as_str());
         }
         Self(seen)
     }
@@ -65,34 +66,38 @@ impl Seen {
     pub(crate) const fn has(self, bits: u32) -> bool {
         self.0 & bits != 0
     }
-}
 
-fn bit_of(name: &str) -> u32 {
-    match name.len() {
-        2 if name == "te" => Seen::TE,
-        3 if name == "via" => Seen::VIA,
-        4 if name == "host" => Seen::HOST,
-        6 if name == "accept" => Seen::ACCEPT,
-        6 if name == "expect" => Seen::EXPECT,
-        6 if name == "cookie" => Seen::COOKIE,
-        7 if name == "upgrade" => Seen::UPGRADE,
-        7 if name == "trailer" => Seen::TRAILER,
-        9 if name == "forwarded" => Seen::FORWARDING,
-        9 if name == "x-real-ip" => Seen::FORWARDING,
-        10 if name == "connection" => Seen::CONNECTION,
-        10 if name == "keep-alive" => Seen::HOP,
-        11 if name == "traceparent" => Seen::TRACEPARENT,
-        12 if name == "x-request-id" => Seen::REQUEST_ID,
-        14 if name == "content-length" => Seen::CONTENT_LENGTH,
-        14 if name == "http2-settings" => Seen::HOP,
-        16 if name == "proxy-connection" => Seen::HOP,
-        17 if name == "transfer-encoding" => Seen::TRANSFER_ENCODING,
-        18 if name == "proxy-authenticate" => Seen::HOP,
-        18 if name == "x-peregrine-reason" => Seen::REASON,
-        19 if name == "proxy-authorization" => Seen::HOP,
-        _ if name.starts_with("x-forwarded-") => Seen::FORWARDING,
-        _ if name.as_bytes().contains(&b'_') => Seen::UNDERSCORE,
-        _ => 0,
+    /// The bit of a name in lower case; 0 if it does not matter.
+    pub(crate) fn bit_of(name: &str) -> u32 {
+        match name.len() {
+            2 if name == "te" => Self::TE,
+            3 if name == "via" => Self::VIA,
+            4 if name == "host" => Self::HOST,
+            6 if name == "accept" => Self::ACCEPT,
+            6 if name == "expect" => Self::EXPECT,
+            6 if name == "cookie" => Self::COOKIE,
+            7 if name == "upgrade" => Self::UPGRADE,
+            7 if name == "trailer" => Self::TRAILER,
+            9 if name == "forwarded" => Self::FORWARDING,
+            9 if name == "x-real-ip" => Self::FORWARDING,
+            10 if name == "connection" => Self::CONNECTION,
+            10 if name == "keep-alive" => Self::HOP,
+            11 if name == "traceparent" => Self::TRACEPARENT,
+            12 if name == "x-request-id" => Self::REQUEST_ID,
+            14 if name == "content-length" => Self::CONTENT_LENGTH,
+            14 if name == "http2-settings" => Self::HOP,
+            16 if name == "proxy-connection" => Self::HOP,
+            17 if name == "transfer-encoding" => Self::TRANSFER_ENCODING,
+            18 if name == "proxy-authenticate" => Self::HOP,
+            18 if name == "x-peregrine-reason" => Self::REASON,
+            19 if name == "proxy-authorization" => Self::HOP,
+            _ if name.starts_with("x-forwarded-") => {
+                // Both, or a twin of one of them would pass for the field itself.
+                Self::FORWARDING | if name.contains('_') { Self::UNDERSCORE } else { 0 }
+            }
+            _ if name.as_bytes().contains(&b'_') => Self::UNDERSCORE,
+            _ => 0,
+        }
     }
 }
 
@@ -180,7 +185,7 @@ fn remove_plain_connection(headers: &mut HeaderMap) -> bool {
     is_plain
 }
 
-fn strip_nominated(headers: &mut HeaderMap) {
+pub(crate) fn strip_nominated(headers: &mut HeaderMap) {
     let mut nominated: Vec<HeaderName> = Vec::new();
     for value in headers.get_all(CONNECTION) {
         for token in value.as_bytes().split(|b| *b == b',').map(<[u8]>::trim_ascii) {
@@ -386,7 +391,7 @@ fn strip_forwarding(headers: &mut HeaderMap) {
 fn strip_lookalikes(headers: &mut HeaderMap) {
     let guarded = |name: &HeaderName| {
         let text = name.as_str();
-        text.contains('_') && bit_of(&text.replace('_', "-")) != 0
+        text.contains('_') && Seen::bit_of(&text.replace('_', "-")) != 0
     };
     let lookalikes: Vec<HeaderName> = headers.keys().filter(|name| guarded(name)).cloned().collect();
     for name in lookalikes {
@@ -438,12 +443,9 @@ pub(crate) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]>
     crumbs.map(<[u8]>::trim_ascii).find_map(|crumb| crumb.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
 }
 
-/// Asks an HTTP/1.1 upstream for trailers, in the form that RFC 9110 §10.1.4 wants.
-pub(crate) fn ask_for_trailers(headers: &mut HeaderMap, http1: bool) {
+/// Asks an HTTP/2 upstream for trailers.
+pub(crate) fn ask_for_trailers(headers: &mut HeaderMap) {
     headers.insert(TE, TRAILERS);
-    if http1 {
-        headers.append(CONNECTION, HeaderValue::from_static("te"));
-    }
 }
 
 /// Takes off an answer what was meant for the edge only.

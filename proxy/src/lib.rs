@@ -34,9 +34,9 @@ mod framing;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod headers;
+mod http1;
 mod ids;
 mod inflight;
-mod link;
 mod listen;
 mod metrics;
 mod pool;

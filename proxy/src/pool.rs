@@ -1,9 +1,8 @@
 //! Connections to upstreams, one pool per core, keyed by upstream generation.
 //!
-//! An HTTP/1.1 connection has no task of its own while it is used: the request that has it also drives
-//! it, and while it is idle nobody does. That saves two task switches and two channel hops per request.
-//! The timekeeper looks after idle connections; whoever takes one out polls it before the first byte is
-//! written, so a connection that the upstream has closed gives the request back unsent.
+//! An HTTP/1.1 connection has no task of its own: the request that has it drives it, and while it is idle
+//! nobody does. The timekeeper looks after idle connections, and whoever takes one out looks whether it is
+//! still open before a byte is written.
 //!
 //! Retiring a generation drops its key: a connection to a retired upstream cannot be found any more.
 
@@ -14,64 +13,19 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
 use peregrine_routing::{Generation, ServicePolicy, Upstream};
 use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
 use crate::core::LocalExecutor;
-use crate::link::{Link, UpstreamStream};
+use crate::http1::Http1Conn;
 
-/// How long a connection that has sent its answer may take to become idle.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Streams that one core has on one HTTP/2 connection before it opens another; the upstream's own
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
-
-type Http1Io = TokioIo<UpstreamStream>;
-
-/// One HTTP/1.1 connection to an upstream.
-pub(crate) struct Http1Conn {
-    pub(crate) sender: http1::SendRequest<ForwardBody>,
-    conn: Option<http1::Connection<Http1Io, ForwardBody>>,
-    pub(crate) link: Rc<Link>,
-    ended: bool,
-    idle_since_ms: u64,
-    /// It has served a request before.
-    pub(crate) reused: bool,
-}
-
-impl Http1Conn {
-    /// Moves bytes both ways. Ready when the connection has ended or was upgraded.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<hyper::Result<()>> {
-        let Some(conn) = self.conn.as_mut().filter(|_| !self.ended) else {
-            return Poll::Ready(Ok(()));
-        };
-        let polled = Pin::new(conn).poll(cx);
-        self.ended = polled.is_ready();
-        polled
-    }
-
-    /// Takes the socket back after an upgrade, with what was read beyond the head.
-    pub(crate) fn into_socket(self) -> Option<(TcpStream, bytes::Bytes)> {
-        let parts = self.conn?.into_parts();
-        Some((parts.io.into_inner().into_socket()?, parts.read_buf))
-    }
-
-    /// Drops the connection proper. That hands a request which was still queued in it back to its sender.
-    pub(crate) fn discard(&mut self) {
-        self.ended = true;
-        self.conn = None;
-    }
-
-    fn is_idle(&self) -> bool {
-        !self.ended && self.sender.is_ready()
-    }
-}
 
 /// One HTTP/2 connection to an upstream; its task runs beside the requests.
 struct Http2Conn {
@@ -134,29 +88,30 @@ impl UpstreamPool {
             if age_ms >= max_age_ms && age_ms < self.idle_timeout_ms {
                 return None;
             }
-            let conn = idle.pop()?;
-            if age_ms < max_age_ms && conn.is_idle() {
+            let mut conn = idle.pop()?;
+            if age_ms < max_age_ms && conn.is_open() {
                 return Some(conn);
             }
         }
     }
 
-    /// Takes a connection back whose request is over. One that is not idle yet gets a moment to be.
+    /// Takes a connection back whose answer is over. If its request is still going up, it comes back when
+    /// that is through.
     pub(crate) fn give_back(self: &Rc<Self>, mut conn: Box<Http1Conn>) {
-        if self.retired.get() || conn.ended {
+        if !conn.is_away() {
+            if conn.is_reusable() {
+                self.keep(conn);
+            }
             return;
         }
-        if !conn.is_idle() {
-            let mut cx = Context::from_waker(Waker::noop());
-            if conn.poll(&mut cx).is_ready() {
-                return;
+        let pool = Rc::downgrade(self);
+        tokio::task::spawn_local(async move {
+            if let Some(conn) = conn.recycle().await
+                && let Some(pool) = pool.upgrade()
+            {
+                pool.keep(conn);
             }
-            if !conn.sender.is_ready() {
-                self.settle(conn);
-                return;
-            }
-        }
-        self.keep(conn);
+        });
     }
 
     fn keep(&self, mut conn: Box<Http1Conn>) {
@@ -167,48 +122,6 @@ impl UpstreamPool {
         conn.reused = true;
         conn.idle_since_ms = self.clock_ms.get();
         idle.push(conn);
-    }
-
-    fn settle(self: &Rc<Self>, conn: Box<Http1Conn>) {
-        let pool = Rc::downgrade(self);
-        tokio::task::spawn_local(async move {
-            if let Ok(Some(conn)) = tokio::time::timeout(SETTLE_TIMEOUT, until_idle(conn)).await
-                && let Some(pool) = pool.upgrade()
-            {
-                pool.keep(conn);
-            }
-        });
-    }
-
-    /// Gives a connection a task of its own: its request is still going up while the answer comes down,
-    /// and a client that takes nothing must not hold up what it sends.
-    pub(crate) fn detach(self: &Rc<Self>, conn: Box<Http1Conn>) {
-        let pool = Rc::downgrade(self);
-        tokio::task::spawn_local(async move {
-            if let Some(conn) = until_idle(conn).await
-                && let Some(pool) = pool.upgrade()
-            {
-                pool.keep(conn);
-            }
-        });
-    }
-
-    /// Makes an HTTP/1.1 connection of a socket.
-    pub(crate) async fn open_http1(
-        builder: &http1::Builder,
-        socket: TcpStream,
-    ) -> hyper::Result<Box<Http1Conn>> {
-        let link = Rc::<Link>::default();
-        let stream = UpstreamStream::new(socket, Rc::clone(&link));
-        let (sender, conn) = builder.handshake(TokioIo::new(stream)).await?;
-        Ok(Box::new(Http1Conn {
-            sender,
-            conn: Some(conn),
-            link,
-            ended: false,
-            idle_since_ms: 0,
-            reused: false,
-        }))
     }
 
     /// A place on an HTTP/2 connection that is open.
@@ -280,11 +193,9 @@ impl UpstreamPool {
     /// Closes what the upstream has closed, and what was idle for too long.
     fn sweep(&self) {
         let now_ms = self.clock_ms.get();
-        let mut cx = Context::from_waker(Waker::noop());
         let mut idle = self.idle.take();
         idle.retain_mut(|conn| {
-            now_ms.saturating_sub(conn.idle_since_ms) < self.idle_timeout_ms
-                && conn.poll(&mut cx).is_pending()
+            now_ms.saturating_sub(conn.idle_since_ms) < self.idle_timeout_ms && conn.is_open()
         });
         *self.idle.borrow_mut() = idle;
         self.http2.borrow_mut().retain(|conn| {
@@ -296,14 +207,6 @@ impl UpstreamPool {
     fn is_unused(&self) -> bool {
         self.idle.borrow().is_empty() && self.http2.borrow().is_empty()
     }
-}
-
-async fn until_idle(mut conn: Box<Http1Conn>) -> Option<Box<Http1Conn>> {
-    let idle = std::future::poll_fn(|cx| match conn.poll(cx) {
-        Poll::Ready(_) => Poll::Ready(false),
-        Poll::Pending => conn.sender.poll_ready(cx).map(|ready| ready.is_ok()),
-    });
-    idle.await.then_some(conn)
 }
 
 /// The pools of a core.

@@ -32,6 +32,14 @@ impl Form {
     }
 }
 
+/// An answer to a client. Its version is the client's connection's own.
+pub(crate) fn response(status: StatusCode, headers: HeaderMap, body: ReplyBody) -> Response<ReplyBody> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
 /// The answer to a request that the edge cannot have answered by anybody else.
 pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response<ReplyBody> {
     let flight = &guard.0;
