@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use peregrine_routing::HostPattern;
 
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{MachineSpec, MoveSettings, ServiceSpec, Workload};
+use crate::model::{CAPABILITIES, MachineSpec, MoveSettings, ServiceSpec, Workload};
 use crate::render;
 
 /// Longest DNS label (RFC 1035 §2.3.4).
@@ -49,6 +49,15 @@ fn workload(what: &str, workload: &Workload) -> Result<(), EngineError> {
         }
         Workload::Image { port: 0, .. } => {
             Err(invalid(format!("{what}: port 0"), "Write the port that the container listens on."))
+        }
+        Workload::Image { capabilities, .. } => {
+            match capabilities.iter().find(|name| !CAPABILITIES.contains(&name.as_str())) {
+                Some(name) => Err(invalid(
+                    format!("{what}: a container cannot be given the capability {name:?}"),
+                    format!("Write names such as SETUID, without CAP_: {}.", CAPABILITIES.join(", ")),
+                )),
+                None => Ok(()),
+            }
         }
         Workload::Command { command, .. } if command.is_empty() => Err(invalid(
             format!("{what} has an empty command"),
@@ -112,4 +121,32 @@ fn name(kind: &str, name: &str) -> Result<(), EngineError> {
 
 fn invalid(message: String, hint: impl Into<String>) -> EngineError {
     EngineError::new(ErrorKind::Invalid, "spec.invalid", message, hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowing(name: &str) -> Workload {
+        Workload::Image {
+            image: "shop:1".to_owned(),
+            port: 80,
+            command: None,
+            env: Default::default(),
+            capabilities: [name.to_owned()].into(),
+        }
+    }
+
+    #[test]
+    fn a_container_is_given_back_only_capabilities_that_are_no_power_over_the_machine() {
+        for name in CAPABILITIES {
+            assert!(workload("service shop", &allowing(name)).is_ok(), "{name}");
+        }
+        for name in ["SYS_ADMIN", "ALL", "CAP_SETUID", "setuid", "", " SETUID"] {
+            let error = workload("service shop", &allowing(name)).expect_err(name);
+            assert_eq!((error.kind, error.code), (ErrorKind::Invalid, "spec.invalid"));
+            assert!(error.message.contains(&format!("{name:?}")), "{}", error.message);
+            assert!(error.hint.contains("SETUID, SYS_CHROOT"), "{}", error.hint);
+        }
+    }
 }

@@ -143,7 +143,8 @@ impl Hosts {
     pub(super) fn workload(&self) -> Result<Workload> {
         let env = std::collections::BTreeMap::new();
         if self.image.is_some() {
-            return Ok(Workload::Image { image: IMAGE.to_owned(), port: SHOP_PORT, command: None, env });
+            let (image, capabilities) = (IMAGE.to_owned(), std::collections::BTreeSet::new());
+            return Ok(Workload::Image { image, port: SHOP_PORT, command: None, env, capabilities });
         }
         let program =
             std::env::current_exe().map_err(|error| super::failed("this program's own file", &error))?;

@@ -299,7 +299,7 @@ impl Workload {
     #[must_use]
     pub fn with_values(workload: &engine::Workload) -> Self {
         match workload {
-            engine::Workload::Image { image, port, command, env } => {
+            engine::Workload::Image { image, port, command, env, .. } => {
                 Self::Image { image: image.clone(), port: *port, command: command.clone(), env: env.clone() }
             }
             engine::Workload::Command { command, directory, env } => Self::Command {
@@ -330,6 +330,7 @@ impl Workload {
                 port: *port,
                 command: command.clone(),
                 env: filled(env, present, errors),
+                capabilities: std::collections::BTreeSet::new(),
             },
             Self::Command { command, directory, env } => engine::Workload::Command {
                 command: command.clone(),

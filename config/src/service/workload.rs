@@ -51,6 +51,7 @@ pub(super) fn workload(fields: &mut Fields<'_>) -> Option<Workload> {
                     None => None,
                 },
                 env,
+                capabilities: std::collections::BTreeSet::new(),
             })
         }
         (None, Some(command), None) => {

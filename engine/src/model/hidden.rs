@@ -23,6 +23,8 @@ impl fmt::Debug for HiddenBytes {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use bytes::Bytes;
 
     use crate::model::{HealthSpec, Resources, RolloutId, Version, Workload};
@@ -39,7 +41,13 @@ mod tests {
     fn workloads() -> [Workload; 2] {
         let env = || [("PASSWORD".to_owned(), SECRET.to_owned())].into();
         [
-            Workload::Image { image: "shop:1".to_owned(), port: 80, command: None, env: env() },
+            Workload::Image {
+                image: "shop:1".to_owned(),
+                port: 80,
+                command: None,
+                env: env(),
+                capabilities: BTreeSet::new(),
+            },
             Workload::Command { command: vec!["shop".to_owned()], directory: None, env: env() },
         ]
     }

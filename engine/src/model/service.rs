@@ -1,6 +1,6 @@
 //! Services: what is to run, how it is reached and how it may be moved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,9 @@ pub enum Workload {
         /// Environment. Values may be `${secret:NAME}` later; they are never logged.
         #[serde(default)]
         env: BTreeMap<String, String>,
+        /// What is given back of the capabilities that containers do not have here: some of [`CAPABILITIES`].
+        #[serde(default)]
+        capabilities: BTreeSet<String>,
     },
     /// A command. Needs a process machine. It is told its address by `HOST` and `PORT`.
     Command {
@@ -76,15 +79,38 @@ pub enum Workload {
     },
 }
 
+/// Capabilities (capabilities(7), without `CAP_`) that a container may be given back: those that engines give
+/// without being asked, and two that let it take more of its own machine's memory and time. Every other one is
+/// power over the machine.
+pub const CAPABILITIES: [&str; 16] = [
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "IPC_LOCK",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+    "SYS_NICE",
+];
+
 impl std::fmt::Debug for Workload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Image { image, port, command, env } => f
+            Self::Image { image, port, command, env, capabilities } => f
                 .debug_struct("Image")
                 .field("image", image)
                 .field("port", port)
                 .field("command", command)
                 .field("env", &HiddenValues(env))
+                .field("capabilities", capabilities)
                 .finish(),
             Self::Command { command, directory, env } => f
                 .debug_struct("Command")

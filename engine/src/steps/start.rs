@@ -98,9 +98,9 @@ pub(crate) fn instance_spec(
         return Err(missing(&instance.id));
     };
     let (run, env) = match &version.workload {
-        Workload::Image { image, port, command, env } => {
+        Workload::Image { image, port, command, env, capabilities } => {
             let image = version.digest.clone().unwrap_or_else(|| image.clone());
-            let capabilities = Vec::new();
+            let capabilities = capabilities.iter().cloned().collect();
             (Run::Container { image, command: command.clone(), port: *port, capabilities }, env)
         }
         Workload::Command { command, directory, env } => {

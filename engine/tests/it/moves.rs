@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use peregrine_engine::model::{EventBody, FixedUpstream, Phase, Workload};
+use peregrine_engine::runtime::Run;
 use peregrine_engine::{Ask, MoveOverrides};
 
 use crate::support::{Bench, machines_of, move_to, shop, shop_image, until};
@@ -66,6 +67,35 @@ async fn an_image_that_no_registry_has_is_streamed_from_a_machine_that_has_it() 
     assert!(ended.transferred_bytes > 0);
     assert_eq!(world.calls("host-b", "import"), 1);
     bench.assert_tidy(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn capabilities_go_with_the_version_to_the_containers_and_a_change_is_a_new_version() {
+    let bench = Bench::with_image().await;
+    bench.deploy(shop_image("shop:1"), Some("host-a")).await;
+    let given = |bench: &Bench| {
+        let copy = &bench.serving()[0];
+        match bench.world.spec(&copy.machine, &copy.id).run {
+            Run::Container { capabilities, .. } => (copy.version, capabilities),
+            Run::Process { .. } => panic!("it is a container"),
+        }
+    };
+    assert_eq!(given(&bench), (1, Vec::new()));
+    let mut spec = shop_image("shop:1");
+    if let Workload::Image { capabilities, .. } = &mut spec.workload {
+        *capabilities = ["SETUID".to_owned(), "SETGID".to_owned()].into();
+    }
+    bench.deploy(spec.clone(), None).await;
+    assert_eq!(given(&bench), (2, vec!["SETGID".to_owned(), "SETUID".to_owned()]));
+    bench.done(Ask::Rollback { service: "shop".to_owned(), to_version: None }).await;
+    assert_eq!(given(&bench), (1, Vec::new()));
+    if let Workload::Image { capabilities, .. } = &mut spec.workload {
+        *capabilities = ["SYS_ADMIN".to_owned()].into();
+    }
+    let overrides = MoveOverrides::default();
+    let ask = Ask::Deploy { spec: Box::new(spec), machine: None, overrides };
+    let refused = bench.engine.start(ask, "test".to_owned(), None, None).await.expect_err("power");
+    assert_eq!(refused.code, "spec.invalid");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

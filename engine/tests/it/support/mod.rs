@@ -243,8 +243,13 @@ pub(crate) fn shop() -> ServiceSpec {
 /// The shop as an image.
 pub(crate) fn shop_image(image: &str) -> ServiceSpec {
     let mut spec = shop();
-    spec.workload =
-        Workload::Image { image: image.to_owned(), port: 80, command: None, env: Default::default() };
+    spec.workload = Workload::Image {
+        image: image.to_owned(),
+        port: 80,
+        command: None,
+        env: Default::default(),
+        capabilities: Default::default(),
+    };
     spec
 }
 

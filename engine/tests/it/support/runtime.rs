@@ -137,6 +137,11 @@ impl World {
         id
     }
 
+    /// What a runtime was told of an instance that is there.
+    pub(crate) fn spec(&self, machine: &str, id: &InstanceId) -> InstanceSpec {
+        self.lock().machines[machine].instances[id].spec.clone()
+    }
+
     pub(crate) fn calls(&self, machine: &str, verb: &str) -> u32 {
         self.lock().machines[machine].calls.get(verb).copied().unwrap_or(0)
     }
