@@ -24,7 +24,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, V
 use http_body::Body;
 use hyper::body::Incoming;
 use peregrine_routing::{
-    Address, Evidence, Outcome, RetryClass, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
+    Evidence, Outcome, RetryClass, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
 };
 use tokio::net::TcpStream;
 
@@ -42,6 +42,7 @@ use crate::headers::{self, Added, Owed, Seen, Wishes};
 use crate::http1::{self, Head, Http1Conn, Http1Error};
 use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
 use crate::pool::UpstreamPool;
+use crate::resolve::DialError;
 use crate::respond::{self, Form};
 use crate::route;
 use crate::upgrade::Tunnel;
@@ -603,16 +604,11 @@ async fn connect(
 ) -> Result<TcpStream, ProxyError> {
     flight.wait(Waits::Connect, policy.connect_timeout_ms);
     let not_sent = |reason| ProxyError::with(reason, Evidence::NotSent);
-    let address = match upstream.address() {
-        Address::Socket(address) => *address,
-        Address::Name { host, port } => {
-            let resolved = unless_stopped(flight, core.resolver.resolve(host, core.random.next())).await;
-            let ip = resolved.map_err(not_sent)?;
-            (ip.map_err(|error| not_sent(Reason::DnsFailed).because(error))?, *port).into()
-        }
-    };
-    let socket = unless_stopped(flight, TcpStream::connect(address)).await.map_err(not_sent)?;
-    let socket = socket.map_err(|error| not_sent(Reason::ConnectFailed).because(error))?;
+    let dialled = unless_stopped(flight, core.resolver.dial(upstream.address(), core.random.next())).await;
+    let socket = dialled.map_err(not_sent)?.map_err(|error| match error {
+        DialError::Name(error) => not_sent(Reason::DnsFailed).because(error),
+        DialError::Connect(error) => not_sent(Reason::ConnectFailed).because(error),
+    })?;
     socket.set_nodelay(true).map_err(|error| not_sent(Reason::ConnectFailed).because(error))?;
     Ok(socket)
 }

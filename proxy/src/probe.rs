@@ -11,7 +11,7 @@ use http::{HeaderValue, Request, Uri};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use peregrine_routing::{
-    Address, Generation, Health, HealthCheck, HealthCheckKind, TableReader, Upstream, UpstreamProtocol,
+    Generation, Health, HealthCheck, HealthCheckKind, TableReader, Upstream, UpstreamProtocol,
 };
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -20,7 +20,7 @@ use crate::body::ForwardBody;
 use crate::clock::{now_ms, now_us};
 use crate::core::LocalExecutor;
 use crate::ids::Random;
-use crate::resolve::Resolver;
+use crate::resolve::{DialError, Resolver};
 
 /// Shortest time between two looks at the table: a burst of changes is taken in at once.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -38,8 +38,10 @@ enum Bad {
     Io(#[from] std::io::Error),
     #[error("{0}")]
     Http(#[from] hyper::Error),
-    #[error("{0}")]
-    Name(String),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("{0:?} is no path to probe")]
+    Path(String),
 }
 
 struct Probed {
@@ -137,14 +139,7 @@ async fn probe(
 }
 
 async fn ask(upstream: &Upstream, check: &HealthCheck, resolver: &Resolver, random: u64) -> Result<(), Bad> {
-    let socket = match upstream.address() {
-        Address::Socket(address) => TcpStream::connect(address).await?,
-        Address::Name { host, port } => {
-            let address =
-                resolver.resolve(host, random).await.map_err(|error| Bad::Name(error.to_string()))?;
-            TcpStream::connect((address, *port)).await?
-        }
-    };
+    let socket = resolver.dial(upstream.address(), random).await?;
     let HealthCheckKind::Http { path, host } = &check.kind else { return Ok(()) };
     let host = host.as_ref().map_or_else(|| upstream.address().to_string(), ToString::to_string);
     let status = match upstream.protocol() {
@@ -167,7 +162,7 @@ fn request(uri: Uri, host: Option<&str>) -> Request<ForwardBody> {
 }
 
 fn bad_path(path: &str) -> Bad {
-    Bad::Name(format!("{path:?} is no path to probe"))
+    Bad::Path(path.to_owned())
 }
 
 async fn ask_http1(socket: TcpStream, path: &str, host: &str) -> Result<u16, Bad> {

@@ -3,6 +3,7 @@
 //! up any more, its last addresses stay in use: an outage of DNS is no outage of the site.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hickory_resolver::TokioResolver;
+use peregrine_routing::Address;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::now_ms;
@@ -18,6 +23,8 @@ use crate::clock::now_ms;
 /// An answer is never used for a shorter or a longer time than this, whatever its TTL.
 const MIN_TTL: Duration = Duration::from_secs(1);
 const MAX_TTL: Duration = Duration::from_secs(30);
+/// How long an address is waited for before the next one is tried beside it (RFC 8305 §8).
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// A name that nobody has asked for in this time is forgotten.
 const FORGET_AFTER_MS: u64 = 600_000;
 /// How often names are looked at.
@@ -61,26 +68,65 @@ pub(crate) fn resolver() -> (Resolver, Lookups) {
     (Resolver { names: Arc::clone(&names), asks: sender }, Lookups { names, asks: receiver })
 }
 
+/// Why an upstream cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error(transparent)]
+    Name(#[from] ResolveError),
+    #[error("cannot connect: {0}")]
+    Connect(#[from] io::Error),
+}
+
 impl Resolver {
-    /// One of the name's addresses. Ready at once if the name is known.
-    pub(crate) async fn resolve(&self, name: &Arc<str>, random: u64) -> Result<IpAddr, ResolveError> {
-        if let Ok(literal) = name.trim_matches(['[', ']']).parse() {
-            return Ok(literal);
+    /// Connects to an upstream. Every address of a name is tried, from a random one on: the next when one
+    /// fails, or has not answered within [`ATTEMPT_DELAY`] (RFC 8305 §5), and the first that answers wins.
+    pub(crate) async fn dial(&self, address: &Address, random: u64) -> Result<TcpStream, DialError> {
+        let (host, port) = match address {
+            Address::Socket(address) => return Ok(TcpStream::connect(*address).await?),
+            Address::Name { host, port } => (host, *port),
+        };
+        if let Ok(literal) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
+            return Ok(TcpStream::connect((literal, port)).await?);
         }
+        let known = self.known(host).await?;
+        let (addresses, count) = (&known.addresses, known.addresses.len());
+        let first = (random % count as u64) as usize;
+        let mut attempts = FuturesUnordered::new();
+        let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for at in 0..count {
+            attempts.push(TcpStream::connect((addresses[(first + at) % count], port)));
+            let is_last = at + 1 == count;
+            loop {
+                let ended = if is_last {
+                    attempts.next().await
+                } else {
+                    // Silence starts the next one beside this one.
+                    let Ok(ended) = tokio::time::timeout(ATTEMPT_DELAY, attempts.next()).await else { break };
+                    ended
+                };
+                match ended {
+                    Some(Ok(socket)) => return Ok(socket),
+                    Some(Err(error)) => failure = error,
+                    None => break,
+                }
+                if !is_last {
+                    break;
+                }
+            }
+        }
+        Err(failure.into())
+    }
+
+    /// What is known of a name. Ready at once if it was asked for before.
+    async fn known(&self, name: &Arc<str>) -> Answer {
         if let Some(known) = self.names.load().get(name) {
             known.used_ms.store(now_ms(), Relaxed);
-            return Ok(known.pick(random));
+            return Ok(Arc::clone(known));
         }
         let gone = || ResolveError { name: Arc::clone(name), cause: "the edge is shutting down".into() };
         let (sender, receiver) = oneshot::channel();
         self.asks.send((Arc::clone(name), sender)).map_err(|_| gone())?;
-        Ok(receiver.await.map_err(|_| gone())??.pick(random))
-    }
-}
-
-impl Known {
-    fn pick(&self, random: u64) -> IpAddr {
-        self.addresses[(random % self.addresses.len() as u64) as usize]
+        receiver.await.map_err(|_| gone())?
     }
 }
 

@@ -229,9 +229,8 @@ fn a_name_that_is_an_address_needs_no_name_server() {
 }
 
 /// A name may have addresses of both families, of which one leads nowhere: `localhost`, with an origin that listens
-/// on 127.0.0.1 only. Today one of the addresses is drawn and no other is tried, so some requests fail.
+/// on 127.0.0.1 only. Whichever of the two is tried first, the other is tried after it.
 #[test]
-#[ignore = "the edge tries one address of a name per connection; to be switched on with its repair"]
 fn a_name_with_an_address_that_leads_nowhere_is_reached_by_the_other() {
     let origin = Origin::scripted(|conn| {
         if conn.request().is_some() {
