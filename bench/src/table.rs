@@ -170,6 +170,7 @@ fn spec(name: String, generation: u64, hosts: Vec<HostPattern>) -> ServiceSpec {
         address: Address::Socket(address),
         protocol: UpstreamProtocol::Http1,
         weight: 1,
+        ready_connections: 0,
     };
     ServiceSpec {
         name: name.into(),

@@ -103,7 +103,12 @@ impl Contender {
             Kind::Haproxy => fs::write(folder.join("haproxy.cfg"), HAPROXY_CONFIG),
             Kind::Peregrine => {
                 fs::create_dir(folder.join("data"))?;
-                fs::write(folder.join("peregrine.toml"), PEREGRINE_CONFIG)
+                let access_log = if self.access_log {
+                    format!("\n[edge.access_log]\nto = \"{}\"\n", folder.join("access.log").display())
+                } else {
+                    String::new()
+                };
+                fs::write(folder.join("peregrine.toml"), format!("{PEREGRINE_CONFIG}{access_log}"))
             }
         }
     }
