@@ -50,6 +50,8 @@ impl Server {
             .map_err(|error| Failure::new(Exit::Failed, error.code, error.message).hint(error.hint))?;
         let api_config = peregrine_api::Config {
             allow_clear_text_on_public_address: config.api.allow_clear_text_on_public_address,
+            allowed_hosts: config.api.allowed_hosts,
+            metrics_without_token: config.api.metrics_without_token,
             metrics: Some(Arc::new(move || metrics.render())),
             ..peregrine_api::Config::new(config.api.listen, data)
         };

@@ -3,26 +3,58 @@
 use std::io::IsTerminal;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata, Subscriber};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt, registry};
 
 use crate::cli::args::LogFormat;
 
 /// Levels unless `RUST_LOG` says otherwise.
 const DEFAULT_LEVELS: &str = "info";
+/// Levels of the demo, which tells its own story: only what goes wrong is logged, unless `RUST_LOG` asks for more.
+const QUIET_LEVELS: &str = "error";
+/// The crate that speaks with Docker. Below "info" it prints the bodies of its requests, and with them the
+/// environments of containers.
+const PRINTS_BODIES: &str = "bollard";
 /// Upper bounds of the duration histograms in seconds: from what a loopback takes to what a time-out allows.
 const DURATION_BUCKETS_S: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// Starts the log on standard error. A second call (tests, the demo) keeps the first one's choice.
 pub(crate) fn log(format: Option<LogFormat>) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LEVELS));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let terminal = std::io::stderr().is_terminal();
-    let format = format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
+    start(DEFAULT_LEVELS, format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json }));
+}
+
+/// Starts the log of the demo.
+pub(crate) fn quiet_log() {
+    start(QUIET_LEVELS, LogFormat::Text);
+}
+
+fn start(levels: &str, format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(levels));
+    let log = without_secrets(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
     let _already_started = match format {
-        LogFormat::Text => builder.with_ansi(terminal).try_init(),
-        LogFormat::Json => builder.json().try_init(),
+        LogFormat::Text => log.with(lines.with_ansi(std::io::stderr().is_terminal())).try_init(),
+        LogFormat::Json => log.with(lines.json()).try_init(),
     };
+}
+
+/// What passes `filter`, less what may bear secrets. No directive gets round it: `bollard::docker=trace` is more
+/// special than any that could be added to the filter itself, so this is a filter of its own.
+fn without_secrets(
+    filter: EnvFilter,
+) -> impl Subscriber + for<'span> LookupSpan<'span> + Send + Sync + 'static {
+    registry().with(filter).with(filter_fn(|line| !may_bear_secrets(line)))
+}
+
+fn may_bear_secrets(line: &Metadata<'_>) -> bool {
+    let from_there = line.target().strip_prefix(PRINTS_BODIES).is_some_and(|rest| !rest.starts_with('_'));
+    from_there && *line.level() > Level::INFO
 }
 
 /// Starts the metrics and returns what renders them as Prometheus text.
@@ -32,9 +64,53 @@ pub(crate) fn metrics() -> anyhow::Result<PrometheusHandle> {
     Ok(builder.install_recorder()?)
 }
 
-/// The demo tells its own story: only what goes wrong is logged, unless `RUST_LOG` asks for more.
-pub(crate) fn quiet_log() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let _already_started = builder.try_init();
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("a lock").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged_with(levels: &str) -> String {
+        let written = Written::default();
+        let to = written.clone();
+        let log = without_secrets(EnvFilter::new(levels)).with(fmt::layer().with_writer(move || to.clone()));
+        tracing::subscriber::with_default(log, || {
+            tracing::debug!(target: "bollard::docker", "the body: TOKEN=hunter2");
+            tracing::trace!(target: "bollard::docker", "the body: TOKEN=hunter2");
+            tracing::debug!(target: "bollard", "the body: TOKEN=hunter2");
+            tracing::info!(target: "bollard::docker", "connected");
+            tracing::debug!(target: "peregrine_engine::steps", "a step begins");
+        });
+        let bytes = written.0.lock().expect("a lock").clone();
+        String::from_utf8(bytes).expect("UTF-8")
+    }
+
+    #[test]
+    fn no_levels_that_are_asked_for_print_the_environments_of_containers() {
+        for levels in ["debug", "trace", "bollard=trace", "info,bollard::docker=trace"] {
+            let log = logged_with(levels);
+            assert!(!log.contains("hunter2"), "{levels}: {log}");
+            assert!(log.contains("connected"), "{levels}: {log}");
+        }
+    }
+
+    #[test]
+    fn our_own_lines_are_as_the_levels_say() {
+        assert!(logged_with("debug").contains("a step begins"));
+        assert!(!logged_with("info").contains("a step begins"));
+    }
 }

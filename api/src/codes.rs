@@ -68,13 +68,21 @@ codes! {
     INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
 }
 
-/// Conflicts that pass by themselves: the same request may succeed later.
-pub const CONFLICTS_THAT_PASS: &[&str] =
-    &["move.going_back", "move.in_progress", "move.past_return", "move.running", "store.conflict"];
+/// Conflicts and failures of the engine that pass: the same request may succeed later.
+pub const PASSING: &[&str] = &[
+    "cleanup.incomplete",
+    "move.going_back",
+    "move.in_progress",
+    "move.past_return",
+    "move.running",
+    "move.second",
+    "store.conflict",
+];
 
 /// Every code that the engine refuses with, or names in the blockers, warnings and problems of plans and moves.
 pub const ENGINE: &[&str] = &[
     "claim.lost",
+    "cleanup.incomplete",
     "engine.defect",
     "engine.overtaken",
     "engine.stopped",
@@ -91,6 +99,7 @@ pub const ENGINE: &[&str] = &[
     "instance.never_healthy",
     "instance.not_removed",
     "instance.old_died",
+    "instance.out_of_memory",
     "instance.start_timeout",
     "instance.unknown",
     "instance.unwell",
@@ -108,6 +117,7 @@ pub const ENGINE: &[&str] = &[
     "move.past_return",
     "move.running",
     "move.same_place",
+    "move.second",
     "move.unknown",
     "plan.blocked",
     "plan.changed",
@@ -139,6 +149,7 @@ pub const ENGINE: &[&str] = &[
     "store.too_large",
     "version.unknown",
     "warm.path_failed",
+    "warm.too_slow",
     "workload.fixed",
     "workload.kind_changed",
 ];
@@ -163,7 +174,8 @@ mod tests {
         }
     }
 
-    /// What looks like a code in the engine's sources and is none: files, labels of containers, types of events.
+    /// What looks like a code in the engine's sources and is none: files (also those of control groups), attributes of
+    /// files, labels of containers, types of events.
     fn is_something_else(word: &str) -> bool {
         const ENDINGS: &[&str] = &[".json", ".log", ".db", ".lock", ".sock", ".tar", ".toml"];
         const EVENTS: &[&str] = &[
@@ -181,8 +193,9 @@ mod tests {
             "move.done",
             "instance.changed",
         ];
-        word.starts_with("peregrine.")
-            || word.starts_with("docker.")
+        const FAMILIES: &[&str] =
+            &["cgroup.", "cpu.", "docker.", "memory.", "peregrine.", "pids.", "trusted.", "user."];
+        FAMILIES.iter().any(|family| word.starts_with(family))
             || ENDINGS.iter().any(|ending| word.ends_with(ending))
             || EVENTS.contains(&word)
     }
@@ -223,7 +236,7 @@ mod tests {
         for code in shared.filter(|code| **code != &KEY_REUSED) {
             assert!(code.code.ends_with(".unknown") && code.status == 404, "{code:?}");
         }
-        for code in CONFLICTS_THAT_PASS {
+        for code in PASSING {
             assert!(ENGINE.contains(code), "{code}");
         }
     }

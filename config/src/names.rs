@@ -62,6 +62,11 @@ pub(crate) fn host_pattern(text: &str) -> Result<String, &'static str> {
     host_name(name).map(|()| format!("{prefix}{}", name.to_ascii_lowercase()))
 }
 
+/// Whether a host is an address: `10.0.0.1` or `[::1]`.
+pub(crate) fn is_ip_address(host: &str) -> bool {
+    host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok()
+}
+
 fn host_name(name: &str) -> Result<(), &'static str> {
     if name.len() > MAX_HOST_BYTES {
         return Err("a host has at most 253 characters");

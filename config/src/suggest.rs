@@ -51,7 +51,7 @@ pub(crate) fn word<'w>(said: &str, known: &[&'w str]) -> Option<&'w str> {
     let allowed = 1 + said.chars().count() / 4; // one slip, and one more for every four letters
     known
         .iter()
-        .map(|word| (strsim::osa_distance(&lower, word), *word))
+        .map(|word| (strsim::osa_distance(&lower, &word.to_lowercase()), *word))
         .filter(|(distance, word)| *distance <= allowed && *distance < word.chars().count())
         .min()
         .map(|(_, word)| word)

@@ -16,6 +16,7 @@ const CHANGING: &[&str] = &[
     "moves promote",
     "moves abort",
     "moves rollback",
+    "moves cleanup",
     "rollback",
     "scale",
     "services remove",

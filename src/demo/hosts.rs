@@ -107,11 +107,11 @@ impl Hosts {
             .map_err(|error| super::failed("packing the image", &error))?;
         screen.say(&format!("the shop's image is on {HOST_A} alone, {:.1} MiB", mib(packed.archive.len())));
         let runtime = self.runtime(0, data)?;
+        self.image = Some(packed.id.clone()); // before the deed: an interrupted one is taken away too
         let chunks: Vec<_> =
             packed.archive.chunks(1 << 20).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
         let stream = futures_util::stream::iter(chunks).boxed();
         runtime.import(&packed.id, stream, &|_, _| {}).await.map_err(runtime_failed)?;
-        self.image = Some(packed.id);
         Ok(())
     }
 
@@ -165,7 +165,7 @@ impl Hosts {
             }
         }
         if let Kind::TwoEngines(Some(engines)) = self.kind {
-            result = engines.stop().await.map_err(|error| failed_text(&error.to_string()));
+            result = result.and(engines.stop().await.map_err(|error| failed_text(&error.to_string())));
         }
         result
     }

@@ -16,7 +16,7 @@ use peregrine_config::ServerConfig;
 use peregrine_engine::model::{
     HealthKind, HealthSpec, MoveSettings, Resources, Route, ServiceSpec, TrafficPolicy,
 };
-use peregrine_engine::{Ask, MoveOverrides};
+use peregrine_engine::{Ask, EngineHandle, ErrorKind, MoveOverrides};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::args::DemoArgs;
@@ -115,7 +115,8 @@ impl Running {
         let failed = traffic.failed();
         screen.say(&format!("clients  {} requests, {} failed", traffic.sent(), failed));
         if args.stay {
-            story::next_commands(screen, server.api_addr(), data, edge);
+            let next = if args.moves % 2 == 0 { hosts::HOST_B } else { hosts::HOST_A };
+            story::next_commands(screen, server.api_addr(), data, edge, next);
             std::future::pending::<()>().await;
         }
         if failed > 0 {
@@ -131,12 +132,11 @@ impl Running {
         }
         let mut result = Ok(());
         if let Some(server) = self.server {
-            // The shop goes first, while there is an engine to take it down. It may never have come up.
-            match server.engine().remove_service(SHOP).await {
-                Err(error) if error.kind != peregrine_engine::ErrorKind::NotFound => {
-                    result = Err(refused(&error))
-                }
-                _ => {}
+            // Services go first, while there is an engine to take them down: the shop, if it came up at all, and
+            // whatever else was deployed during `--stay`.
+            let services: Vec<String> = server.engine().state().services.keys().cloned().collect();
+            for service in services {
+                result = result.and(remove(server.engine(), &service).await);
             }
             result = result.and(server.stop().await);
         }
@@ -147,6 +147,22 @@ impl Running {
             screen.say("everything is gone");
         }
         result
+    }
+}
+
+/// Removes a service. A move of it that is under way is turned back first, or, past its return, ends.
+async fn remove(engine: &EngineHandle, service: &str) -> Result {
+    let running = engine.state().services.get(service).and_then(|known| known.rollout.clone());
+    if let Some(id) = running {
+        match engine.abort(&id).await {
+            Err(error) if error.kind != ErrorKind::Conflict => return Err(refused(&error)),
+            _ => {}
+        }
+        engine.ended(&id).await.map_err(|error| refused(&error))?;
+    }
+    match engine.remove_service(service).await {
+        Err(error) if error.kind != ErrorKind::NotFound => Err(refused(&error)),
+        _ => Ok(()),
     }
 }
 

@@ -258,16 +258,15 @@ fn print_receipt(screen: &Screen, receipt: &Receipt, client_failed: u64, longest
     ));
 }
 
-/// What to type next, for `--stay`.
-pub(super) fn next_commands(screen: &Screen, api: SocketAddr, data: &Path, edge: SocketAddr) {
+/// What to type next, for `--stay`. Every line works as it is typed, in this order.
+pub(super) fn next_commands(screen: &Screen, api: SocketAddr, data: &Path, edge: SocketAddr, to: &str) {
     let program =
         std::env::current_exe().map_or_else(|_| "peregrine".to_owned(), |path| path.display().to_string());
     screen.say("\neverything stays up until Ctrl-C. In another terminal:");
     screen.say(&format!("  export PEREGRINE_API=http://{api} PEREGRINE_DATA={}", data.display()));
     screen.say(&format!("  curl http://{edge}/"));
-    for command in
-        ["status", "move shop --to host-b", "moves list", "rollback shop", "logs shop -f", "events -f"]
-    {
+    let to_there = format!("move {SHOP} --to {to}");
+    for command in ["status", &to_there, "moves list", "scale shop 2", "logs shop -f", "events -f"] {
         screen.say(&format!("  {program} {command}"));
     }
 }
@@ -302,6 +301,7 @@ pub(super) fn run_shop() -> ExitCode {
             ..OriginOptions::default()
         })
         .await?;
+        println!("{SHOP} listens on {}", origin.addr()); // what `peregrine logs shop` shows
         terminate.recv().await;
         origin.shutdown().await;
         std::io::Result::Ok(())

@@ -1,7 +1,7 @@
 //! The typed client: every call of the API, as the command line uses it.
 //!
 //! No call hangs: opening a connection, the head and the body of an answer each have a named limit. Streams
-//! go on by themselves after a broken connection. An error says whether the server was reached at all, and
+//! go on by themselves after a broken connection; a call that bears an idempotency key is made once more. An error says whether the server was reached at all, and
 //! is the server's own [`Problem`](crate::types::Problem) when it was.
 
 mod error;
@@ -69,6 +69,14 @@ pub struct Submit {
     pub idempotency_key: Option<String>,
     /// Answer only when the work has ended, or after so long.
     pub wait_ms: Option<u64>,
+}
+
+impl Submit {
+    /// With a key of its own: the same `Submit` may be sent again when an answer was lost, and nothing is done twice.
+    #[must_use]
+    pub fn with_fresh_key() -> Self {
+        Self { idempotency_key: Some(uuid::Uuid::new_v4().to_string()), wait_ms: None }
+    }
 }
 
 /// How a service is put.
@@ -338,6 +346,11 @@ impl Client {
         self.control(id, "rollback", submit).await
     }
 
+    /// Tries again to remove what a move left behind; fails with what is still left.
+    pub async fn clean_up_move(&self, id: &str) -> Result<Move, ClientError> {
+        self.control(id, "cleanup", &Submit::default()).await
+    }
+
     /// What a move amounted to.
     pub async fn receipt(&self, id: &str) -> Result<Receipt, ClientError> {
         self.get(&["moves", id, "receipt"]).await
@@ -438,7 +451,7 @@ fn v1(method: Method, segments: &[&str]) -> Call {
 }
 
 fn submitted(call: Call, submit: &Submit) -> Call {
-    call.header("idempotency-key", submit.idempotency_key.clone()).wait_ms(submit.wait_ms)
+    call.idempotency_key(submit.idempotency_key.clone()).wait_ms(submit.wait_ms)
 }
 
 fn put_call(spec: &ServiceSpec, put: &PutService) -> Call {

@@ -51,6 +51,8 @@ pub(super) struct Call {
     accept: &'static str,
     headers: Vec<(&'static str, String)>,
     extra_wait: Duration,
+    /// The server knows it again: it may be made once more when the connection broke before the answer.
+    is_repeatable: bool,
 }
 
 impl Call {
@@ -66,6 +68,7 @@ impl Call {
             accept: "application/json",
             headers: Vec::new(),
             extra_wait: Duration::ZERO,
+            is_repeatable: false,
         }
     }
 
@@ -92,6 +95,12 @@ impl Call {
     pub(super) fn header(mut self, name: &'static str, value: Option<String>) -> Self {
         self.headers.extend(value.map(|value| (name, value)));
         self
+    }
+
+    /// Gives the call a key by which the server knows it again.
+    pub(super) fn idempotency_key(mut self, key: Option<String>) -> Self {
+        self.is_repeatable = key.is_some();
+        self.header("idempotency-key", key)
     }
 
     /// The server is asked to wait for so long before it answers.
@@ -150,19 +159,7 @@ impl Transport {
     /// Makes a call and returns once the head of a good answer is there.
     pub(super) async fn open(&self, call: Call) -> Result<(String, Response<Incoming>), ClientError> {
         let url = format!("{}{}{}", self.base, call.path, call.query);
-        let limit = self.head_timeout + call.extra_wait;
-        let request = self.request(&url, call)?;
-        let answer = match tokio::time::timeout(limit, self.pool.request(request)).await {
-            Err(_) => {
-                let detail = format!("no answer within {} ms", limit.as_millis());
-                return Err(ClientError::Unreachable { url, detail, sent: true });
-            }
-            Ok(Err(error)) => {
-                let sent = !error.is_connect();
-                return Err(ClientError::Unreachable { url, detail: causes(&error), sent });
-            }
-            Ok(Ok(answer)) => answer,
-        };
+        let answer = self.answer(&url, &call).await?;
         if answer.status().is_success() {
             return Ok((url, answer));
         }
@@ -174,23 +171,47 @@ impl Transport {
         })
     }
 
-    fn request(&self, url: &str, call: Call) -> Result<Request<Full<Bytes>>, ClientError> {
+    async fn answer(&self, url: &str, call: &Call) -> Result<Response<Incoming>, ClientError> {
+        let limit = self.head_timeout + call.extra_wait;
+        let unreachable = |detail, sent| ClientError::Unreachable { url: url.to_owned(), detail, sent };
+        let mut attempts = if call.is_repeatable { 2 } else { 1 };
+        let mut sent = false;
+        loop {
+            let request = self.request(url, call)?;
+            attempts -= 1;
+            match tokio::time::timeout(limit, self.pool.request(request)).await {
+                Err(_) => {
+                    return Err(unreachable(format!("no answer within {} ms", limit.as_millis()), true));
+                }
+                Ok(Err(error)) => {
+                    let broke = !error.is_connect();
+                    sent |= broke;
+                    if !broke || attempts == 0 {
+                        return Err(unreachable(causes(&error), sent));
+                    }
+                }
+                Ok(Ok(answer)) => return Ok(answer),
+            }
+        }
+    }
+
+    fn request(&self, url: &str, call: &Call) -> Result<Request<Full<Bytes>>, ClientError> {
         let mut request = Request::builder()
-            .method(call.method)
+            .method(call.method.clone())
             .uri(url)
             .header(ACCEPT, call.accept)
             .header(USER_AGENT, concat!("peregrine/", env!("CARGO_PKG_VERSION")));
         if let Some(authorization) = &self.authorization {
             request = request.header(AUTHORIZATION, authorization);
         }
-        for (name, value) in call.headers {
-            request = request.header(name, value);
+        for (name, value) in &call.headers {
+            request = request.header(*name, value);
         }
         if call.body.is_some() {
             request = request.header(CONTENT_TYPE, "application/json");
         }
         request
-            .body(Full::new(call.body.unwrap_or_default()))
+            .body(Full::new(call.body.clone().unwrap_or_default()))
             .map_err(|error| ClientError::Settings { detail: format!("{url} cannot be asked for: {error}") })
     }
 
@@ -307,6 +328,44 @@ mod tests {
         let transport = Transport::new(&format!("http://{free}"), None, 1_000).unwrap();
         let error = transport.text(Call::new(Method::GET, &["livez"])).await.unwrap_err();
         assert!(matches!(error, ClientError::Unreachable { sent: false, .. }), "{error:?}");
+    }
+
+    /// A server that reads each request and closes; the heads that it has read.
+    async fn hanging_up() -> (String, tokio::task::JoinHandle<Vec<String>>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let heads = tokio::spawn(async move {
+            let mut heads = Vec::new();
+            loop {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                let mut head = vec![0; 4_096];
+                let length = connection.read(&mut head).await.unwrap();
+                let head = String::from_utf8_lossy(&head[..length]).into_owned();
+                let is_last = head.starts_with("GET /end");
+                if is_last {
+                    drop(connection.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await);
+                    return heads;
+                }
+                heads.push(head);
+            }
+        });
+        (url, heads)
+    }
+
+    #[tokio::test]
+    async fn only_a_call_with_a_key_is_made_once_more_and_with_the_same_key() {
+        let (url, heads) = hanging_up().await;
+        let transport = Transport::new(&url, None, 10_000).unwrap();
+        for key in [None, Some("k-1".to_owned())] {
+            let call = Call::new(Method::POST, &["x"]).idempotency_key(key);
+            let error = transport.text(call).await.unwrap_err();
+            assert!(matches!(error, ClientError::Unreachable { sent: true, .. }), "{error:?}");
+        }
+        transport.status(Call::new(Method::GET, &["end"])).await.unwrap();
+        let heads = heads.await.unwrap();
+        let keys: Vec<_> = heads.iter().map(|head| head.contains("idempotency-key: k-1\r\n")).collect();
+        assert_eq!(keys, [false, true, true], "{heads:#?}");
     }
 
     #[tokio::test]

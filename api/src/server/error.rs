@@ -128,6 +128,7 @@ impl From<EngineError> for ApiError {
         if error.code == codes::KEY_REUSED.code {
             return Self::new(&codes::KEY_REUSED, error.message); // the same, whoever remembers the key
         }
+        let passes = codes::PASSING.contains(&error.code);
         let (status, kind, title, retryable) = match error.kind {
             ErrorKind::Invalid => (
                 StatusCode::UNPROCESSABLE_ENTITY,
@@ -137,7 +138,7 @@ impl From<EngineError> for ApiError {
             ),
             ErrorKind::NotFound => (StatusCode::NOT_FOUND, ProblemKind::NotFound, "It is not there", false),
             ErrorKind::Conflict => {
-                (StatusCode::CONFLICT, ProblemKind::Conflict, "Something is in the way", true)
+                (StatusCode::CONFLICT, ProblemKind::Conflict, "Something is in the way", passes)
             }
             ErrorKind::Unreachable => {
                 (StatusCode::BAD_GATEWAY, ProblemKind::Unreachable, "A machine does not answer", true)
@@ -146,7 +147,7 @@ impl From<EngineError> for ApiError {
                 (StatusCode::UNPROCESSABLE_ENTITY, ProblemKind::Blocked, "The plan is blocked", false)
             }
             ErrorKind::Failed => {
-                (StatusCode::INTERNAL_SERVER_ERROR, ProblemKind::Failed, "It was tried and failed", false)
+                (StatusCode::INTERNAL_SERVER_ERROR, ProblemKind::Failed, "It was tried and failed", passes)
             }
             ErrorKind::Internal => {
                 (StatusCode::INTERNAL_SERVER_ERROR, ProblemKind::Internal, "The server is in trouble", true)
@@ -185,6 +186,15 @@ mod tests {
         assert_eq!(told(ErrorKind::Blocked), (422, ProblemKind::Blocked));
         assert_eq!(told(ErrorKind::Failed), (500, ProblemKind::Failed));
         assert_eq!(told(ErrorKind::Internal), (500, ProblemKind::Internal));
+    }
+
+    #[test]
+    fn only_what_passes_is_worth_another_try() {
+        let told = |kind, code| ApiError::from(EngineError::new(kind, code, "what", "do")).is_retryable();
+        assert!(told(ErrorKind::Conflict, "move.in_progress"));
+        assert!(!told(ErrorKind::Conflict, "move.ended"));
+        assert!(told(ErrorKind::Failed, "cleanup.incomplete"));
+        assert!(!told(ErrorKind::Failed, "image.missing"));
     }
 
     #[test]

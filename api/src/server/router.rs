@@ -62,6 +62,7 @@ fn documented() -> (Router<Context>, utoipa::openapi::OpenApi) {
         .routes(routes!(moves::promote_move))
         .routes(routes!(moves::abort_move))
         .routes(routes!(moves::rollback_move))
+        .routes(routes!(moves::clean_up_move))
         .routes(routes!(moves::get_receipt))
         .routes(routes!(events::follow_move))
         .routes(routes!(events::follow_events))

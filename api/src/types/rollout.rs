@@ -270,6 +270,8 @@ pub enum Action {
     Abort,
     /// Go back after the end.
     Rollback,
+    /// Try again to remove what was left over.
+    Cleanup,
 }
 
 /// Where to go on from a move.
@@ -334,6 +336,11 @@ fn actions(rollout: &engine::Rollout, state: &State) -> Vec<Action> {
         engine::RolloutState::Paused if !goes_back => Action::Resume,
         engine::RolloutState::Succeeded if is_newest_and_service_is_free(rollout, state) => {
             return vec![Action::Rollback];
+        }
+        ended if ended.is_terminal() && !rollout.leftovers.is_empty() => {
+            let service = state.services.get(&rollout.plan.service);
+            let is_free = service.is_none_or(|service| service.rollout.is_none());
+            return if is_free { vec![Action::Cleanup] } else { Vec::new() };
         }
         _ => return Vec::new(),
     };
@@ -572,6 +579,9 @@ mod tests {
         for ended in [S::Aborted, S::RolledBack, S::Failed, S::NeedsOperator] {
             assert_eq!(told(ended, P::Release), [], "{ended:?}");
         }
+        let mut left_over = rollout(S::NeedsOperator, P::Release);
+        left_over.leftovers.push("ins_old on host-a".into());
+        assert_eq!(Move::of(&left_over, None, &State::default()).actions, [Action::Cleanup]);
     }
 
     #[test]

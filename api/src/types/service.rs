@@ -1,6 +1,6 @@
 //! Services and their versions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use peregrine_engine::model as engine;
@@ -78,6 +78,10 @@ pub enum Workload {
         /// Environment. In answers every value is `***`.
         #[serde(default)]
         env: BTreeMap<String, String>,
+        /// What the container is given back of the capabilities that it does not have otherwise: names of
+        /// capabilities(7) without `CAP_`, such as `SETUID`.
+        #[serde(default)]
+        capabilities: BTreeSet<String>,
     },
     /// A command. Needs a process machine. It is told its address by `HOST` and `PORT`.
     Command {
@@ -299,9 +303,13 @@ impl Workload {
     #[must_use]
     pub fn with_values(workload: &engine::Workload) -> Self {
         match workload {
-            engine::Workload::Image { image, port, command, env, .. } => {
-                Self::Image { image: image.clone(), port: *port, command: command.clone(), env: env.clone() }
-            }
+            engine::Workload::Image { image, port, command, env, capabilities } => Self::Image {
+                image: image.clone(),
+                port: *port,
+                command: command.clone(),
+                env: env.clone(),
+                capabilities: capabilities.clone(),
+            },
             engine::Workload::Command { command, directory, env } => Self::Command {
                 command: command.clone(),
                 directory: directory.as_ref().map(|path| path.to_string_lossy().into_owned()),
@@ -325,12 +333,12 @@ impl Workload {
         errors: &mut Vec<FieldError>,
     ) -> engine::Workload {
         match self {
-            Self::Image { image, port, command, env } => engine::Workload::Image {
+            Self::Image { image, port, command, env, capabilities } => engine::Workload::Image {
                 image: image.clone(),
                 port: *port,
                 command: command.clone(),
                 env: filled(env, present, errors),
-                capabilities: std::collections::BTreeSet::new(),
+                capabilities: known(capabilities, errors),
             },
             Self::Command { command, directory, env } => engine::Workload::Command {
                 command: command.clone(),
@@ -348,6 +356,17 @@ impl Workload {
             },
         }
     }
+}
+
+/// The capabilities, if a container can be given all of them.
+fn known(capabilities: &BTreeSet<String>, errors: &mut Vec<FieldError>) -> BTreeSet<String> {
+    let unknown = capabilities.iter().filter(|name| !engine::CAPABILITIES.contains(&name.as_str()));
+    errors.extend(unknown.map(|name| {
+        let names = engine::CAPABILITIES.join(", ");
+        let message = format!("a container cannot be given {name:?}; it can be given {names}");
+        FieldError::new("/workload/capabilities", message)
+    }));
+    capabilities.clone()
 }
 
 /// The environment with every redacted value replaced by the present one.
@@ -386,7 +405,8 @@ mod tests {
     const FULL: &str = r#"{
         "name": "shop",
         "routes": [{"host": "shop.example.com", "path": "/"}, {"host": "*"}],
-        "workload": {"kind": "image", "image": "shop:1", "port": 3000, "env": {"KEY": "secret-value"}},
+        "workload": {"kind": "image", "image": "shop:1", "port": 3000, "env": {"KEY": "secret-value"},
+            "capabilities": ["SETGID", "SETUID"]},
         "health": {"probe": "http", "path": "/healthz"},
         "replicas": 2,
         "traffic": {"balance": {"policy": "hash_cookie", "name": "sid"}},
@@ -436,6 +456,19 @@ mod tests {
         let sent =
             parsed(r#"{"name":"a","workload":{"kind":"image","image":"x","port":1,"env":{"A/B":"***"}}}"#);
         assert_eq!(sent.to_engine(None).unwrap_err()[0].pointer, "/workload/env/A~1B");
+    }
+
+    #[test]
+    fn a_capability_that_no_container_gets_is_refused_where_it_is() {
+        let sent = parsed(
+            r#"{"name":"a","workload":{"kind":"image","image":"x","port":1,"capabilities":["SYS_ADMIN","KILL"]}}"#,
+        );
+        let errors = sent.to_engine(None).unwrap_err();
+        assert_eq!((errors.len(), errors[0].pointer.as_str()), (1, "/workload/capabilities"));
+        assert!(
+            errors[0].message.contains("\"SYS_ADMIN\"") && errors[0].message.contains("SETUID"),
+            "{errors:?}"
+        );
     }
 
     #[test]

@@ -15,23 +15,12 @@ use crate::raw::{Node, quoted};
 const MAX_REPLICAS: i64 = 1_000;
 
 /// A service of a file.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServiceEntry {
     /// What is wanted.
     pub spec: ServiceSpec,
     /// Machine for its first deploy; `None`: the engine's choice, and none for fixed upstreams.
     pub machine: Option<String>,
-}
-
-/// Environments may hold secrets: they are counted, not shown.
-impl std::fmt::Debug for ServiceEntry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut spec = self.spec.clone();
-        if let Workload::Image { env, .. } | Workload::Command { env, .. } = &mut spec.workload {
-            env.values_mut().for_each(|value| "[redacted]".clone_into(value));
-        }
-        f.debug_struct("ServiceEntry").field("spec", &spec).field("machine", &self.machine).finish()
-    }
 }
 
 /// A service that was read, with the places that later checks need.

@@ -1,11 +1,12 @@
 //! What runs: an image, a command, or nothing of ours.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use peregrine_engine::model::{FixedUpstream, Resources, Workload};
+use peregrine_engine::model::{CAPABILITIES, FixedUpstream, Resources, Workload};
 
 use crate::names;
 use crate::raw::{Fields, Node, quoted};
+use crate::suggest;
 
 /// Longest reference of an image: registries take no more.
 const MAX_IMAGE_BYTES: usize = 512;
@@ -23,6 +24,7 @@ pub(super) fn workload(fields: &mut Fields<'_>) -> Option<Workload> {
     let port = fields.take("port");
     let directory = fields.take("directory");
     let env_node = fields.take("env");
+    let capabilities_node = fields.take("capabilities");
     let env = env_node.as_ref().map(|node| env(node, image.is_none())).unwrap_or_default();
     let refuse = |nodes: &[&Option<Node<'_>>], why: &str| {
         for node in nodes.iter().filter_map(|node| node.as_ref()) {
@@ -51,11 +53,12 @@ pub(super) fn workload(fields: &mut Fields<'_>) -> Option<Workload> {
                     None => None,
                 },
                 env,
-                capabilities: std::collections::BTreeSet::new(),
+                capabilities: capabilities_node.as_ref().map(capabilities).unwrap_or_default(),
             })
         }
         (None, Some(command), None) => {
             refuse(&[&port], "a command is given a free port, in PORT and for {port} in its arguments");
+            refuse(&[&capabilities_node], "a command has what the user of `peregrine serve` has");
             let directory = directory.map(|node| node.file_path("app"));
             Some(Workload::Command {
                 command: argv(command)?,
@@ -68,7 +71,10 @@ pub(super) fn workload(fields: &mut Fields<'_>) -> Option<Workload> {
         }
         (None, None, Some(node)) => {
             refuse(&[&port], "each upstream has its own port");
-            refuse(&[&directory, &env_node], "Peregrine does not run the servers in upstreams");
+            refuse(
+                &[&directory, &env_node, &capabilities_node],
+                "Peregrine does not run the servers in upstreams",
+            );
             Some(Workload::Fixed { upstreams: upstreams_of(node)? })
         }
         (None, None, None) => {
@@ -125,6 +131,31 @@ fn argv(node: &Node<'_>) -> Option<Vec<String>> {
         return None;
     }
     Some(words.into_iter().map(str::to_owned).collect())
+}
+
+/// What a container is given back of what is dropped.
+fn capabilities(node: &Node<'_>) -> BTreeSet<String> {
+    let mut given = BTreeSet::new();
+    for (text, item) in node.texts("SETUID").unwrap_or_default() {
+        if !CAPABILITIES.contains(&text) {
+            let plain = text.get(..4).filter(|prefix| prefix.eq_ignore_ascii_case("CAP_"));
+            let plain = plain.map_or(text, |prefix| &text[prefix.len()..]);
+            let hint = suggest::word(plain, &CAPABILITIES).map_or_else(
+                || {
+                    format!(
+                        "write some of: {}; every other one is power over the machine",
+                        CAPABILITIES.join(", ")
+                    )
+                },
+                |name| format!("did you mean {name:?}?"),
+            );
+            item.bad(format_args!("{} is no capability that a container can be given", quoted(text)), hint);
+        } else if !given.insert(text.to_owned()) {
+            let message = format_args!("{} is in {} twice", quoted(text), node.path);
+            item.wrong("config.duplicate", message, "take one out");
+        }
+    }
+    given
 }
 
 /// Values are never shown, whatever is wrong.

@@ -21,6 +21,53 @@ listen = "0.0.0.0:7070"
 }
 
 #[test]
+fn names_of_the_api_are_whole_names() {
+    told(
+        &server(
+            r#"[api]
+allowed_hosts = ["api.example.com", "*.example.com", "https://api.example.com", "API.example.com.", "127.0.0.1"]
+metrics_without_tokens = true
+"#,
+        ),
+        r#"error[config.bad_value]: "*.example.com" cannot be in api.allowed_hosts: a wildcard would let the pages of others in
+ --> peregrine.toml:2:37
+  |
+2 | allowed_hosts = ["api.example.com", "*.example.com", "https://api.example.com", "API.example.com.", "127.0.0.1"]
+  |                                     ^^^^^^^^^^^^^^^
+  = write the whole name, without scheme and port: "api.example.com"
+
+error[config.bad_value]: "https://api.example.com" cannot be in api.allowed_hosts: a host has no scheme
+ --> peregrine.toml:2:54
+  |
+2 | allowed_hosts = ["api.example.com", "*.example.com", "https://api.example.com", "API.example.com.", "127.0.0.1"]
+  |                                                      ^^^^^^^^^^^^^^^^^^^^^^^^^
+  = write the whole name, without scheme and port: "api.example.com"
+
+error[config.duplicate]: api.example.com is in api.allowed_hosts twice
+ --> peregrine.toml:2:81
+  |
+2 | allowed_hosts = ["api.example.com", "*.example.com", "https://api.example.com", "API.example.com.", "127.0.0.1"]
+  |                                                                                 ^^^^^^^^^^^^^^^^^^
+  = take one out
+
+error[config.bad_value]: "127.0.0.1" cannot be in api.allowed_hosts: localhost and IP addresses are names of the API anyhow
+ --> peregrine.toml:2:101
+  |
+2 | allowed_hosts = ["api.example.com", "*.example.com", "https://api.example.com", "API.example.com.", "127.0.0.1"]
+  |                                                                                                     ^^^^^^^^^^^
+  = write the whole name, without scheme and port: "api.example.com"
+
+error[config.unknown_key]: unknown key `metrics_without_tokens` in [api]
+ --> peregrine.toml:3:1
+  |
+3 | metrics_without_tokens = true
+  | ^^^^^^^^^^^^^^^^^^^^^^
+  = did you mean `metrics_without_token`?
+"#,
+    );
+}
+
+#[test]
 fn listeners_are_addresses() {
     told(
         &server(

@@ -50,6 +50,7 @@ upstreams = ["10.0.0.5:8080"]
 [service.api]
 command = ["./api"]
 port = 3000
+capabilities = ["KILL"]
 
 [service.old]
 upstreams = ["10.0.0.5:8080"]
@@ -73,33 +74,95 @@ error[config.conflict]: service.api.port has no meaning here: a command is given
   | ^^^^
   = take it out
 
+error[config.conflict]: service.api.capabilities has no meaning here: a command has what the user of `peregrine serve` has
+ --> peregrine.toml:9:1
+  |
+9 | capabilities = ["KILL"]
+  | ^^^^^^^^^^^^
+  = take it out
+
 error[config.conflict]: service.old.port has no meaning here: each upstream has its own port
-  --> peregrine.toml:12:1
+  --> peregrine.toml:13:1
    |
-12 | port = 8080
+13 | port = 8080
    | ^^^^
    = take it out
 
 error[config.conflict]: service.old.replicas has no meaning here: Peregrine does not run the servers in upstreams
-  --> peregrine.toml:13:1
+  --> peregrine.toml:14:1
    |
-13 | replicas = 2
+14 | replicas = 2
    | ^^^^^^^^
    = take it out
 
 error[config.conflict]: service.old.env has no meaning here: Peregrine does not run the servers in upstreams
-  --> peregrine.toml:14:1
+  --> peregrine.toml:15:1
    |
-14 | env = { A = … }
+15 | env = { A = … }
    | ^^^
    = take it out
 
 error[config.conflict]: service.old.move has no meaning here: Peregrine does not run the servers in upstreams
-  --> peregrine.toml:15:1
+  --> peregrine.toml:16:1
    |
-15 | move = { soak = "1m" }
+16 | move = { soak = "1m" }
    | ^^^^
    = take it out
+"#,
+    );
+}
+
+#[test]
+fn a_container_is_given_back_capabilities_by_their_names_and_none_that_is_power_over_the_machine() {
+    told(
+        &manifest(
+            r#"[service.web]
+image = "shop:1.4"
+port = 3000
+capabilities = [
+  "SETUID",
+  "CAP_SETGID",
+  "chwon",
+  "SYS_ADMIN",
+  "SETUID",
+  7,
+]
+"#,
+        ),
+        r#"error[config.bad_value]: "CAP_SETGID" is no capability that a container can be given
+ --> peregrine.toml:6:3
+  |
+6 |   "CAP_SETGID",
+  |   ^^^^^^^^^^^^
+  = did you mean "SETGID"?
+
+error[config.bad_value]: "chwon" is no capability that a container can be given
+ --> peregrine.toml:7:3
+  |
+7 |   "chwon",
+  |   ^^^^^^^
+  = did you mean "CHOWN"?
+
+error[config.bad_value]: "SYS_ADMIN" is no capability that a container can be given
+ --> peregrine.toml:8:3
+  |
+8 |   "SYS_ADMIN",
+  |   ^^^^^^^^^^^
+  = write some of: AUDIT_WRITE, CHOWN, DAC_OVERRIDE, FOWNER, FSETID, IPC_LOCK, KILL, MKNOD, NET_BIND_SERVICE, NET_RAW, SETFCAP, SETGID, SETPCAP, SETUID, SYS_CHROOT, SYS_NICE; every other one is power over the machine
+
+error[config.duplicate]: "SETUID" is in service.web.capabilities twice
+ --> peregrine.toml:9:3
+  |
+9 |   "SETUID",
+  |   ^^^^^^^^
+  = take one out
+
+error[config.wrong_type]: service.web.capabilities has to be a string, but is a whole number
+  --> peregrine.toml:10:3
+   |
+10 |   7,
+   |   ^
+   = write "SETUID"
 "#,
     );
 }

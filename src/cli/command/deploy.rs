@@ -102,7 +102,7 @@ impl Deploy {
         let follow = self.wait.follow(&session.out);
         let mut done = Vec::new();
         for (service, request) in &requests {
-            let submit = Submit::default();
+            let submit = Submit::with_fresh_key();
             let call = session.patient.deploy(service, request, &submit);
             let applied = session
                 .ask_patiently("starting the deploy", call)

@@ -105,7 +105,7 @@ impl Machines {
         match self.action {
             MachinesAction::Add(add) => {
                 let spec = add.spec()?;
-                let submit = Submit::default();
+                let submit = Submit::with_fresh_key();
                 let machine = session
                     .ask_patiently("adding the machine", session.patient.add_machine(&spec, &submit))
                     .await?;

@@ -56,7 +56,7 @@ impl Move {
                 session.ask_patiently("planning the move", session.patient.plan_move(&request)).await?;
             return conclude_plan(&session.out, &plan);
         }
-        let submit = Submit::default();
+        let submit = Submit::with_fresh_key();
         let started =
             session.ask_patiently("starting the move", session.patient.start_move(&request, &submit)).await?;
         let outcome = watch::follow(session, started, self.wait.follow(&session.out)).await?;

@@ -78,6 +78,14 @@ enum MovesAction {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// Try again to remove what a move that has ended left behind
+    ///
+    /// For a move that ended as needs_operator. Exit code 0 when nothing is left, also when nothing was; 9 with what
+    /// is still left.
+    Cleanup {
+        /// Id, mov_…
+        id: String,
+    },
     /// Show what a move amounted to
     Receipt {
         /// Id, mov_…
@@ -124,12 +132,17 @@ impl Moves {
             }
             MovesAction::Abort { id, wait } => abort(session, &id, wait).await,
             MovesAction::Rollback { id, wait } => {
-                let submit = Submit::default();
+                let submit = Submit::with_fresh_key();
                 let started = session
                     .ask_patiently("starting the way back", session.patient.rollback_move(&id, &submit))
                     .await?;
                 let outcome = watch::follow(session, started, wait.follow(&session.out)).await?;
                 watch::conclude(session, &outcome)
+            }
+            MovesAction::Cleanup { id } => {
+                let call = session.patient.clean_up_move(&id);
+                let of = session.ask_patiently("removing what is left", call).await?;
+                session.out.data(&of, || format!("{}: nothing is left", of.id))
             }
             MovesAction::Receipt { id } => {
                 let receipt = session.ask("reading the receipt", client.receipt(&id)).await?;
@@ -156,7 +169,7 @@ fn acted(session: &Session, of: &Move, next: &str) -> Result {
 
 /// An abort has done its deed when the move went back: for this command that is a success.
 async fn abort(session: &Session, id: &str, wait: WaitOptions) -> Result {
-    let submit = Submit::default();
+    let submit = Submit::with_fresh_key();
     let of = session.ask_patiently("aborting the move", session.patient.abort_move(id, &submit)).await?;
     let outcome = watch::follow(session, of, wait.follow(&session.out)).await?;
     match outcome.of.state {

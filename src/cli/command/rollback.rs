@@ -44,7 +44,7 @@ impl Rollback {
             let planned = session.ask_patiently("planning the rollback", call).await?;
             return conclude_plan(&session.out, &planned.plan);
         }
-        let submit = Submit::default();
+        let submit = Submit::with_fresh_key();
         let call = session.patient.rollback(&self.service, &request, &submit);
         let applied = session.ask_patiently("starting the rollback", call).await?;
         conclude_applied(session, applied, self.wait).await

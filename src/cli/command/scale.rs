@@ -53,7 +53,7 @@ impl Scale {
         if self.replicas == 0 {
             prompt::confirm(&format!("Stop every copy of {}?", self.service), session.yes)?;
         }
-        let submit = Submit::default();
+        let submit = Submit::with_fresh_key();
         let call = session.patient.scale(&self.service, &request, &submit);
         let applied = session.ask_patiently("starting the change", call).await?;
         conclude_applied(session, applied, self.wait).await

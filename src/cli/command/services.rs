@@ -131,6 +131,11 @@ fn one(service: &Service, out: &Output) -> String {
     line("state", render::word(service.state));
     line("hosts", hosts(service));
     line("runs", runs(&service.spec.workload));
+    if let Workload::Image { capabilities, .. } = &service.spec.workload
+        && !capabilities.is_empty()
+    {
+        line("caps", clean(&capabilities.iter().map(String::as_str).collect::<Vec<_>>().join(", ")));
+    }
     line("copies", service.spec.replicas.to_string());
     if let Some(version) = service.version {
         let before =

@@ -53,6 +53,8 @@ pub(crate) struct Next {
     pub(crate) abort: Option<String>,
     /// To undo it; after it has succeeded.
     pub(crate) undo: Option<String>,
+    /// To remove what is left over; after it has ended with something left.
+    pub(crate) cleanup: Option<String>,
 }
 
 impl Outcome {
@@ -78,6 +80,10 @@ impl Outcome {
             }
         };
         let look = format!("peregrine moves show {} and peregrine logs {} tell more", of.id, of.service);
+        let look = match &self.next.cleanup {
+            Some(cleanup) => format!("{look}; {cleanup} tries again to remove what is left"),
+            None => look,
+        };
         let mut failure = match &of.problem {
             Some(problem) => {
                 Failure::new(exit, problem.code.clone(), format!("{}: {ended}", render::what(of)))
@@ -117,6 +123,8 @@ impl Next {
             watch: running.then(|| format!("peregrine moves watch {}", of.id)),
             abort: running.then(|| format!("peregrine moves abort {}", of.id)),
             undo: undo.then(|| format!("peregrine moves rollback {}", of.id)),
+            cleanup: (of.actions.contains(&Action::Cleanup))
+                .then(|| format!("peregrine moves cleanup {}", of.id)),
         }
     }
 }

@@ -198,6 +198,22 @@ pub(in crate::server) async fn rollback_move(
     Ok(progress(&rollout, told(&context, &rollout)))
 }
 
+/// Try again to remove what a move left behind
+///
+/// For a move that has ended as `needs_operator`. Done when nothing is left, also when nothing was; safe to repeat.
+/// What is still left is in the `blockers` of the problem, and in `leftovers` of the move.
+#[utoipa::path(post, path = "/api/v1/moves/{id}/cleanup", tag = "moves",
+    params(("id" = String, Path, description = "Id of the move")),
+    responses((status = 200, description = "Nothing is left", body = Move)))]
+pub(in crate::server) async fn clean_up_move(
+    State(context): State<Context>,
+    Name(id): Name,
+    Query(NoQuery {}): Query<NoQuery>,
+    NoBody: NoBody,
+) -> Result<axum::Json<Move>, ApiError> {
+    control(&context, id, |engine, id| async move { engine.cleanup(&id).await }).await
+}
+
 /// What a move amounted to
 #[utoipa::path(get, path = "/api/v1/moves/{id}/receipt", tag = "moves",
     params(("id" = String, Path, description = "Id of the move")),
