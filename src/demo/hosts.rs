@@ -2,13 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use peregrine_bench::image::{ImageRecipe, pack};
 use peregrine_engine::model::{DockerEndpoint, MachineKind, MachineSpec, Workload};
 use peregrine_engine::runtime::local_engines::{LocalEngines, LocalEnginesOptions};
-use peregrine_engine::runtime::{Runtime, connect};
+use peregrine_engine::runtime::{Runtime, RuntimeError, connect};
 
 use super::screen::Screen;
 use super::{SHOP_COMMAND, failed_text};
@@ -23,6 +24,10 @@ pub(super) const HOST_B: &str = "host-b";
 pub(super) const SHOP_PORT: u16 = 8080;
 /// Name under which engines know the shop's image.
 const IMAGE: &str = "peregrine-demo-shop:1";
+/// What is left on a host is gone within this time, or it is told.
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two attempts.
+const EMPTY_POLL: Duration = Duration::from_millis(100);
 /// Where a Docker engine listens on most machines.
 const LOCAL_SOCKET: &str = "/var/run/docker.sock";
 
@@ -152,22 +157,43 @@ impl Hosts {
         Ok(Workload::Command { command, directory: None, env })
     }
 
-    /// Takes away what [`Hosts::bring_up`] has made.
-    pub(super) async fn take_down(self, data: &Path) -> Result {
+    /// Takes away what [`Hosts::bring_up`] has made, and what the engine of this installation has left on it.
+    pub(super) async fn take_down(self, data: &Path, install: Option<&str>) -> Result {
         let mut result = Ok(());
-        if self.image.is_some() {
-            for number in 0..self.machines.len() {
-                let removed = match self.runtime(number, data) {
-                    Ok(runtime) => runtime.remove_image(IMAGE).await.map_err(runtime_failed),
-                    Err(failure) => Err(failure),
-                };
-                result = result.and(removed);
-            }
+        for number in 0..self.machines.len() {
+            let emptied = match self.runtime(number, data) {
+                Ok(runtime) => self.empty(&*runtime, install).await,
+                Err(failure) => Err(failure),
+            };
+            result = result.and(emptied);
         }
         if let Kind::TwoEngines(Some(engines)) = self.kind {
             result = result.and(engines.stop().await.map_err(|error| failed_text(&error.to_string())));
         }
         result
+    }
+}
+
+impl Hosts {
+    /// Removes what is left there, then the image. A container whose start was abandoned may come up behind the
+    /// engine's back; the engine would sweep it away later, but it has ended.
+    async fn empty(&self, runtime: &dyn Runtime, install: Option<&str>) -> Result {
+        let deadline = Instant::now() + EMPTY_TIMEOUT;
+        loop {
+            match self.emptied(runtime, install).await {
+                Err(_) if Instant::now() < deadline => tokio::time::sleep(EMPTY_POLL).await,
+                result => return result.map_err(runtime_failed),
+            }
+        }
+    }
+
+    async fn emptied(&self, runtime: &dyn Runtime, install: Option<&str>) -> Result<(), RuntimeError> {
+        if let Some(install) = install {
+            for left in runtime.list(install).await? {
+                runtime.remove(&left.id, 0).await?;
+            }
+        }
+        if self.image.is_some() { runtime.remove_image(IMAGE).await } else { Ok(()) }
     }
 }
 

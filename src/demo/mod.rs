@@ -131,6 +131,7 @@ impl Running {
             traffic.stop().await;
         }
         let mut result = Ok(());
+        let install = self.server.as_ref().map(|server| server.engine().install());
         if let Some(server) = self.server {
             // Services go first, while there is an engine to take them down: the shop, if it came up at all, and
             // whatever else was deployed during `--stay`.
@@ -141,7 +142,7 @@ impl Running {
             result = result.and(server.stop().await);
         }
         if let Some(hosts) = self.hosts {
-            result = result.and(hosts.take_down(data).await);
+            result = result.and(hosts.take_down(data, install.as_deref()).await);
         }
         if result.is_ok() {
             screen.say("everything is gone");

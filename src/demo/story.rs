@@ -266,7 +266,8 @@ pub(super) fn next_commands(screen: &Screen, api: SocketAddr, data: &Path, edge:
     screen.say(&format!("  export PEREGRINE_API=http://{api} PEREGRINE_DATA={}", data.display()));
     screen.say(&format!("  curl http://{edge}/"));
     let to_there = format!("move {SHOP} --to {to}");
-    for command in ["status", &to_there, "moves list", "scale shop 2", "logs shop -f", "events -f"] {
+    for command in ["status", &to_there, "moves list", "scale shop 2", "logs shop -f", "events -f --after 0"]
+    {
         screen.say(&format!("  {program} {command}"));
     }
 }
