@@ -342,12 +342,25 @@ fn push(out: &mut Vec<u8>, pieces: &[&[u8]]) {
     pieces.iter().for_each(|piece| out.extend_from_slice(piece));
 }
 
+/// Whether a text needs no escaping in JSON; eight bytes at a time.
+fn is_plain(text: &[u8]) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const HIGH: u64 = ONES << 7;
+    // Sets the high bit of each byte that is below `limit`, or above 0x7f; exact enough for a question
+    // about all of them, as a borrow comes only from a byte that is below itself.
+    let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) | word;
+    let equal = |word: u64, byte: u64| below(word ^ (ONES * byte), 1);
+    let odd = |word: u64| {
+        (below(word, 0x20) | equal(word, b'"'.into()) | equal(word, b'\\'.into()) | equal(word, 0x7f)) & HIGH
+    };
+    let (words, rest) = text.as_chunks::<8>();
+    let mut last = [b' '; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    words.iter().chain([&last]).fold(0, |any, word| any | odd(u64::from_ne_bytes(*word))) == 0
+}
+
 fn json_escape(out: &mut Vec<u8>, text: &[u8]) {
-    // Without a branch for each byte, so that many are looked at at once.
-    let odd = |b: u8| u8::from(!(0x20..0x7f).contains(&b)) | u8::from(b == b'"') | u8::from(b == b'\\');
-    let (blocks, rest) = text.as_chunks::<16>();
-    let any = |block: &[u8; 16]| block.iter().fold(0, |any, b| any | odd(*b)) != 0;
-    if !blocks.iter().any(any) && !rest.iter().any(|b| odd(*b) != 0) {
+    if is_plain(text) {
         out.extend_from_slice(text);
         return;
     }
@@ -524,6 +537,20 @@ mod tests {
                 "\n"
             )
         );
+    }
+
+    #[test]
+    fn every_byte_that_needs_escaping_is_seen_wherever_it_stands() {
+        for byte in 0..=u8::MAX {
+            let odd = !(0x20..0x7f).contains(&byte) || matches!(byte, b'"' | b'\\');
+            for length in 0..20 {
+                for at in 0..length {
+                    let mut text = vec![b'a'; length];
+                    text[at] = byte;
+                    assert_eq!(is_plain(&text), !odd, "{byte:#04x} at {at} of {length}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,9 @@ use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request,
+};
 use http_body::Body;
 use hyper::body::Incoming;
 use peregrine_routing::{
@@ -51,6 +53,8 @@ use crate::upgrade::Tunnel;
 const MAX_ATTEMPTS: u8 = 3;
 /// After this time a body is a transfer, which a drain gives more time than a request.
 const TRANSFER_AFTER_MS: u64 = 10_000;
+/// Says that a request of any method may be executed twice without harm: the origin sees to it.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Largest interim response that is passed on; a longer one is only read over.
 const MAX_INTERIM_BYTES: usize = 8 * 1024;
 /// How long the upstream has for `100 Continue` before the body is sent anyway (RFC 9110 §10.1.1).
@@ -69,7 +73,10 @@ struct Outgoing {
     host: Option<HeaderValue>,
     /// What the edge has still to add.
     owed: Owed,
-    idempotent: bool,
+    /// It may be executed twice without harm (retry class C).
+    replayable: bool,
+    /// A connection that was idle has failed it: it gets a new one.
+    fresh: bool,
     gate: Option<Arc<ContinueGate>>,
 }
 
@@ -111,11 +118,10 @@ pub(crate) async fn handle(
         Ok(first) => first,
         Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
     };
-    let form = if seen.has(Seen::ACCEPT) { Form::of(&parts.headers) } else { Form::Problem };
     let choice = Choice::of(&entry.service, &parts.headers, &guard.0, wishes);
     let inbound = Inbound { parts, incoming, first, target, wishes, seen, has_body };
     let outgoing = inbound.into_outgoing(&core, &guard.0, &entry);
-    Ok(send(&core, &entry, guard, outgoing, choice, form).await)
+    Ok(send(&core, &entry, guard, outgoing, choice).await)
 }
 
 fn refuse(reason: Reason, headers: &HeaderMap, guard: FlightGuard) -> Response<ReplyBody> {
@@ -130,7 +136,7 @@ fn begin(
     seen: Seen,
     target: Result<&route::Target, &Reason>,
 ) -> FlightGuard {
-    let field = |bit: u32, name: &http::HeaderName| {
+    let field = |bit: u32, name: &HeaderName| {
         if seen.has(bit) { parts.headers.get(name) } else { None }
     };
     let request_id = field(Seen::REQUEST_ID, &headers::X_REQUEST_ID);
@@ -223,6 +229,7 @@ impl Inbound {
             parts.uri = Uri::from(target.path.clone());
         }
         let policy = entry.service.policy();
+        let replayable = is_idempotent(&parts.method) || parts.headers.contains_key(IDEMPOTENCY_KEY);
         let framing =
             has_body.then(|| incoming.size_hint().exact().map_or(Framing::Chunked, Framing::Length));
         let gate = wishes.expects_continue.then(Arc::<ContinueGate>::default);
@@ -232,15 +239,27 @@ impl Inbound {
                 max_bytes: policy.max_request_body_bytes,
                 body_idle_ms: policy.body_idle_timeout_ms,
                 head_timeout_ms: policy.response_head_timeout_ms,
-                // Only HTTP/2 upstreams can refuse a request after some of it was sent.
-                keep: entry.service.upstreams().any(|(_, u)| u.protocol() == UpstreamProtocol::H2c),
+                // For retry class C, and for HTTP/2 upstreams, which can refuse what was sent in part.
+                keep: replayable
+                    || entry.service.upstreams().any(|(_, u)| u.protocol() == UpstreamProtocol::H2c),
                 gate: gate.clone(),
                 late_from_ms: flight.started_us / 1_000 + TRANSFER_AFTER_MS,
             };
             RequestBody::new(incoming, Rc::clone(flight), limits)
         });
-        let idempotent = is_idempotent(&parts.method);
-        Outgoing { parts, body, framing, path: target.path, wishes, upgrade, host, owed, idempotent, gate }
+        Outgoing {
+            parts,
+            body,
+            framing,
+            path: target.path,
+            wishes,
+            upgrade,
+            host,
+            owed,
+            replayable,
+            fresh: false,
+            gate,
+        }
     }
 
     fn rewrite_headers(&mut self, core: &Core, flight: &Flight, host: Option<&HeaderValue>) -> Owed {
@@ -284,6 +303,11 @@ impl Outgoing {
 
     fn added<'a>(&'a self, core: &'a Core, flight: &'a Flight) -> Added<'a> {
         Added { ids: &flight.ids, via: core.via.of(flight.version), host: self.host.as_ref() }
+    }
+
+    /// The form that the client wants an error in.
+    fn form(&self) -> Form {
+        Form::of(&self.parts.headers)
     }
 
     /// Whether it can be sent (again).
@@ -371,29 +395,29 @@ async fn send(
     guard: FlightGuard,
     mut out: Outgoing,
     mut choice: Choice,
-    form: Form,
 ) -> Response<ReplyBody> {
     let mut entry = Rc::clone(entry);
     let flight = Rc::clone(&guard.0);
     loop {
         match choice.enter(core, &mut entry, &flight) {
             Ok(lease) => flight.take_lease(lease),
-            Err(reason) => return respond::answer(reason, form, guard),
+            Err(reason) => return respond::answer(reason, out.form(), guard),
         }
         flight.attempts.set(flight.attempts.get() + 1);
         let error = match attempt(core, &entry, &flight, &mut out).await {
             Ok(found) => match answer(&entry, guard, &out, choice.prefer, found) {
                 Ok(response) => return response,
-                Err((error, guard)) => return give_up(&error, form, guard),
+                Err((error, guard)) => return give_up(&error, out.form(), guard),
             },
             Err(error) => error,
         };
         if !may_retry(core, &entry, &flight, &out, &error) {
-            return give_up(&error, form, guard);
+            return give_up(&error, out.form(), guard);
         }
         if error.reason != Reason::UpstreamRefused {
             flight.strike();
         }
+        out.fresh |= error.evidence == Some(Evidence::Ambiguous);
         choice.tried.extend(flight.generation());
         flight.release_lease();
     }
@@ -401,7 +425,11 @@ async fn send(
 
 fn may_retry(core: &Core, entry: &ServiceEntry, flight: &Flight, out: &Outgoing, error: &ProxyError) -> bool {
     let class = error.evidence.map(Evidence::class);
-    let safe = matches!(class, Some(RetryClass::A | RetryClass::B));
+    let safe = match class {
+        Some(RetryClass::A | RetryClass::B) => true,
+        Some(RetryClass::C) => out.replayable,
+        Some(RetryClass::D) | None => false,
+    };
     if !safe || !out.is_whole() || flight.attempts.get() >= MAX_ATTEMPTS || flight.is_cut() {
         return false;
     }
@@ -440,7 +468,8 @@ async fn attempt(
     let upstream = flight.upstream.borrow().clone().ok_or(Reason::NoUpstream)?;
     let policy = entry.service.policy();
     let pool = core.pools.of(&upstream, policy);
-    let sent_us = now_us();
+    // A look at the clock costs something; between the head and the first attempt there are microseconds.
+    let sent_us = if flight.attempts.get() == 1 { flight.started_us } else { now_us() };
     let answer = match upstream.protocol() {
         UpstreamProtocol::Http1 => attempt_http1(core, &upstream, policy, flight, out, pool).await?,
         UpstreamProtocol::H2c => Box::pin(attempt_http2(core, &upstream, policy, flight, out, pool)).await?,
@@ -460,7 +489,7 @@ async fn attempt_http1(
     pool: Rc<UpstreamPool>,
 ) -> Result<Answer, ProxyError> {
     loop {
-        let mut conn = match pool.checkout(out.idempotent) {
+        let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh) {
             Some(conn) => conn,
             None => Http1Conn::new(Box::pin(connect(core, upstream, policy, flight)).await?),
         };
@@ -479,7 +508,8 @@ async fn attempt_http1(
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
             Ok(Err(_)) if conn.reused && !conn.wrote() && out.is_whole() => {}
             Ok(Err(error)) => return Err(classify(&conn, error)),
-            Err(reason) => return Err(ProxyError::with(reason, Evidence::Ambiguous)),
+            // Time or a cut has ended it: asking again would only take more of what is scarce.
+            Err(reason) => return Err(reason.into()),
         }
     }
 }
@@ -516,13 +546,17 @@ async fn exchange(
 }
 
 fn classify(conn: &Http1Conn, error: Http1Error) -> ProxyError {
-    let malformed = matches!(error, Http1Error::Malformed(_));
-    let (reason, evidence) = match conn.wrote() {
-        false => (Reason::ConnectFailed, Evidence::NotSent),
-        true if malformed => (Reason::UpstreamProtocol, Evidence::Ambiguous),
-        true => (Reason::UpstreamReset, Evidence::Ambiguous),
-    };
-    ProxyError::with(reason, evidence).because(error)
+    if !conn.wrote() {
+        return ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
+    }
+    if matches!(error, Http1Error::Malformed(_)) {
+        return ProxyError::new(Reason::UpstreamProtocol).because(error);
+    }
+    // With a byte of an answer it is sure that the upstream has had the request.
+    if conn.answered() {
+        return ProxyError::new(Reason::UpstreamReset).because(error);
+    }
+    ProxyError::with(Reason::UpstreamReset, Evidence::Ambiguous).because(error)
 }
 
 fn source(out: &Outgoing, mut conn: Box<Http1Conn>, pool: Rc<UpstreamPool>) -> Source {
@@ -581,8 +615,10 @@ fn classify_http2(out: &Outgoing, error: hyper::Error) -> ProxyError {
             return ProxyError::with(Reason::UpstreamRefused, Evidence::NotProcessed).because(error);
         }
     }
-    let reason = if error.is_parse() { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
-    ProxyError::with(reason, Evidence::Ambiguous).because(error)
+    if error.is_parse() {
+        return ProxyError::new(Reason::UpstreamProtocol).because(error);
+    }
+    ProxyError::with(Reason::UpstreamReset, Evidence::Ambiguous).because(error)
 }
 
 fn h2_cause(error: &hyper::Error) -> Option<&h2::Error> {
@@ -653,7 +689,7 @@ async fn attempt_http2(
             pool.leave_http2(&ticket, only_stream);
             Err(if returned { not_sent(error) } else { classify_http2(out, error) })
         }
-        Err(reason) => Err(ProxyError::with(reason, Evidence::Ambiguous)),
+        Err(reason) => Err(reason.into()),
     }
 }
 

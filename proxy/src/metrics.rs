@@ -50,7 +50,7 @@ pub(crate) struct CoreMetrics {
     services: RefCell<HashMap<Arc<str>, Rc<ServiceMetrics>>>,
     unrouted: Rc<ServiceMetrics>,
     errors: Vec<Count>,
-    retries: [Count; 2],
+    retries: [Count; 3],
     opened: Count,
     reused: Count,
     log_dropped: Count,
@@ -179,7 +179,7 @@ impl CoreMetrics {
             services: RefCell::default(),
             unrouted: ServiceMetrics::new("none"),
             errors: Reason::ALL.iter().map(error).collect(),
-            retries: [retry("a"), retry("b")],
+            retries: [retry("a"), retry("b"), retry("c")],
             opened: upstream("opened"),
             reused: upstream("reused"),
             log_dropped: Count::new(counter!("peregrine_edge_log_lines_dropped_total")),
@@ -208,7 +208,13 @@ impl CoreMetrics {
     }
 
     pub(crate) fn retry(&self, class: RetryClass) {
-        self.retries[usize::from(class == RetryClass::B)].add(1);
+        let at = match class {
+            RetryClass::A => 0,
+            RetryClass::B => 1,
+            // Class D is never retried.
+            RetryClass::C | RetryClass::D => 2,
+        };
+        self.retries[at].add(1);
     }
 
     pub(crate) fn upstream_connection(&self, reused: bool) {

@@ -30,10 +30,12 @@ use crate::body::ForwardBody;
 use crate::error::Reason;
 use crate::framing::Framing;
 
-/// First size of a read buffer, and the largest one that an idle connection keeps.
+/// First size of a read.
 const READ_BYTES: usize = 8 * 1024;
 /// Largest read, for answers that fill the smaller ones.
 const MAX_READ_BYTES: usize = 256 * 1024;
+/// Largest read buffer that an idle connection keeps.
+const MAX_IDLE_BYTES: usize = 16 * 1024;
 /// Up to this size, what is to be written is collected; larger pieces of a body are written from where
 /// they are.
 const COLLECTED_BYTES: usize = 16 * 1024;
@@ -66,6 +68,8 @@ pub(crate) struct Http1Conn {
     decode: Decode,
     /// The connection may serve another request after this one.
     keep_alive: bool,
+    /// A byte of the answer has come.
+    answered: bool,
     pub(crate) idle_since_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
@@ -138,6 +142,7 @@ impl Http1Conn {
             writer: Writer::Here(upload),
             decode: Decode::Done,
             keep_alive: true,
+            answered: false,
             idle_since_ms: 0,
             reused: false,
         })
@@ -153,6 +158,7 @@ impl Http1Conn {
         write_head: impl FnOnce(&mut Vec<u8>),
     ) {
         let Writer::Here(upload) = &mut self.writer else { return };
+        self.answered = false;
         upload.output.clear();
         upload.sent = 0;
         upload.wrote = false;
@@ -169,6 +175,11 @@ impl Http1Conn {
             Writer::Here(upload) => upload.wrote,
             Writer::Away(_) | Writer::Broken => true,
         }
+    }
+
+    /// Whether a byte of an answer has come.
+    pub(crate) const fn answered(&self) -> bool {
+        self.answered
     }
 
     /// Sends the request and waits for the head of its answer, with `headers` as the map to put it into.
@@ -206,7 +217,7 @@ impl Http1Conn {
                 }
                 Poll::Pending => return failed.map_or(Poll::Pending, |error| Poll::Ready(Err(error))),
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(failed.unwrap_or(Http1Error::Closed))),
-                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Ok(_)) => self.answered = true,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(failed.unwrap_or(error))),
             }
         }
@@ -316,10 +327,11 @@ impl Http1Conn {
             return false;
         }
         self.reader.early = Bytes::new();
-        if self.reader.input.capacity() > READ_BYTES {
+        // What the last answer needed, the next one will.
+        self.reader.read_bytes = self.reader.read_bytes.min(MAX_IDLE_BYTES);
+        if self.reader.input.capacity() > MAX_IDLE_BYTES {
             self.reader.input = BytesMut::new();
         }
-        self.reader.read_bytes = READ_BYTES;
         true
     }
 

@@ -1,4 +1,4 @@
-//! Retry classes A and B: what was not sent or not processed is sent again, and nothing else.
+//! Retry classes: what was not sent, not processed, or may be executed twice is sent again, and nothing else.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -87,6 +87,63 @@ fn a_request_that_was_written_is_not_sent_twice() {
     let answer = edge.client().post("/", "once");
     assert_eq!((answer.status, answer.reason()), (502, "upstream_reset"));
     assert_eq!(origin.seen().len(), 1);
+}
+
+/// An origin that reads the first request, says `first`, and hangs up; every other request is answered.
+fn hangs_up_once(first: &'static str) -> Origin {
+    let asked = AtomicUsize::new(0);
+    Origin::scripted(move |conn| {
+        while let Some(seen) = conn.request() {
+            if asked.fetch_add(1, Ordering::SeqCst) == 0 {
+                conn.write(first.as_bytes());
+                return;
+            }
+            let length = seen.body.len();
+            conn.write(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").as_bytes());
+            conn.write(&seen.body);
+        }
+    })
+}
+
+#[test]
+fn an_idempotent_request_is_sent_again_when_nothing_came_back() {
+    let send = |request: &str| {
+        let origin = hangs_up_once("");
+        let edge = TestEdge::before(&origin);
+        let answer = edge.client().send(request.as_bytes()).answer();
+        (answer.status, String::from_utf8(answer.body).expect("text"), origin.seen().len())
+    };
+    assert_eq!(send("GET / HTTP/1.1\r\nHost: a\r\n\r\n"), (200, String::new(), 2));
+    // With its body, whichever way that is delimited.
+    let sized = "PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello";
+    assert_eq!(send(sized), (200, "hello".into(), 2));
+    let chunked =
+        "DELETE / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n";
+    assert_eq!(send(chunked), (200, "hello".into(), 2));
+    // The origin tells the two apart by itself.
+    let key = "POST / HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k\r\nContent-Length: 5\r\n\r\nhello";
+    assert_eq!(send(key), (200, "hello".into(), 2));
+}
+
+#[test]
+fn a_request_whose_body_is_too_large_to_keep_is_not_sent_again() {
+    let origin = hangs_up_once("");
+    let edge = TestEdge::before(&origin);
+    let mut client = edge.client();
+    client.send("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n").send(vec![b'x'; 100_000]);
+    assert_eq!(client.answer().status, 502);
+    assert_eq!(origin.seen().len(), 1);
+}
+
+#[test]
+fn a_request_that_was_answered_in_part_is_not_sent_again() {
+    for part in ["H", "HTTP/1.1 200 OK\r\nContent-Le"] {
+        let origin = hangs_up_once(part);
+        let edge = TestEdge::before(&origin);
+        let answer = edge.client().get("/");
+        assert_eq!((answer.status, answer.reason()), (502, "upstream_reset"), "{part}");
+        assert_eq!(origin.seen().len(), 1);
+    }
 }
 
 #[test]
