@@ -27,6 +27,8 @@ pub struct EngineConfig {
     pub reconcile_interval_ms: u64,
     /// How long an unknown instance with our label has to be seen before it is removed.
     pub orphan_grace_ms: u64,
+    /// Connections that each core of an edge opens to a new copy before its first request; 0 is none.
+    pub ready_connections: u16,
 }
 
 impl Default for EngineConfig {
@@ -39,6 +41,7 @@ impl Default for EngineConfig {
             }),
             reconcile_interval_ms: 3_000,
             orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
+            ready_connections: 2,    // a first step sends few requests at a time to a copy
         }
     }
 }

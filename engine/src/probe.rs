@@ -69,6 +69,21 @@ impl Probe {
             .unwrap_or_else(|_| Err(format!("{path}: no answer within {} ms", timeout.as_millis())))
     }
 
+    /// Whether the copy keeps a connection after an answer, so that one may wait for its first request. A copy
+    /// that does not may be a server of one connection at a time, which an idle one would block.
+    pub(crate) async fn keeps_connections(&self) -> bool {
+        let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1)));
+        match (self.protocol, &self.health.kind) {
+            (Protocol::H2c, _) => true,
+            (Protocol::Http1, HealthKind::Http { path }) => {
+                let asked = tokio::time::timeout(timeout, self.exchange(path, true)).await;
+                matches!(asked, Ok(Ok((_, true))))
+            }
+            // Nothing is known of what it would answer, and only the operator may say what may be asked.
+            (Protocol::Http1, HealthKind::Tcp | HealthKind::None) => false,
+        }
+    }
+
     async fn connect(&self) -> Result<TcpStream, String> {
         TcpStream::connect(self.address)
             .await
@@ -76,6 +91,11 @@ impl Probe {
     }
 
     async fn get(&self, path: &str) -> Result<Answer, String> {
+        self.exchange(path, false).await.map(|(answer, _)| answer)
+    }
+
+    /// Asks once, and says whether the copy would `keep` the connection, if it was asked to.
+    async fn exchange(&self, path: &str, keep: bool) -> Result<(Answer, bool), String> {
         let begun = Instant::now();
         let io = TokioIo::new(self.connect().await?);
         let connecting = begun.elapsed();
@@ -87,12 +107,13 @@ impl Probe {
         });
         let builder = builder.header("user-agent", "peregrine-warm").header("accept", "*/*");
         let builder = match self.protocol {
+            Protocol::Http1 if keep => builder.header("host", &authority),
             Protocol::Http1 => builder.header("host", &authority).header("connection", "close"),
             Protocol::H2c => builder,
         };
         let request = builder.body(Empty::<Bytes>::new()).map_err(|error| format!("{path}: {error}"))?;
         // The connection is driven in this task, so that it ends with the probe.
-        let status = match self.protocol {
+        let (status, kept) = match self.protocol {
             Protocol::Http1 => {
                 let (mut send, driver) = hyper::client::conn::http1::handshake(io).await.map_err(broken)?;
                 answered(send.send_request(request), driver).await.map_err(broken)?
@@ -103,17 +124,23 @@ impl Probe {
                 answered(send.send_request(request), driver).await.map_err(broken)?
             }
         };
-        Ok(Answer { status, own: begun.elapsed().saturating_sub(connecting * 2) })
+        Ok((Answer { status, own: begun.elapsed().saturating_sub(connecting * 2) }, kept))
     }
 }
 
+/// Reads an answer to its end: its status, and whether its connection may be used again.
 async fn answered(
     response: impl Future<Output = hyper::Result<http::Response<hyper::body::Incoming>>>,
     driver: impl Future<Output = hyper::Result<()>>,
-) -> hyper::Result<u16> {
+) -> hyper::Result<(u16, bool)> {
     let exchange = async {
         let response = response.await?;
         let status = response.status().as_u16();
+        let closes = response.headers().get_all(http::header::CONNECTION).iter().any(|value| {
+            let options = value.to_str().unwrap_or("close").split(',');
+            options.into_iter().any(|option| option.trim().eq_ignore_ascii_case("close"))
+        });
+        let kept = !closes && response.version() != http::Version::HTTP_10;
         let mut body = response.into_body();
         let mut read = 0;
         while let Some(frame) = body.frame().await {
@@ -122,7 +149,7 @@ async fn answered(
                 break;
             }
         }
-        Ok(status)
+        Ok((status, kept))
     };
     tokio::pin!(exchange, driver);
     tokio::select! {

@@ -6,6 +6,7 @@
 //!                 new ── rising share; weight 0 and not standby until the shift begins
 //! ```
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -22,7 +23,12 @@ use crate::state::State;
 pub(crate) type FixedGeneration = (FixedUpstream, u64);
 
 /// What the table is to say of a service; `None` if it is not to be in it.
-pub(crate) fn render(state: &State, name: &str, fixed: &[FixedGeneration]) -> Option<routing::ServiceSpec> {
+pub(crate) fn render(
+    state: &State,
+    name: &str,
+    fixed: &[FixedGeneration],
+    ready: &HashMap<u64, u16>,
+) -> Option<routing::ServiceSpec> {
     let service = state.services.get(name)?;
     let rollout = state.rollout_of(name);
     let leaving =
@@ -32,7 +38,7 @@ pub(crate) fn render(state: &State, name: &str, fixed: &[FixedGeneration]) -> Op
     }
     let name: Arc<str> = name.into();
     Some(routing::ServiceSpec {
-        pools: pools(state, service, rollout, fixed),
+        pools: pools(state, service, rollout, fixed, ready),
         routes: routes(&service.spec),
         balance: balance(&service.spec.traffic.balance),
         policy: policy(state, service, rollout),
@@ -54,6 +60,7 @@ fn pools(
     service: &Service,
     rollout: Option<&Rollout>,
     fixed: &[FixedGeneration],
+    ready: &HashMap<u64, u16>,
 ) -> Vec<PoolSpec> {
     if matches!(service.spec.workload, Workload::Fixed { .. }) {
         return vec![fixed_pool(service, fixed)];
@@ -64,7 +71,7 @@ fn pools(
         name: name.into(),
         weight,
         standby,
-        upstreams: members.into_iter().filter_map(|i| upstream(i, protocol)).collect(),
+        upstreams: members.into_iter().filter_map(|i| upstream(i, protocol, ready)).collect(),
     };
     let Some(rollout) = rollout else {
         let serving = present.into_iter().filter(|i| i.state == InstanceState::Serving).collect();
@@ -120,13 +127,18 @@ fn is_routed(instance: &Instance) -> bool {
     state && instance.generation > 0 && instance.address.is_some()
 }
 
-fn upstream(instance: &Instance, protocol: routing::UpstreamProtocol) -> Option<UpstreamSpec> {
+fn upstream(
+    instance: &Instance,
+    protocol: routing::UpstreamProtocol,
+    ready: &HashMap<u64, u16>,
+) -> Option<UpstreamSpec> {
     Some(UpstreamSpec {
         generation: Generation(instance.generation),
         name: instance.id.as_str().into(),
         address: Address::Socket(instance.address?),
         protocol,
         weight: 1,
+        ready_connections: ready.get(&instance.generation).copied().unwrap_or(0),
     })
 }
 
@@ -138,6 +150,7 @@ fn fixed_pool(service: &Service, fixed: &[FixedGeneration]) -> PoolSpec {
             address: address(&upstream.address)?,
             protocol: protocol(service.spec.traffic.protocol),
             weight: upstream.weight.max(1),
+            ready_connections: 0,
         })
     };
     PoolSpec {

@@ -7,7 +7,7 @@ use peregrine_routing::{Change, Generation, PoolSpec, TableError, TableWriter, U
 
 use crate::core::Core;
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{DrainDeadlines, Workload};
+use crate::model::{DrainDeadlines, InstanceState, Workload};
 use crate::render::{FixedGeneration, render};
 
 pub(crate) struct Table {
@@ -17,6 +17,8 @@ pub(crate) struct Table {
 struct Inner {
     writer: TableWriter,
     fixed: HashMap<String, Vec<FixedGeneration>>,
+    /// New copies that edges open connections to before their first request, by generation, with how many.
+    ready: HashMap<u64, u16>,
 }
 
 /// A publication.
@@ -29,7 +31,7 @@ pub(crate) struct Published {
 
 impl Table {
     pub(crate) fn new(writer: TableWriter) -> Self {
-        Self { inner: Mutex::new(Inner { writer, fixed: HashMap::new() }) }
+        Self { inner: Mutex::new(Inner { writer, fixed: HashMap::new(), ready: HashMap::new() }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -62,14 +64,34 @@ impl Table {
     }
 
     pub(crate) fn forget(&self, generation: u64) {
-        self.lock().writer.forget(Generation(generation));
+        let mut inner = self.lock();
+        inner.writer.forget(Generation(generation));
+        inner.ready.remove(&generation);
+    }
+
+    /// Has the next publication ask every core of every edge for connections to a copy without traffic. The
+    /// first publication that gives it traffic ends that.
+    pub(crate) fn ask_for_connections(&self, generation: u64, count: u16) {
+        self.lock().ready.insert(generation, count);
+    }
+
+    /// Cores of edges.
+    pub(crate) fn edges(&self) -> usize {
+        self.lock().writer.edges()
     }
 
     /// Renders a service from the newest state and publishes it. Whoever publishes last has rendered last.
     pub(crate) fn publish(&self, core: &Core, service: &str) -> Result<Published, EngineError> {
         let mut inner = self.lock();
+        let state = core.state();
+        // What is not waiting for its first traffic any more is not asked for again.
+        let waits = |generation: &u64| {
+            let of_service = state.instances_of(service).find(|i| i.generation == *generation);
+            of_service.is_none_or(|instance| instance.state == InstanceState::Started)
+        };
+        inner.ready.retain(|generation, _| waits(generation));
         let fixed = inner.fixed.get(service).map_or(&[][..], Vec::as_slice);
-        let change = match render(&core.state(), service, fixed) {
+        let change = match render(&state, service, fixed, &inner.ready) {
             Some(spec) if inner.writer.service(service) == Some(&spec) => None,
             Some(spec) => Some(Change::Put(spec)),
             None if inner.writer.service(service).is_none() => None,
@@ -122,7 +144,7 @@ impl Core {
     pub(crate) fn see_off(self: &Arc<Self>, upstream: Arc<Upstream>, deadlines: DrainDeadlines) {
         let core = Arc::clone(self);
         self.tasks.spawn(async move {
-            let left = crate::steps::drain_one(&upstream, &deadlines, std::time::Instant::now());
+            let left = crate::steps::drain_one(&upstream, &deadlines, tokio::time::Instant::now());
             tokio::select! {
                 () = left => core.table.forget(upstream.generation().0),
                 () = core.stop.cancelled() => {}

@@ -59,6 +59,7 @@ impl Run {
             address: Address::Socket(SocketAddr::from((Ipv4Addr::LOCALHOST, 1))),
             protocol: UpstreamProtocol::Http1,
             weight: 1,
+            ready_connections: 0,
         };
         self.next_generation += 1;
         let pool = PoolSpec { name: "main".into(), weight: 1, standby: false, upstreams: vec![upstream] };

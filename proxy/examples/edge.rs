@@ -47,6 +47,7 @@ fn service(upstream: SocketAddr) -> ServiceSpec {
         address: Address::Socket(upstream),
         protocol: UpstreamProtocol::Http1,
         weight: 1,
+        ready_connections: 0,
     };
     let pool = PoolSpec { name: "main".into(), weight: 1, standby: false, upstreams: vec![upstream] };
     ServiceSpec {

@@ -365,6 +365,65 @@ impl Source {
     }
 }
 
+/// Where the events of a `text/event-stream` end: after a blank line (WHATWG HTML, "Parsing an event stream";
+/// a line ends with LF, CR or both).
+#[derive(Debug)]
+pub(crate) struct Events {
+    /// Nothing of the present line has passed.
+    line_is_empty: bool,
+    after_cr: bool,
+    /// What has passed are whole events.
+    between: bool,
+    /// It reads like text that begins as an event does; `None` before the first byte. In a stream that is
+    /// encoded (gzip), blank lines mean nothing.
+    is_plain: Option<bool>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self { line_is_empty: true, after_cr: false, between: true, is_plain: None }
+    }
+}
+
+impl Events {
+    /// Whether the stream may end here.
+    const fn is_between(&self) -> bool {
+        self.between && !matches!(self.is_plain, Some(false))
+    }
+
+    /// Follows bytes on their way. If the stream is `closing`, they are shortened to the end of the event
+    /// that is under way; says whether that has come.
+    fn pass(&mut self, data: &mut Bytes, closing: bool) -> bool {
+        if self.is_plain.is_none() && !data.is_empty() {
+            self.is_plain = Some(begins_an_event(data));
+        }
+        for (at, byte) in data.iter().enumerate() {
+            match byte {
+                b'\n' if self.after_cr => self.after_cr = false,
+                b'\n' | b'\r' => {
+                    self.between = self.line_is_empty;
+                    self.line_is_empty = true;
+                    self.after_cr = *byte == b'\r';
+                }
+                0..0x20 if *byte != b'\t' => self.is_plain = Some(false),
+                _ => (self.line_is_empty, self.after_cr, self.between) = (false, false, false),
+            }
+            if closing && self.is_between() {
+                data.truncate(at + 1);
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Whether a stream that begins so is one of events in plain text.
+fn begins_an_event(data: &[u8]) -> bool {
+    const BEGINNINGS: [&[u8]; 8] =
+        [b"data", b"event", b"id", b"retry", b":", b"\n", b"\r", "\u{feff}".as_bytes()];
+    BEGINNINGS.iter().any(|beginning| data.starts_with(beginning))
+}
+
 impl ReplyBody {
     fn poll_stream(flight: &Rc<Flight>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let mut slot = flight.body.borrow_mut();
@@ -373,6 +432,12 @@ impl ReplyBody {
             let reason = flight.reason.get().unwrap_or(Reason::Internal);
             return Poll::Ready(if ended { None } else { Some(Err(Broken(reason))) });
         };
+        let closing = flight.is_closing() && body.source.size_hint().exact().is_none();
+        let mut events = flight.events.borrow_mut();
+        if closing && events.as_ref().is_some_and(|events| events.is_between()) {
+            end_politely(flight, &mut slot);
+            return Poll::Ready(None);
+        }
         match body.source.poll(cx) {
             Poll::Pending => {
                 if flight.is_expired() {
@@ -385,13 +450,20 @@ impl ReplyBody {
                 Poll::Pending
             }
             Poll::Ready(Some(Ok(mut frame))) => {
-                if let Some(data) = frame.data_ref() {
+                let mut ended = false;
+                if let Some(data) = frame.data_mut() {
+                    if let Some(events) = &mut *events {
+                        ended = events.pass(data, closing);
+                    }
                     flight.bytes_out.set(flight.bytes_out.get() + data.len() as u64);
                 }
                 if let Some(trailers) = frame.trailers_mut() {
                     headers::clean_trailers(trailers);
                 }
-                if body.source.is_end() {
+                drop(events);
+                if ended {
+                    end_politely(flight, &mut slot);
+                } else if body.source.is_end() {
                     complete(flight, &mut slot);
                 } else {
                     flight.wait(Waits::Client, body.body_idle_ms);
@@ -419,6 +491,14 @@ fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     if let Some(body) = slot.take() {
         body.source.done();
     }
+}
+
+/// Ends an answer that has no end of its own at a place where the client loses nothing.
+fn end_politely(flight: &Flight, slot: &mut Option<UpstreamBody>) {
+    flight.soft_close_lease();
+    flight.complete.set(true);
+    // Not given back: the upstream has more to say on this connection.
+    *slot = None;
 }
 
 /// Lets go of the upstream, and breaks the answer off at the next poll: hyper drops what it holds when
@@ -461,5 +541,57 @@ impl Body for ReplyBody {
                 guard.0.body.borrow().as_ref().map_or_else(SizeHint::default, |body| body.source.size_hint())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Passes pieces, the last one while closing; what of that one goes on, if the stream ends in it.
+    fn closing_in(pieces: &[&'static [u8]]) -> Option<Vec<u8>> {
+        let mut events = Events::default();
+        let (last, before) = pieces.split_last().expect("a piece");
+        for piece in before {
+            assert!(!events.pass(&mut Bytes::from_static(piece), false), "nobody closes");
+        }
+        let mut last = Bytes::from_static(last);
+        events.pass(&mut last, true).then(|| last.to_vec())
+    }
+
+    #[test]
+    fn a_closing_stream_ends_with_the_event_that_is_under_way() {
+        for (pieces, end) in [
+            (&[&b"data: 1\n\ndata: 2"[..], b"2\n\ndata: 3\n\n"][..], &b"2\n\n"[..]),
+            (&[b"data: 1\r\n", b"\r\ndata: 2"], b"\r"),
+            (&[b"data: 1\r\n\r", b"\ndata: 2\n\n"], b"\n"),
+            (&[b"id: 1\r", b"data: 1\r\rdata"], b"data: 1\r\r"),
+            (&[b": hello\n", b"\n"], b"\n"),
+            (&["\u{feff}data: ü".as_bytes(), b"\n\n"], b"\n\n"),
+        ] {
+            assert_eq!(closing_in(pieces).as_deref(), Some(end), "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn a_stream_does_not_end_inside_an_event_nor_where_it_cannot_be_read() {
+        for pieces in [
+            &[&b"data: 1\n\ndata: 2"[..], b"2\ndata: 3\r\ndata"][..],
+            &[b"\x1f\x8b\x08\x00zip", b"\n\n"],
+            &[b"{\"not\": \"events\"}", b"\n\n"],
+            &[b"data\0", b"\n\n"],
+        ] {
+            assert_eq!(closing_in(pieces), None, "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn a_stream_may_end_before_its_first_byte_and_between_two_events() {
+        let mut events = Events::default();
+        assert!(events.is_between());
+        events.pass(&mut Bytes::from_static(b"data: 1"), false);
+        assert!(!events.is_between());
+        events.pass(&mut Bytes::from_static(b"\n\n"), false);
+        assert!(events.is_between());
     }
 }

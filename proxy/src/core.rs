@@ -16,7 +16,9 @@ use http::{HeaderValue, Version};
 use hyper::client::conn::http2;
 use hyper::rt::Executor;
 use hyper_util::rt::TokioTimer;
-use peregrine_routing::{Acknowledger, CachedReader, Generation, Service, TableReader};
+use peregrine_routing::{
+    Acknowledger, CachedReader, Generation, PerClass, Service, TableReader, TrafficClass, Upstream,
+};
 
 use crate::access_log::CoreLog;
 use crate::clock::now_ms;
@@ -206,10 +208,23 @@ impl Core {
             for upstream in retired {
                 if !watched.contains(&upstream.generation()) {
                     watched.push(upstream.generation());
-                    tokio::task::spawn_local(watch_for_cut(Rc::downgrade(&self), upstream));
+                    tokio::task::spawn_local(watch_deadlines(Rc::downgrade(&self), upstream));
                 }
             }
             acknowledger.acknowledge(version);
+            self.open_ahead();
+        }
+    }
+
+    /// Opens the connections that the table wants to be there before the first request. Once for each
+    /// version of the table, beside everything else.
+    fn open_ahead(self: &Rc<Self>) {
+        let table = Arc::clone(self.reader.borrow_mut().load());
+        for service in table.ready_services() {
+            for (upstream, count) in service.ready_upstreams() {
+                let pool = self.pools.of(upstream, service.policy());
+                tokio::task::spawn_local(pool.open_ahead(Rc::clone(self), Arc::clone(upstream), count));
+            }
         }
     }
 
@@ -220,17 +235,22 @@ impl Core {
     }
 }
 
-/// Ends the requests of a retired upstream when its hard deadline passes.
-async fn watch_for_cut(core: Weak<Core>, upstream: Arc<peregrine_routing::Upstream>) {
+/// Ends the requests of a retired upstream, class by class, as the deadlines of their classes pass.
+async fn watch_deadlines(core: Weak<Core>, upstream: Arc<Upstream>) {
+    let (mut closing, mut cut) = (PerClass::<bool>::default(), PerClass::<bool>::default());
     loop {
         let turn = upstream.listen();
-        if upstream.is_cut() {
-            if let Some(core) = core.upgrade() {
-                core.flights.cut(upstream.generation());
+        let Some(core) = core.upgrade() else { return };
+        for class in TrafficClass::ALL {
+            if upstream.is_class_cut(class) && !std::mem::replace(&mut cut[class], true) {
+                core.flights.cut(upstream.generation(), class);
+            } else if upstream.is_closing(class) && !std::mem::replace(&mut closing[class], true) {
+                core.flights.close(upstream.generation(), class);
             }
-            return;
         }
-        if upstream.is_empty() {
+        drop(core);
+        // What moves into a class later is judged there, see `Flight::reclassify`.
+        if cut.0.iter().all(|cut| *cut) || upstream.is_empty() {
             return;
         }
         turn.await;

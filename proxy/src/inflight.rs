@@ -16,7 +16,7 @@ use http::uri::{Authority, PathAndQuery};
 use http::{HeaderValue, Method, Version};
 use peregrine_routing::{Generation, Lease, Outcome, TrafficClass, Upstream};
 
-use crate::body::UpstreamBody;
+use crate::body::{Events, UpstreamBody};
 use crate::clock::now_us;
 use crate::conn::{ConnState, Kill};
 use crate::core::{Core, ServiceEntry};
@@ -88,6 +88,8 @@ pub(crate) struct Flight {
     /// The upstream of the last attempt.
     pub(crate) upstream: RefCell<Option<Arc<Upstream>>>,
     pub(crate) body: RefCell<Option<UpstreamBody>>,
+    /// Where the events of an event stream end; `None` for any other answer.
+    pub(crate) events: RefCell<Option<Box<Events>>>,
     pub(crate) status: Cell<u16>,
     pub(crate) reason: Cell<Option<Reason>>,
     pub(crate) attempts: Cell<u8>,
@@ -99,6 +101,7 @@ pub(crate) struct Flight {
     pub(crate) waits: Cell<Waits>,
     deadline_ms: Cell<u64>,
     expired: Cell<bool>,
+    closing: Cell<bool>,
     cut: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
@@ -145,6 +148,7 @@ impl Flight {
             lease: RefCell::new(None),
             upstream: RefCell::new(None),
             body: RefCell::new(None),
+            events: RefCell::new(None),
             status: Cell::new(0),
             reason: Cell::new(None),
             attempts: Cell::new(0),
@@ -155,6 +159,7 @@ impl Flight {
             waits: Cell::new(Waits::Connect),
             deadline_ms: Cell::new(0),
             expired: Cell::new(false),
+            closing: Cell::new(false),
             cut: Cell::new(false),
             waker: RefCell::new(None),
         });
@@ -192,7 +197,12 @@ impl Flight {
         self.expired.get()
     }
 
-    /// Whether the upstream's hard drain deadline has passed.
+    /// Whether the soft drain deadline of its class has passed at its upstream: it is to end politely.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.get()
+    }
+
+    /// Whether the hard drain deadline of its class has passed at its upstream.
     pub(crate) fn is_cut(&self) -> bool {
         self.cut.get()
     }
@@ -222,6 +232,11 @@ impl Flight {
         self.wake();
     }
 
+    fn close_now(&self) {
+        self.closing.set(true);
+        self.wake();
+    }
+
     fn cut_now(&self) {
         self.cut.set(true);
         let in_body = self.body.borrow().is_some();
@@ -240,6 +255,13 @@ impl Flight {
     pub(crate) fn cut_lease(&self) {
         if let Some(lease) = &mut *self.lease.borrow_mut() {
             lease.cut(self.ids.request.to_str().unwrap_or("-"));
+        }
+    }
+
+    /// Counts this request in the receipt of its upstream as one that ended politely.
+    pub(crate) fn soft_close_lease(&self) {
+        if let Some(lease) = &mut *self.lease.borrow_mut() {
+            lease.soft_close();
         }
     }
 
@@ -263,9 +285,21 @@ impl Flight {
         }
     }
 
+    /// Moves the request to another class. If the time of that class is over already, so is the request's.
     pub(crate) fn reclassify(&self, class: TrafficClass) {
-        if let Some(lease) = &mut *self.lease.borrow_mut() {
-            lease.reclassify(class);
+        if class == TrafficClass::Sse {
+            *self.events.borrow_mut() = Some(Box::default());
+        }
+        let mut lease = self.lease.borrow_mut();
+        let Some(lease) = &mut *lease else { return };
+        lease.reclassify(class);
+        let upstream = lease.upstream();
+        if upstream.is_class_cut(class) {
+            let (core, generation) = (Rc::clone(&self.core), upstream.generation());
+            // Later, because whoever has found the class out is at work on the body.
+            tokio::task::spawn_local(async move { core.flights.cut(generation, class) });
+        } else if upstream.is_closing(class) {
+            self.close_now();
         }
     }
 
@@ -287,6 +321,12 @@ impl Flight {
         if let Some(lease) = self.lease.borrow_mut().take() {
             lease.add_bytes(self.bytes_in.get(), self.bytes_out.get());
         }
+    }
+
+    /// Whether it holds a lease of this class at this upstream.
+    fn is_of(&self, generation: Generation, class: TrafficClass) -> bool {
+        let lease = self.lease.borrow();
+        lease.as_ref().is_some_and(|l| l.class() == class && l.upstream().generation() == generation)
     }
 
     pub(crate) fn generation(&self) -> Option<Generation> {
@@ -397,9 +437,16 @@ impl Flights {
         found
     }
 
-    /// Ends every flight of a generation.
-    pub(crate) fn cut(&self, generation: Generation) {
-        for flight in self.snapshot(|flight| flight.generation() == Some(generation)) {
+    /// Asks the flights of a class at an upstream to end politely.
+    pub(crate) fn close(&self, generation: Generation, class: TrafficClass) {
+        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
+            flight.close_now();
+        }
+    }
+
+    /// Ends the flights of a class at an upstream.
+    pub(crate) fn cut(&self, generation: Generation, class: TrafficClass) {
+        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
             flight.cut_now();
         }
     }

@@ -4,6 +4,9 @@
 //! nobody does. The timekeeper looks after idle connections, and whoever takes one out looks whether it is
 //! still open before a byte is written.
 //!
+//! Connections can be opened ahead of the first request. They stand behind those that have been used, and are
+//! counted at their upstream until they are used or closed.
+//!
 //! Retiring a generation drops its key: a connection to a retired upstream cannot be found any more.
 
 use std::cell::{Cell, RefCell};
@@ -13,19 +16,43 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
-use peregrine_routing::{Generation, ServicePolicy, Upstream};
+use peregrine_routing::{Generation, ServicePolicy, Upstream, UpstreamProtocol};
 use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
-use crate::core::LocalExecutor;
+use crate::core::{Core, LocalExecutor};
 use crate::http1::Http1Conn;
 
 /// Streams that one core has on one HTTP/2 connection before it opens another; the upstream's own
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
+
+/// Connections that one core opens ahead to one upstream at a time.
+const MAX_DIALS_AHEAD: usize = 8;
+
+/// Connections that were opened ahead, as their upstream counts them until they are used or closed.
+struct Ahead {
+    upstream: Arc<Upstream>,
+    count: i64,
+}
+
+impl Ahead {
+    fn new(upstream: &Arc<Upstream>, count: u16) -> Self {
+        upstream.note_ready(count.into());
+        Self { upstream: Arc::clone(upstream), count: count.into() }
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.upstream.note_ready(-self.count);
+    }
+}
 
 /// One HTTP/2 connection to an upstream; its task runs beside the requests.
 struct Http2Conn {
@@ -34,6 +61,7 @@ struct Http2Conn {
     max_streams: Rc<Cell<usize>>,
     streams: Rc<Cell<usize>>,
     idle_since_ms: Rc<Cell<u64>>,
+    ahead: Cell<Option<Ahead>>,
 }
 
 /// A place on an HTTP/2 connection.
@@ -58,10 +86,14 @@ pub(crate) struct UpstreamPool {
         reason = "connections go in and out with every request: a pointer moves, not 500 bytes"
     )]
     idle: RefCell<Vec<Box<Http1Conn>>>,
+    ahead: RefCell<Vec<(Box<Http1Conn>, Ahead)>>,
+    /// Connections are being opened ahead.
+    opening: Cell<bool>,
     http2: RefCell<Vec<Http2Conn>>,
     retired: Cell<bool>,
     max_idle: usize,
     idle_timeout_ms: u64,
+    connect_timeout_ms: u32,
     clock_ms: Rc<Cell<u64>>,
 }
 
@@ -69,28 +101,44 @@ impl UpstreamPool {
     fn new(policy: &ServicePolicy, retired: bool, clock_ms: Rc<Cell<u64>>) -> Rc<Self> {
         Rc::new(Self {
             idle: RefCell::new(Vec::new()),
+            ahead: RefCell::new(Vec::new()),
+            opening: Cell::new(false),
             http2: RefCell::new(Vec::new()),
             retired: Cell::new(retired),
             max_idle: policy.max_idle_connections_per_upstream as usize,
             idle_timeout_ms: u64::from(policy.upstream_idle_timeout_ms),
+            connect_timeout_ms: policy.connect_timeout_ms,
             clock_ms,
         })
     }
 
-    /// The connection that was used last, if it is fit. A request that must not be sent twice gets none
-    /// that has been idle for half of its time: the upstream may be about to close it.
+    /// The connection that was used last, if it is fit, or else one that was opened ahead. A request that
+    /// must not be sent twice gets none that has been idle for half of its time: the upstream may be about to
+    /// close it.
     pub(crate) fn checkout(&self, replayable: bool) -> Option<Box<Http1Conn>> {
+        let used = self.take_fit(&mut self.idle.borrow_mut(), replayable, |conn| conn);
+        used.or_else(|| {
+            // Whoever takes it uses it: it is ahead of nobody any more.
+            self.take_fit(&mut self.ahead.borrow_mut(), replayable, |(conn, _)| conn).map(|(conn, _)| conn)
+        })
+    }
+
+    fn take_fit<T>(
+        &self,
+        from: &mut Vec<T>,
+        replayable: bool,
+        conn: impl Fn(&mut T) -> &mut Box<Http1Conn>,
+    ) -> Option<T> {
         let now_ms = self.clock_ms.get();
         let max_age_ms = if replayable { self.idle_timeout_ms } else { self.idle_timeout_ms / 2 };
-        let mut idle = self.idle.borrow_mut();
         loop {
-            let age_ms = now_ms.saturating_sub(idle.last()?.idle_since_ms);
+            let age_ms = now_ms.saturating_sub(conn(from.last_mut()?).idle_since_ms);
             if age_ms >= max_age_ms && age_ms < self.idle_timeout_ms {
                 return None;
             }
-            let mut conn = idle.pop()?;
-            if age_ms < max_age_ms && conn.is_open() {
-                return Some(conn);
+            let mut taken = from.pop()?;
+            if age_ms < max_age_ms && conn(&mut taken).is_open() {
+                return Some(taken);
             }
         }
     }
@@ -135,6 +183,7 @@ impl UpstreamPool {
     }
 
     fn ticket(&self, conn: &Http2Conn) -> Http2Ticket {
+        drop(conn.ahead.take());
         conn.streams.set(conn.streams.get() + 1);
         Http2Ticket {
             sender: conn.sender.clone(),
@@ -150,6 +199,19 @@ impl UpstreamPool {
         builder: &http2::Builder<LocalExecutor>,
         socket: TcpStream,
     ) -> hyper::Result<Http2Ticket> {
+        let conn = self.handshake(builder, socket).await?;
+        let ticket = self.ticket(&conn);
+        if !self.retired.get() {
+            self.http2.borrow_mut().push(conn);
+        }
+        Ok(ticket)
+    }
+
+    async fn handshake(
+        &self,
+        builder: &http2::Builder<LocalExecutor>,
+        socket: TcpStream,
+    ) -> hyper::Result<Http2Conn> {
         let (sender, mut conn) = builder.handshake(TokioIo::new(socket)).await?;
         let max_streams = Rc::new(Cell::new(MAX_STREAMS_PER_CONNECTION));
         let limit = Rc::clone(&max_streams);
@@ -163,17 +225,13 @@ impl UpstreamPool {
                 tracing::debug!(%error, "HTTP/2 connection to an upstream ended");
             }
         });
-        let conn = Http2Conn {
+        Ok(Http2Conn {
             sender,
             max_streams,
             streams: Rc::new(Cell::new(0)),
             idle_since_ms: Rc::new(Cell::new(self.clock_ms.get())),
-        };
-        let ticket = self.ticket(&conn);
-        if !self.retired.get() {
-            self.http2.borrow_mut().push(conn);
-        }
-        Ok(ticket)
+            ahead: Cell::new(None),
+        })
     }
 
     /// A connection that has failed a request takes no further one, unless only the stream was reset.
@@ -183,21 +241,89 @@ impl UpstreamPool {
         }
     }
 
+    // --- ahead of the first request -----------------------------------------------------------------
+
+    /// Opens connections until there are `count` idle ones (HTTP/1.1), or one (HTTP/2). What fails is not
+    /// tried again before the next time that the table asks: a request opens its own.
+    pub(crate) async fn open_ahead(self: Rc<Self>, core: Rc<Core>, upstream: Arc<Upstream>, count: u16) {
+        if self.opening.replace(true) {
+            return;
+        }
+        match upstream.protocol() {
+            UpstreamProtocol::Http1 => self.open_http1_ahead(&core, &upstream, count).await,
+            UpstreamProtocol::H2c => self.open_http2_ahead(&core, &upstream, count).await,
+        }
+        self.opening.set(false);
+    }
+
+    async fn open_http1_ahead(&self, core: &Core, upstream: &Arc<Upstream>, count: u16) {
+        let wanted = usize::from(count).min(self.max_idle);
+        loop {
+            let here = self.idle.borrow().len() + self.ahead.borrow().len();
+            let missing = wanted.saturating_sub(here).min(MAX_DIALS_AHEAD);
+            let dialled = join_all((0..missing).map(|_| self.dial_ahead(core, upstream))).await;
+            if self.retired.get() {
+                return;
+            }
+            let sockets: Vec<TcpStream> = dialled.into_iter().flatten().collect();
+            let failed = sockets.len() < missing;
+            for socket in sockets {
+                let mut conn = Http1Conn::new(socket);
+                // The upstream may close it at any time, as one that has served: that is nobody's fault.
+                conn.reused = true;
+                conn.idle_since_ms = self.clock_ms.get();
+                self.ahead.borrow_mut().push((conn, Ahead::new(upstream, 1)));
+            }
+            if failed || missing == 0 {
+                return;
+            }
+        }
+    }
+
+    async fn open_http2_ahead(&self, core: &Core, upstream: &Arc<Upstream>, count: u16) {
+        if !self.http2.borrow().is_empty() || self.max_idle == 0 {
+            return;
+        }
+        let Some(socket) = self.dial_ahead(core, upstream).await else { return };
+        match self.handshake(&core.http2, socket).await {
+            Ok(conn) if !self.retired.get() => {
+                conn.ahead.set(Some(Ahead::new(upstream, count)));
+                self.http2.borrow_mut().push(conn);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(upstream = %upstream.name(), %error, "no connection ahead"),
+        }
+    }
+
+    async fn dial_ahead(&self, core: &Core, upstream: &Upstream) -> Option<TcpStream> {
+        let limit = Duration::from_millis(u64::from(self.connect_timeout_ms));
+        let dialling = core.resolver.dial(upstream.address(), core.random.next());
+        let socket = match tokio::time::timeout(limit, dialling).await.ok()? {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::debug!(upstream = %upstream.name(), %error, "no connection ahead");
+                return None;
+            }
+        };
+        socket.set_nodelay(true).is_ok().then_some(socket)
+    }
+
     fn retire(&self) {
         self.retired.set(true);
         let idle = self.idle.take();
+        let ahead = self.ahead.take();
         let http2 = self.http2.take();
-        drop((idle, http2));
+        drop((idle, ahead, http2));
     }
 
     /// Closes what the upstream has closed, and what was idle for too long.
     fn sweep(&self) {
         let now_ms = self.clock_ms.get();
-        let mut idle = self.idle.take();
-        idle.retain_mut(|conn| {
+        let keeps = |conn: &mut Http1Conn| {
             now_ms.saturating_sub(conn.idle_since_ms) < self.idle_timeout_ms && conn.is_open()
-        });
-        *self.idle.borrow_mut() = idle;
+        };
+        self.idle.borrow_mut().retain_mut(|conn| keeps(conn));
+        self.ahead.borrow_mut().retain_mut(|(conn, _)| keeps(conn));
         self.http2.borrow_mut().retain(|conn| {
             let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
             !conn.sender.is_closed() && (conn.streams.get() > 0 || idle_ms < self.idle_timeout_ms)
@@ -205,7 +331,7 @@ impl UpstreamPool {
     }
 
     fn is_unused(&self) -> bool {
-        self.idle.borrow().is_empty() && self.http2.borrow().is_empty()
+        self.idle.borrow().is_empty() && self.ahead.borrow().is_empty() && self.http2.borrow().is_empty()
     }
 }
 

@@ -233,6 +233,7 @@ impl Builder {
 
     fn place(&mut self, touched: &Touched<'_>) -> Option<u32> {
         let slot = touched.before.as_ref().map(|(slot, _)| *slot);
+        self.table.ready.retain(|service| service.name() != touched.name);
         let Some(spec) = touched.next else {
             if let Some(slot) = slot {
                 self.slots.remove(touched.name);
@@ -242,9 +243,12 @@ impl Builder {
             return None;
         };
         let previous = touched.before.as_ref().map(|(_, service)| &**service);
-        let service = Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream));
+        let service = Arc::new(Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream)));
+        if service.ready_upstreams().next().is_some() {
+            self.table.ready.push(Arc::clone(&service));
+        }
         let slot = slot.unwrap_or_else(|| self.new_slot(&spec.name));
-        *self.table.services.slot(u64::from(slot)) = Some(Arc::new(service));
+        *self.table.services.slot(u64::from(slot)) = Some(service);
         Some(slot)
     }
 

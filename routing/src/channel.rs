@@ -1,7 +1,7 @@
 //! One writer, many readers: publication of snapshots and their acknowledgement by the edges.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::{ArcSwap, Cache};
 use event_listener::Event;
@@ -98,6 +98,12 @@ impl TableWriter {
         self.builder.table().version()
     }
 
+    /// Edge cores that are registered and alive.
+    #[must_use]
+    pub fn edges(&self) -> usize {
+        self.channel.living_edges().len()
+    }
+
     /// A future that waits until every living edge core has acknowledged `version`: it has let go of its
     /// connections to retired upstreams and uses the new table. It borrows nothing from the writer.
     pub fn acknowledged(&self, version: u64) -> impl Future<Output = ()> + Send + use<> {
@@ -116,9 +122,14 @@ impl TableWriter {
 
 impl Channel {
     fn all_reached(&self, version: u64) -> bool {
+        let edges = self.living_edges();
+        edges.iter().filter_map(Weak::upgrade).all(|edge| edge.load(Ordering::Acquire) >= version)
+    }
+
+    fn living_edges(&self) -> MutexGuard<'_, Vec<Weak<AtomicU64>>> {
         let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
         edges.retain(|edge| edge.strong_count() > 0);
-        edges.iter().filter_map(Weak::upgrade).all(|edge| edge.load(Ordering::Acquire) >= version)
+        edges
     }
 }
 

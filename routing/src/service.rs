@@ -129,6 +129,13 @@ impl Service {
             .flat_map(|pool| pool.members.upstreams.iter().map(|upstream| (&pool.name, upstream)))
     }
 
+    /// Upstreams that connections are to be opened to ahead of any request, with how many by each core.
+    pub fn ready_upstreams(&self) -> impl Iterator<Item = (&Arc<Upstream>, u16)> {
+        let specs = self.spec.pools.iter().flat_map(|pool| &pool.upstreams);
+        let live = self.pools.iter().flat_map(|pool| &pool.members.upstreams);
+        live.zip(specs.map(|spec| spec.ready_connections)).filter(|(_, count)| *count > 0)
+    }
+
     /// Chooses an upstream and enters it.
     ///
     /// First the sticky preference, if that copy takes a share and is usable. Then a pool by exact share,

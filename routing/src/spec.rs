@@ -60,7 +60,7 @@ pub struct PoolSpec {
 #[derive(Clone, Debug, PartialEq)]
 pub struct UpstreamSpec {
     /// Identity of this stretch of service; never used again once retired. The same generation is the same
-    /// name, address and protocol; its weight may change.
+    /// name, address and protocol; its weight and its ready connections may change.
     pub generation: Generation,
     /// Stable name of the copy (instance id, or its address): key of sticky cookies and hashing.
     pub name: Arc<str>,
@@ -70,6 +70,9 @@ pub struct UpstreamSpec {
     pub protocol: UpstreamProtocol,
     /// Relative capacity inside its pool, at least 1.
     pub weight: u32,
+    /// Connections that each core of an edge opens ahead of the first request, so that this one waits for no
+    /// handshake; 0 is none. Asked for again with each publication that says so, never in between.
+    pub ready_connections: u16,
 }
 
 /// Where an upstream listens.

@@ -29,6 +29,8 @@ pub struct RoutingTable {
     wildcard: Wildcards,
     any: Arc<PathRoutes>,
     pub(crate) services: Radix<Arc<Service>, 4>,
+    /// Services with upstreams that connections are to be opened to ahead: few, and only for a short time.
+    pub(crate) ready: Vec<Arc<Service>>,
 }
 
 impl RoutingTable {
@@ -60,6 +62,12 @@ impl RoutingTable {
     /// Calls `visit` with every service. Takes as long as there are services: not for the request path.
     pub fn for_each_service<'a>(&'a self, visit: impl FnMut(&'a Arc<Service>)) {
         self.services.for_each(visit);
+    }
+
+    /// Services that name upstreams which connections are to be opened to ahead of any request, see
+    /// [`Service::ready_upstreams`].
+    pub fn ready_services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.ready.iter()
     }
 
     /// Slot of the service that has exactly this pair.

@@ -176,6 +176,7 @@ mod tests {
             address: routing::Address::Socket(([127, 0, 0, 1], 1).into()),
             protocol: routing::UpstreamProtocol::Http1,
             weight: 1,
+            ready_connections: 0,
         };
         let pool =
             routing::PoolSpec { name: "pool".into(), weight: 1, standby: false, upstreams: vec![spec] };

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use peregrine_routing::{TrafficClass, Upstream};
 use tokio::time::Instant;
 
@@ -9,9 +10,6 @@ use super::{Done, Problem, StepContext};
 use crate::draft::Draft;
 use crate::model::{DrainDeadlines, EventBody, Instance, InstanceId, InstanceState};
 use crate::rollout::adopt;
-
-/// How often the classes that are left are looked at again.
-const LOOK_INTERVAL_MS: u64 = 500;
 
 pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
     let plan = std::sync::Arc::clone(&context.plan);
@@ -73,39 +71,52 @@ pub(super) async fn drained(context: &StepContext, ids: &[InstanceId]) -> Result
         context.waiting_for(Some(format!("{inside} requests to finish on the copies that leave"))).await;
     }
     let begun = Instant::now();
-    for upstream in &upstreams {
-        // Its gate is closed by the publication; an upstream that is still in the table would never be empty.
-        if upstream.is_retired() {
-            drain_one(upstream, &context.plan.settings.drain, begun.into_std()).await;
-        }
-    }
+    // Its gate is closed by the publication; an upstream that is still in the table would never be empty.
+    let retired = upstreams.iter().filter(|upstream| upstream.is_retired());
+    // All at once: the deadlines of one copy must not wait for what is inside another.
+    join_all(retired.map(|upstream| drain_one(upstream, &context.plan.settings.drain, begun))).await;
     Ok(())
 }
 
-/// Waits until a retired upstream is empty, and cuts what is left at the deadline of its class.
-pub(crate) async fn drain_one(upstream: &Upstream, deadlines: &DrainDeadlines, begun: std::time::Instant) {
-    let mut drained = std::pin::pin!(upstream.drained());
-    loop {
-        let look = Duration::from_millis(LOOK_INTERVAL_MS);
-        let deadline = begun + Duration::from_millis(deadline_of_rest_ms(upstream, deadlines));
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
-        if left.is_zero() && !upstream.is_empty() {
-            // What is cut is named in the receipt; the copy is stopped only when it is empty.
-            upstream.cut();
-            return drained.await;
-        }
-        tokio::select! {
-            () = &mut drained => return,
-            () = tokio::time::sleep(left.min(look)) => {}
-        }
-    }
+/// What becomes due in a drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    /// What is inside is asked to end politely.
+    Close,
+    /// What is inside is ended, and named in the receipt; the copy is stopped only when it is empty.
+    Cut,
 }
 
-/// The edge cuts an upstream as a whole, so the most patient class that is still inside decides.
-fn deadline_of_rest_ms(upstream: &Upstream, deadlines: &DrainDeadlines) -> u64 {
-    let inside = upstream.receipt().in_flight;
-    let classes = TrafficClass::ALL.into_iter().filter(|class| inside[*class] > 0);
-    classes.map(|class| deadline_ms(class, deadlines)).max().unwrap_or(deadlines.request_ms)
+/// Waits until a retired upstream is empty. Each class is closed at its own deadline and cut after its grace,
+/// whatever else is inside: no class waits for the patience of another.
+pub(crate) async fn drain_one(upstream: &Upstream, deadlines: &DrainDeadlines, begun: Instant) {
+    let mut drained = std::pin::pin!(upstream.drained());
+    for (due_ms, due, class) in timetable(deadlines) {
+        // The time that is left, and not a point in time: a deadline of centuries is no overflow.
+        let left = Duration::from_millis(due_ms).saturating_sub(begun.elapsed());
+        tokio::select! {
+            biased;
+            () = &mut drained => return,
+            () = tokio::time::sleep(left) => {}
+        }
+        // Also a class without anybody inside: what turns out to be of it later has had its time.
+        match due {
+            Due::Close => upstream.close_class(class),
+            Due::Cut => upstream.cut_class(class),
+        }
+    }
+    drained.await;
+}
+
+/// Every deadline, in milliseconds after the beginning of the drain, the next one first.
+fn timetable(deadlines: &DrainDeadlines) -> Vec<(u64, Due, TrafficClass)> {
+    let of_class = |class: TrafficClass| {
+        let close_ms = deadline_ms(class, deadlines);
+        [(close_ms, Due::Close, class), (close_ms.saturating_add(grace_ms(class)), Due::Cut, class)]
+    };
+    let mut timetable: Vec<_> = TrafficClass::ALL.into_iter().flat_map(of_class).collect();
+    timetable.sort_unstable();
+    timetable
 }
 
 const fn deadline_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
@@ -118,6 +129,58 @@ const fn deadline_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
     }
 }
 
+/// Time between the polite end of a class and the hard one, for those that have a polite end.
+const fn grace_ms(class: TrafficClass) -> u64 {
+    match class {
+        TrafficClass::Request | TrafficClass::Held | TrafficClass::Transfer => 0,
+        TrafficClass::Sse | TrafficClass::GrpcStream => 1_000,
+        TrafficClass::WebSocket => 5_000, // the other side's close frame comes over the client's network
+    }
+}
+
+/// When the last class is cut.
 pub(super) fn longest_ms(deadlines: &DrainDeadlines) -> u64 {
-    TrafficClass::ALL.into_iter().map(|class| deadline_ms(class, deadlines)).max().unwrap_or(0)
+    timetable(deadlines).last().map_or(0, |(due_ms, ..)| *due_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn due(deadlines: &DrainDeadlines) -> Vec<(u64, Due, &'static str)> {
+        timetable(deadlines).into_iter().map(|(due_ms, due, class)| (due_ms, due, class.name())).collect()
+    }
+
+    #[test]
+    fn every_class_is_closed_at_its_deadline_and_cut_after_its_grace() {
+        let deadlines = DrainDeadlines {
+            request_ms: 100,
+            transfer_ms: 2_000,
+            sse_ms: 300,
+            grpc_stream_ms: 400,
+            websocket_ms: 500,
+        };
+        let expected = [
+            (100, Due::Close, "request"),
+            (100, Due::Close, "held"),
+            (100, Due::Cut, "request"),
+            (100, Due::Cut, "held"),
+            (300, Due::Close, "sse"),
+            (400, Due::Close, "grpc_stream"),
+            (500, Due::Close, "websocket"),
+            (1_300, Due::Cut, "sse"),
+            (1_400, Due::Cut, "grpc_stream"),
+            (2_000, Due::Close, "transfer"),
+            (2_000, Due::Cut, "transfer"),
+            (5_500, Due::Cut, "websocket"),
+        ];
+        assert_eq!(due(&deadlines), expected);
+        assert_eq!(longest_ms(&deadlines), 5_500);
+    }
+
+    #[test]
+    fn a_deadline_that_never_comes_is_no_overflow() {
+        let deadlines = DrainDeadlines { websocket_ms: u64::MAX, ..DrainDeadlines::default() };
+        assert_eq!(longest_ms(&deadlines), u64::MAX);
+    }
 }

@@ -1,10 +1,12 @@
 //! Warm: the new copies have to show that they work, and that they are about as fast as the old ones, before
-//! they get traffic.
+//! they get traffic. Those that have are connected to before their first request.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
+use peregrine_routing::Upstream;
 use tokio::time::Instant;
 
 use super::pace::{self, Pace};
@@ -19,6 +21,8 @@ use crate::runtime::{InstanceStatus, LogOptions, Runtime};
 const KNOCK_INTERVAL_MS: u64 = 50;
 /// Longest time that the runtime may take to say whether the copy runs.
 const INSPECT_TIMEOUT_MS: u64 = 2_000;
+/// Longest time that the shift is held up for connections that are opened ahead.
+const CONNECTIONS_WAIT_MS: u64 = 1_000;
 /// Lines of output that a failure quotes.
 const QUOTED_LINES: usize = 20;
 /// Longest time to fetch them.
@@ -50,8 +54,47 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
             }
         }
     }
+    open_connections(context).await?;
     let paces = if paces.is_empty() { "nothing to compare with".to_owned() } else { paces.join("; ") };
     Ok(Done::new(format!("{count} copies are warm: {paces}")))
+}
+
+/// Has the edges open connections to the copies that have proved themselves, so that no first request waits for
+/// a handshake. A help and no condition: what is not there in time is opened by the requests.
+async fn open_connections(context: &StepContext) -> Result<(), Problem> {
+    let table = &context.core.table;
+    let (count, edges) = (context.core.config.ready_connections, table.edges());
+    if count == 0 || edges == 0 {
+        return Ok(());
+    }
+    let copies: Vec<_> = context.new_ids().iter().filter_map(|id| subject(context, id).ok()).collect();
+    let mut asked = Vec::new();
+    for (instance, probe) in copies {
+        if instance.state == InstanceState::Started && probe.keeps_connections().await {
+            table.ask_for_connections(instance.generation, count);
+            asked.extend(table.upstream(instance.generation));
+        }
+    }
+    if asked.is_empty() {
+        return Ok(());
+    }
+    context.publish_unawaited()?;
+    let wanted = u64::from(count) * edges as u64;
+    let opened = join_all(asked.iter().map(|upstream| has_connections(upstream, wanted)));
+    if tokio::time::timeout(Duration::from_millis(CONNECTIONS_WAIT_MS), opened).await.is_err() {
+        tracing::debug!(rollout = %context.id(), wanted, "not all connections were opened ahead");
+    }
+    Ok(())
+}
+
+async fn has_connections(upstream: &Upstream, wanted: u64) {
+    loop {
+        let turn = upstream.listen();
+        if upstream.ready_connections() >= wanted {
+            return;
+        }
+        turn.await;
+    }
 }
 
 /// Warms one copy; how fast it is beside an old one, if that could be told.

@@ -94,3 +94,37 @@ async fn an_abort_takes_effect_while_a_cold_copy_is_warmed_on() {
     assert_eq!(bench.end_of(&started).await.state, RolloutState::Aborted);
     bench.assert_tidy(1).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn edges_are_connected_to_a_new_copy_before_its_first_traffic_and_are_not_asked_again() {
+    let bench = Bench::with_shop().await;
+    bench.edge.ahead().asked.lock().expect("not poisoned").clear();
+    let ended = bench.done(move_to("host-b")).await;
+    let serving = bench.serving()[0].clone();
+    assert_eq!(serving.id, ended.plan.add[0].id);
+    assert_eq!(*bench.edge.ahead().asked.lock().expect("not poisoned"), [(serving.generation, 2)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_goes_on_without_the_connections_that_edges_cannot_open() {
+    let bench = Bench::with_shop().await;
+    bench.edge.ahead().refuses.store(true, Ordering::SeqCst);
+    let started = bench.start(move_to("host-b")).await;
+    let warm_for = std::time::Instant::now();
+    let ended = bench.end_of(&started).await;
+    assert_eq!(ended.state, RolloutState::Succeeded, "{:?}", ended.problem);
+    assert!(warm_for.elapsed() >= std::time::Duration::from_secs(1), "they were waited for");
+    assert_eq!(
+        bench.edge.ahead().asked.lock().expect("not poisoned").last().map(|(_, count)| *count),
+        Some(2)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_connection_is_left_open_to_a_copy_that_ends_each_after_its_answer() {
+    let bench = Bench::with_shop().await;
+    bench.edge.ahead().asked.lock().expect("not poisoned").clear();
+    bench.world.faults("host-b", |faults| faults.closes = true);
+    bench.done(move_to("host-b")).await;
+    assert_eq!(*bench.edge.ahead().asked.lock().expect("not poisoned"), []);
+}

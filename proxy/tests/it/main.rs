@@ -9,6 +9,7 @@ mod limits;
 mod malformed;
 mod names;
 mod observe;
+mod ready;
 mod retries;
 mod shutdown;
 mod support;

@@ -39,6 +39,7 @@ pub(crate) fn upstream(address: SocketAddr) -> UpstreamSpec {
         address: Address::Socket(address),
         protocol: UpstreamProtocol::Http1,
         weight: 1,
+        ready_connections: 0,
     }
 }
 

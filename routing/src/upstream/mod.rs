@@ -1,12 +1,13 @@
 //! An upstream in one stretch of service: its gate, its leases, its health and its receipt.
 
+mod deadlines;
 mod gate;
 mod lease;
 mod vitals;
 
 use std::sync::atomic::{
-    AtomicBool, AtomicU32, AtomicU64,
-    Ordering::{Acquire, Relaxed, Release},
+    AtomicI64, AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed},
 };
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +18,7 @@ use crate::hash::stable_hash;
 use crate::outcome::{Outcome, OutcomeCounters, OutcomeCounts};
 use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
 
+use deadlines::Deadlines;
 use gate::Gate;
 pub use lease::Lease;
 use vitals::Vitals;
@@ -64,8 +66,11 @@ pub struct Upstream {
     bytes_to_upstream: AtomicU64,
     bytes_to_client: AtomicU64,
     hard_cut: Mutex<Vec<String>>,
-    cut: AtomicBool,
-    /// Told when the upstream was retired, was cut, or has become empty.
+    deadlines: Deadlines,
+    /// Connections that edges have opened ahead and not used yet.
+    ready: AtomicI64,
+    /// Told when the upstream was retired, when a class of it was closed or cut, when it has become empty,
+    /// and when connections were opened ahead.
     turned: Event,
     vitals: Vitals,
     outcomes: OutcomeCounters,
@@ -110,7 +115,8 @@ impl Upstream {
             bytes_to_upstream: AtomicU64::new(0),
             bytes_to_client: AtomicU64::new(0),
             hard_cut: Mutex::new(Vec::new()),
-            cut: AtomicBool::new(false),
+            deadlines: Deadlines::default(),
+            ready: AtomicI64::new(0),
             turned: Event::new(),
             vitals: Vitals::default(),
             outcomes: OutcomeCounters::default(),
@@ -195,28 +201,76 @@ impl Upstream {
         self.turned_until(Self::is_empty).await;
     }
 
-    /// Waits until [`Upstream::cut`] is called.
+    // --- the deadlines of a drain -----------------------------------------------------------------
+
+    /// Asks the edges to end what is inside of a class politely, where its protocol has a way to: the soft
+    /// deadline of the class has passed. What was ended so is told by [`Lease::soft_close`].
+    pub fn close_class(&self, class: TrafficClass) {
+        self.deadlines.close(class);
+        self.turned.notify(usize::MAX);
+    }
+
+    /// Whether [`Upstream::close_class`] was called for a class, or it was cut.
+    #[must_use]
+    pub fn is_closing(&self, class: TrafficClass) -> bool {
+        self.deadlines.is_closing(class)
+    }
+
+    /// Asks the edges to end what is still inside of a class: its hard deadline has passed. Each request
+    /// that is ended so is named by [`Lease::cut`].
+    pub fn cut_class(&self, class: TrafficClass) {
+        self.deadlines.cut(class);
+        self.turned.notify(usize::MAX);
+    }
+
+    /// Whether [`Upstream::cut_class`] was called for a class.
+    #[must_use]
+    pub fn is_class_cut(&self, class: TrafficClass) -> bool {
+        self.deadlines.is_cut(class)
+    }
+
+    /// Waits until a class is cut.
+    pub async fn class_cut_asked(&self, class: TrafficClass) {
+        self.turned_until(|upstream| upstream.is_class_cut(class)).await;
+    }
+
+    /// Cuts every class.
+    pub fn cut(&self) {
+        TrafficClass::ALL.into_iter().for_each(|class| self.deadlines.cut(class));
+        self.turned.notify(usize::MAX);
+    }
+
+    /// Whether every class is cut.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        TrafficClass::ALL.into_iter().all(|class| self.deadlines.is_cut(class))
+    }
+
+    /// Waits until every class is cut.
     pub async fn cut_asked(&self) {
         self.turned_until(Self::is_cut).await;
     }
 
-    /// Asks the edges to end what is still inside: the hard deadline has passed. Each request that is
-    /// ended so is named by [`Lease::cut`].
-    pub fn cut(&self) {
-        self.cut.store(true, Release);
-        self.turned.notify(usize::MAX);
-    }
-
-    /// Whether [`Upstream::cut`] was called.
-    #[must_use]
-    pub fn is_cut(&self) -> bool {
-        self.cut.load(Acquire)
-    }
-
-    /// A listener for the next turn (retired, cut, empty); read the state after taking it.
+    /// A listener for the next turn (retired, closed, cut, empty, connections opened ahead); read the state
+    /// after taking it.
     #[must_use]
     pub fn listen(&self) -> EventListener {
         self.turned.listen()
+    }
+
+    // --- connections opened ahead -----------------------------------------------------------------
+
+    /// Counts connections that an edge has opened ahead of any request (positive), and those of them that
+    /// were used or closed (negative). An HTTP/2 connection counts for all that the core was asked for.
+    pub fn note_ready(&self, delta: i64) {
+        self.ready.fetch_add(delta, Relaxed);
+        self.turned.notify(usize::MAX);
+    }
+
+    /// Connections that are open ahead and were not used yet, over all cores.
+    #[must_use]
+    pub fn ready_connections(&self) -> u64 {
+        u64::try_from(self.ready.load(Acquire)).unwrap_or(0)
     }
 
     async fn turned_until(&self, reached: impl Fn(&Self) -> bool) {

@@ -36,6 +36,16 @@ fn a_publication_waits_for_every_registered_core() {
 }
 
 #[test]
+fn the_writer_knows_how_many_cores_are_there() {
+    let (writer, reader) = table();
+    assert_eq!(writer.edges(), 0);
+    let [one, _two] = [reader.register(), reader.register()];
+    assert_eq!(writer.edges(), 2);
+    drop(one);
+    assert_eq!(writer.edges(), 1);
+}
+
+#[test]
 fn a_core_that_goes_away_is_not_waited_for() {
     let (mut writer, reader) = table();
     let [one, two] = [reader.register(), reader.register()];
@@ -119,6 +129,7 @@ fn a_version_is_announced_only_when_what_it_retires_is_retired() {
                 address: peregrine_routing::Address::Socket(([127, 0, 0, 1], 80).into()),
                 protocol: peregrine_routing::UpstreamProtocol::Http1,
                 weight: 1,
+                ready_connections: 0,
             }],
         }];
         Change::Put(service)

@@ -119,6 +119,41 @@ fn whoever_waits_for_the_hard_deadline_is_told() {
     assert!(upstream.is_cut());
 }
 
+#[test]
+fn whoever_waits_for_the_deadline_of_one_class_is_told_of_it_and_not_of_another() {
+    let upstream = one();
+    let waiting = {
+        let upstream = Arc::clone(&upstream);
+        thread::spawn(move || {
+            block_on(upstream.class_cut_asked(TrafficClass::Request));
+            TrafficClass::ALL.map(|class| upstream.is_class_cut(class))
+        })
+    };
+    upstream.close_class(TrafficClass::WebSocket);
+    assert!(upstream.is_closing(TrafficClass::WebSocket) && !upstream.is_class_cut(TrafficClass::WebSocket));
+    upstream.cut_class(TrafficClass::Request);
+    let seen = waiting.join().expect("no panic");
+    assert_eq!(seen, TrafficClass::ALL.map(|class| class == TrafficClass::Request));
+    assert!(!upstream.is_cut(), "the other classes have their time");
+    upstream.cut();
+    assert!(TrafficClass::ALL.into_iter().all(|class| upstream.is_class_cut(class)));
+    assert!(upstream.is_cut());
+}
+
+#[test]
+fn every_deadline_wakes_who_listens_for_the_next_turn() {
+    let upstream = one();
+    let close: fn(&Upstream) = |upstream| upstream.close_class(TrafficClass::Sse);
+    let cut: fn(&Upstream) = |upstream| upstream.cut_class(TrafficClass::Sse);
+    for deed in [close, cut, Upstream::cut] {
+        let mut turn = std::pin::pin!(upstream.listen());
+        let mut poll = || turn.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(poll(), Poll::Pending);
+        deed(&upstream);
+        assert_eq!(poll(), Poll::Ready(()));
+    }
+}
+
 /// What one thread did with its leases, as it knows it itself.
 #[derive(Default)]
 struct Account {

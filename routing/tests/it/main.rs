@@ -6,6 +6,7 @@ mod channel;
 mod drain;
 mod health;
 mod matching;
+mod ready;
 mod shares;
 mod sticky;
 mod support;

@@ -19,6 +19,7 @@ pub(crate) fn upstream(generation: u64) -> UpstreamSpec {
         address: Address::Socket(SocketAddr::from((Ipv4Addr::LOCALHOST, 8_000))),
         protocol: UpstreamProtocol::Http1,
         weight: 1,
+        ready_connections: 0,
     }
 }
 

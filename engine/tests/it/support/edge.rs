@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use peregrine_routing::{Address, Enter, Failure, Outcome, Passive, TableReader, TrafficClass};
+use peregrine_routing::{Address, Enter, Failure, Outcome, Passive, RoutingTable, TableReader, TrafficClass};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -29,6 +29,28 @@ pub(crate) struct Edge {
     pub(crate) tally: Arc<Tally>,
     workers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
     next_id: Arc<AtomicU64>,
+    ahead: Arc<Ahead>,
+}
+
+/// What the table has asked to be opened ahead of requests.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    /// Nothing is opened.
+    pub(crate) refuses: AtomicBool,
+    /// Generations with how many connections.
+    pub(crate) asked: Mutex<Vec<(u64, u16)>>,
+}
+
+impl Ahead {
+    fn follow(&self, table: &RoutingTable) {
+        for (upstream, count) in table.ready_services().flat_map(|service| service.ready_upstreams()) {
+            self.asked.lock().expect("not poisoned").push((upstream.generation().0, count));
+            let missing = i64::from(count) - i64::try_from(upstream.ready_connections()).expect("a few");
+            if !self.refuses.load(Ordering::SeqCst) {
+                upstream.note_ready(missing);
+            }
+        }
+    }
 }
 
 impl Edge {
@@ -36,10 +58,15 @@ impl Edge {
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledger = reader.register();
         let (own, over) = (reader.clone(), Arc::clone(&stop));
+        let ahead = Arc::new(Ahead::default());
+        let opening = Arc::clone(&ahead);
         let acknowledging = tokio::spawn(async move {
             let mut version = 0;
             while !over.load(Ordering::SeqCst) {
-                acknowledger.acknowledge(own.load().version());
+                let table = own.load();
+                acknowledger.acknowledge(table.version());
+                opening.follow(&table);
+                drop(table);
                 version = own.newer_than(version).await;
             }
         });
@@ -49,7 +76,12 @@ impl Edge {
             tally: Arc::default(),
             workers: Mutex::new(vec![acknowledging]),
             next_id: Arc::new(AtomicU64::new(1)),
+            ahead,
         }
+    }
+
+    pub(crate) fn ahead(&self) -> &Ahead {
+        &self.ahead
     }
 
     pub(crate) fn reader(&self) -> &TableReader {

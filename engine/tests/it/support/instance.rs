@@ -20,6 +20,8 @@ pub(crate) struct Behaviour {
     pub(crate) health_status: AtomicU16,
     pub(crate) delay_ms: AtomicU64,
     pub(crate) health_delay_ms: AtomicU64,
+    /// Ends its connections after each answer.
+    pub(crate) closes: AtomicBool,
     /// Requests to `/slow` wait until this is set.
     pub(crate) let_go: AtomicBool,
 }
@@ -31,6 +33,7 @@ impl Default for Behaviour {
             health_status: AtomicU16::new(200),
             delay_ms: AtomicU64::new(0),
             health_delay_ms: AtomicU64::new(0),
+            closes: AtomicBool::new(false),
             let_go: AtomicBool::new(false),
         }
     }
@@ -119,5 +122,9 @@ async fn answer(
     while path == "/slow" && !how.let_go.load(Ordering::SeqCst) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    Ok(Response::builder().status(status).body(Full::from("fine")).expect("a plain answer"))
+    let mut answer = Response::builder().status(status);
+    if how.closes.load(Ordering::SeqCst) {
+        answer = answer.header("connection", "close");
+    }
+    Ok(answer.body(Full::from("fine")).expect("a plain answer"))
 }

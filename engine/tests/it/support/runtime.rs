@@ -64,6 +64,8 @@ pub(crate) struct Faults {
     pub(crate) delay_ms: Option<u64>,
     /// New instances take so long for `/healthz`.
     pub(crate) health_delay_ms: Option<u64>,
+    /// Copies that start end their connections after each answer.
+    pub(crate) closes: bool,
 }
 
 impl World {
@@ -234,6 +236,7 @@ impl Runtime for FakeRuntime {
             behaviour.health_status.store(faults.health_status.unwrap_or(200), Ordering::SeqCst);
             behaviour.delay_ms.store(faults.delay_ms.unwrap_or(0), Ordering::SeqCst);
             behaviour.health_delay_ms.store(faults.health_delay_ms.unwrap_or(0), Ordering::SeqCst);
+            behaviour.closes.store(faults.closes, Ordering::SeqCst);
             let seen = Arc::clone(self.world.lock().seen.entry(spec.id.clone()).or_default());
             let running = Running::start(behaviour, seen).await;
             let address = running.address;
