@@ -3,10 +3,12 @@
 //! added and forgotten here fails the walk.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -33,6 +35,7 @@ const ONLINE: &[(&str, &[&str])] = &[
     ("moves promote", &["mov_nothing"]),
     ("moves abort", &["mov_nothing"]),
     ("moves rollback", &["mov_nothing"]),
+    ("moves cleanup", &["mov_nothing"]),
     ("moves receipt", &["mov_nothing"]),
     ("rollback", &["nothing"]),
     ("scale", &["nothing", "2"]),
@@ -356,6 +359,113 @@ fn the_doctor_finds_a_good_server_good_and_a_missing_one_missing() {
     assert!(failed.expect("a failed check")["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{error:#}");
 }
 
+/// Stands between a command and the API, loses the first answer to a change, and keeps what was sent.
+struct LosesAnAnswer {
+    address: std::net::SocketAddr,
+    sent: Arc<Mutex<String>>,
+}
+
+impl LosesAnAnswer {
+    fn before(api: std::net::SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let sent = Arc::new(Mutex::new(String::new()));
+        let all = Arc::clone(&sent);
+        let loses = Arc::new(AtomicBool::new(true));
+        // Ends with the test's process: nothing of it is waited for.
+        std::thread::spawn(move || {
+            for connection in listener.incoming() {
+                let (connection, all, loses) =
+                    (connection.expect("a connection"), all.clone(), loses.clone());
+                std::thread::spawn(move || pass_on(connection, api, &all, &loses));
+            }
+        });
+        Self { address, sent }
+    }
+
+    /// The idempotency keys of the requests that went through, in order.
+    fn keys(&self) -> Vec<String> {
+        let sent = self.sent.lock().expect("a lock");
+        let keys = sent.lines().filter_map(|line| line.strip_prefix("idempotency-key: "));
+        keys.map(|key| key.trim().to_owned()).collect()
+    }
+}
+
+/// One request after the other, as the client waits for each answer.
+fn pass_on(mut client: TcpStream, api: std::net::SocketAddr, all: &Mutex<String>, loses: &AtomicBool) {
+    let mut server = TcpStream::connect(api).expect("the API listens");
+    while let Some(request) = read_message(&mut client) {
+        let is_change = request.starts_with("POST ");
+        all.lock().expect("a lock").push_str(&request);
+        server.write_all(request.as_bytes()).expect("the API reads");
+        let answer = read_message(&mut server).expect("the API answers");
+        if is_change && loses.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        if client.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
+
+/// A head, and the body that its length announces.
+fn read_message(from: &mut TcpStream) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut piece = [0; 4_096];
+    loop {
+        let text = String::from_utf8_lossy(&bytes).to_ascii_lowercase();
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            let length = length.map_or(0, |length| length.trim().parse().expect("a length"));
+            if body.len() >= length {
+                return Some(String::from_utf8(bytes).expect("UTF-8"));
+            }
+        }
+        match from.read(&mut piece) {
+            Ok(0) | Err(_) => return None,
+            Ok(length) => bytes.extend_from_slice(&piece[..length]),
+        }
+    }
+}
+
+#[test]
+fn an_answer_that_is_lost_is_asked_for_again_with_the_same_key_and_nothing_is_done_twice() {
+    let shop = Shop::open(QUICK);
+    let second_version = shop.manifest(&[("ORIGIN_VERSION", "two")], QUICK);
+    let moves = || shop.server.ok(&["moves", "list"])["items"].as_array().expect("a list").len();
+    let moved = id_of(&shop.move_to("host-b"));
+    let changes: &[(&[&str], usize)] = &[
+        (&["machines", "add", "host-c", "--process", "--address", "127.0.0.3"], 0),
+        (&["moves", "rollback", &moved], 1),
+        (&["move", "shop", "--to", "host-b"], 1),
+        (&["deploy", "-f", &second_version], 1),
+        (&["rollback", "shop"], 1),
+        (&["scale", "shop", "2"], 1),
+    ];
+    let mut seen = BTreeSet::new();
+    for (change, starts) in changes {
+        let before = moves();
+        let between = LosesAnAnswer::before(shop.server.api());
+        let api = format!("http://{}", between.address);
+        // Detached, so that a watch does not ask the API through what stands between.
+        let detach: &[&str] = if *starts > 0 { &["--detach"] } else { &[] };
+        let arguments = [change, detach, &["--json", "--api", &api]].concat();
+        let output = ended(peregrine(&arguments, &shop.server.data()), &arguments);
+        let said = document(&output, &arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said:#}");
+        let keys = between.keys();
+        assert_eq!(keys.len(), 2, "{change:?}: asked once more: {keys:?}");
+        assert_eq!(keys[0], keys[1], "{change:?}");
+        assert!(keys[0].len() == 36 && seen.insert(keys[0].clone()), "{change:?}: a fresh UUID: {keys:?}");
+        assert_eq!(moves(), before + starts, "{change:?} was done once");
+        wait_for("the change to end", || {
+            let listed = shop.server.ok(&["moves", "list"]);
+            let items = listed["items"].as_array().expect("a list").clone();
+            items.iter().all(|of| of["state"] == "succeeded").then_some(())
+        });
+    }
+}
+
 #[test]
 fn every_command_succeeds_on_a_real_service_in_both_forms() {
     let shop = Shop::open(QUICK);
@@ -380,6 +490,7 @@ fn every_command_succeeds_on_a_real_service_in_both_forms() {
         &["moves", "show", &id],
         &["moves", "watch", &id],
         &["moves", "receipt", &id],
+        &["moves", "cleanup", &id],
         &["deploy", "-f", &manifest],
         &["deploy", "-f", &manifest, "--plan"],
         &["move", "shop", "--to", "host-a", "--plan"],

@@ -153,6 +153,55 @@ fn a_repeated_request_with_the_same_key_starts_one_move() {
     assert_eq!(moves.iter().filter(|m| m["kind"] == "move").count(), 1);
 }
 
+#[test]
+fn what_a_move_could_not_remove_is_listed_and_cleaned_up_once_it_can_be() {
+    let settings = r#"
+[service.shop.move]
+steps = [50, 100]
+step_hold = "30s"
+step_max = "40s"
+warm = { probes = 1, interval = "20ms" }
+"#;
+    let shop = Shop::open(settings);
+    let id = shop.begin_move("host-b");
+    shop.at_weight(&id, 50);
+    let refused = shop.server.run(&["moves", "cleanup", &id]);
+    assert_eq!((refused.code, &refused.error()["code"]), (5, &"move.running".into()), "{refused:?}");
+
+    // The folder of a copy is renamed before it goes. A file where it would go is in the way of that.
+    let old = shop.instance_of(&id, "from");
+    let in_the_way = shop.server.data().join("processes/host-a").join(format!(".removed-{old}"));
+    std::fs::write(&in_the_way, "").expect("a file");
+    shop.server.ok(&["moves", "promote", &id]);
+    wait_for("the last step", || {
+        let now = shop.the_move(&id);
+        if now["phase"] == "shift" {
+            shop.server.ok(&["moves", "promote", &id]);
+        }
+        (now["phase"] != "shift").then_some(())
+    });
+    let ended = shop.ended(&id);
+    assert_eq!(ended["state"], "needs_operator", "{ended:#}");
+    assert!(ended["leftovers"][0].as_str().is_some_and(|left| left.contains(&old)), "{ended:#}");
+    assert_eq!(ended["_actions"], json!(["cleanup"]));
+
+    let watched = shop.server.run(&["moves", "watch", &id]);
+    assert_eq!(watched.code, 9, "{watched:?}");
+    assert!(watched.error().to_string().contains(&format!("peregrine moves cleanup {id}")), "{watched:?}");
+    let still = shop.server.run(&["moves", "cleanup", &id]);
+    assert_eq!((still.code, &still.error()["code"]), (9, &"cleanup.incomplete".into()), "{still:?}");
+    assert_eq!(still.error()["retryable"], true);
+    let why: &Value = &still.error()["blockers"][0];
+    assert!(why["message"].as_str().is_some_and(|message| message.contains(&old)), "{still:?}");
+
+    std::fs::remove_file(&in_the_way).expect("the file goes");
+    for _ in 0..2 {
+        let cleaned = shop.server.ok(&["moves", "cleanup", &id]);
+        assert_eq!(cleaned["leftovers"], json!([]), "{cleaned:#}");
+    }
+    assert_eq!(shop.places(), ["host-b"]);
+}
+
 fn version(shop: &Shop) -> String {
     let answer = http_get(shop.server.edge(), "/").expect("an answer").to_lowercase();
     let header = answer.lines().find_map(|line| line.strip_prefix("x-version: "));

@@ -1,24 +1,98 @@
-//! The demo: what a newcomer sees first, and that nothing of it stays behind.
+//! The demo: what a newcomer sees first, and that nothing of it stays behind, however it ends.
 
-use std::process::{Command, Stdio};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 
-use crate::support::docker;
+use crate::support::server::{first_line_then_ctrl_c, signal};
+use crate::support::{STATE_TIMEOUT, docker, wait_for};
 
-fn demo(arguments: &[&str]) -> (bool, String) {
-    let home = tempfile::tempdir().expect("a scratch folder");
-    let output = Command::new(env!("CARGO_BIN_EXE_peregrine"))
-        .args(["demo", "--rate", "200"])
-        .args(arguments)
-        .env("TMPDIR", home.path())
-        .stdin(Stdio::null())
-        .output()
-        .expect("peregrine runs");
-    let left: Vec<_> =
-        std::fs::read_dir(home.path()).expect("folder").flatten().map(|entry| entry.path()).collect();
-    assert!(left.is_empty(), "left behind: {left:?}");
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    (output.status.success(), text)
+/// A demo that runs, in a folder that holds all that it may make.
+struct Demo {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+    told: String,
+    home: tempfile::TempDir,
+    network: Vec<String>,
+}
+
+impl Demo {
+    fn start(arguments: &[&str]) -> Self {
+        let home = tempfile::tempdir().expect("a scratch folder");
+        let network = docker::network();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peregrine"));
+        for name in ["TMPDIR", "HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"] {
+            command.env(name, home.path());
+        }
+        let mut child = command
+            .args(["demo", "--rate", "200"])
+            .args(arguments)
+            .current_dir(home.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("peregrine runs");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let (send, lines) = mpsc::channel();
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        Self { child, lines, told: String::new(), home, network }
+    }
+
+    /// Reads on to the line that has this in it.
+    #[track_caller]
+    fn until(&mut self, what: &str) -> String {
+        loop {
+            let Ok(line) = self.lines.recv_timeout(STATE_TIMEOUT) else {
+                panic!("{what:?} was not told:\n{}", self.told);
+            };
+            self.told.push_str(&line);
+            self.told.push('\n');
+            if line.contains(what) {
+                return line;
+            }
+        }
+    }
+
+    fn interrupt(&self) {
+        signal(self.child.id(), "INT");
+    }
+
+    /// Waits for its end; nothing of it is left then.
+    #[track_caller]
+    fn ended(mut self) -> (ExitStatus, String) {
+        let mut status = None;
+        wait_for("the end of the demo", || {
+            status = self.child.try_wait().expect("a child can be asked");
+            status
+        });
+        let rest: Vec<String> = self.lines.iter().map(|line| line + "\n").collect();
+        self.told.extend(rest);
+        let home = self.home.path();
+        let left: Vec<_> =
+            std::fs::read_dir(home).expect("folder").flatten().map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "left behind: {left:?}\n{}", self.told);
+        assert_eq!(docker::processes_of(home), [] as [u32; 0], "processes are left\n{}", self.told);
+        assert!(docker::processes_with("demo-shop").is_empty(), "a shop still runs\n{}", self.told);
+        let set = |lines: &[String]| lines.iter().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(
+            set(&docker::network()),
+            set(&self.network),
+            "the network is not as before\n{}",
+            self.told
+        );
+        (status.expect("it has ended"), std::mem::take(&mut self.told))
+    }
+}
+
+impl Drop for Demo {
+    /// A test that fails leaves nothing behind either, if the demo can help it.
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            self.interrupt();
+            let _ended = self.child.wait();
+        }
+    }
 }
 
 fn assert_told(text: &str) {
@@ -37,11 +111,10 @@ fn assert_told(text: &str) {
 
 #[test]
 fn the_demo_with_plain_processes_moves_to_and_fro_and_leaves_nothing_behind() {
-    let (success, text) = demo(&["--runtime", "process"]);
-    assert!(success, "{text}");
+    let (status, text) = Demo::start(&["--runtime", "process"]).ended();
+    assert!(status.success(), "{text}");
     assert_told(&text);
     assert!(text.contains("plain processes"), "{text}");
-    assert!(docker::processes_with("demo-shop").is_empty(), "a shop still runs");
 }
 
 #[test]
@@ -49,11 +122,54 @@ fn the_demo_with_docker_streams_the_image_and_leaves_nothing_behind() {
     if !docker::is_there() {
         return;
     }
-    let namespaces = docker::namespaces();
-    let (success, text) = demo(&["--runtime", "docker"]);
-    assert!(success, "{text}");
+    let (status, text) = Demo::start(&["--runtime", "docker"]).ended();
+    assert!(status.success(), "{text}");
     assert_told(&text);
     assert!(text.contains("image  "), "the first move brings the image: {text}");
-    assert_eq!(docker::namespaces(), namespaces, "a namespace is left");
-    assert!(docker::processes_with("demo-shop").is_empty(), "a shop still runs");
+}
+
+#[test]
+fn ctrl_c_at_any_point_of_the_demo_leaves_nothing_behind() {
+    let mut runtimes = vec!["process"];
+    runtimes.extend(docker::is_there().then_some("docker"));
+    for runtime in runtimes {
+        for point in ["starting two hosts", "move 1 of 2", "weight   50 %", "phase    drain", "move 2 of 2"] {
+            let mut demo = Demo::start(&["--runtime", runtime]);
+            demo.until(point);
+            demo.interrupt();
+            let (status, text) = demo.ended();
+            assert!(status.success(), "{runtime} at {point:?}: {text}");
+            assert!(text.contains("interrupted: taking everything down"), "{runtime} at {point:?}: {text}");
+            assert!(text.ends_with("everything is gone\n"), "{runtime} at {point:?}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_demo_that_stays_prints_commands_that_work_as_typed_and_ends_at_ctrl_c() {
+    let mut demo = Demo::start(&["--runtime", "process", "--stay", "--moves", "1"]);
+    demo.until("everything stays up until Ctrl-C");
+    let surroundings = demo.until("export ").trim().to_owned();
+    let mut typed = vec![demo.until("curl ")];
+    while !typed.last().expect("a command").contains("events -f") {
+        typed.push(demo.until("peregrine"));
+    }
+    assert!(typed.len() >= 6, "{typed:?}");
+    for command in typed.iter().map(|line| line.trim()) {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{surroundings}\nexec {command}")]).stdin(Stdio::null());
+        shell.env_remove("PEREGRINE_TOKEN").env_remove("PEREGRINE_TOKEN_FILE");
+        if command.contains(" -f") {
+            let (line, code) = first_line_then_ctrl_c(&mut shell);
+            assert!(!line.is_empty() && code == Some(0), "{command}: {line} {code:?}");
+            continue;
+        }
+        let output = shell.output().expect("sh runs");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{command}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!text.is_empty(), "{command}");
+    }
+    demo.interrupt();
+    let (status, text) = demo.ended();
+    assert!(status.success() && text.ends_with("everything is gone\n"), "{text}");
 }

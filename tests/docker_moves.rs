@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::moves::moved;
-use crate::support::docker::{self, Engines, ORIGIN_IMAGE, ORIGIN_PORT};
+use crate::support::docker::{self, Engines};
 use crate::support::server::Peregrine;
 use crate::support::shop::Shop;
 use crate::support::traffic::{Traffic, assert_nothing_lost};
@@ -23,7 +23,7 @@ fn twenty_moves_between_two_docker_engines_at_2000_requests_per_second_lose_noth
     let engines = Engines::start();
     let server = Peregrine::start(&engines.configuration());
     let shop = Shop::closed(server);
-    deploy(&shop, &engines);
+    shop.deploy_image(&engines, "", &[], "");
     let begin = Instant::now();
     let traffic = Traffic::start(shop.server.edge(), REQUESTS_PER_SECOND);
     let mut transferred = Vec::new();
@@ -61,26 +61,4 @@ fn an_image_that_is_nowhere_is_told_with_everything_that_was_tried_and_blocks_th
     assert!(matches!(said.code, 8 | 9), "{said:#?}");
     assert!(said.error().to_string().contains("localhost:1/nothing:1"), "{said:#?}");
     assert_eq!(engines.containers(), 0);
-}
-
-fn deploy(shop: &Shop, engines: &Engines) {
-    // Both hosts reach the collector at the address of host-a's side of this machine: it listens on all of them.
-    let manifest = shop.server.file(
-        "shop.toml",
-        &format!(
-            r#"
-[service.shop]
-hosts = ["*"]
-image = "{ORIGIN_IMAGE}"
-port = {ORIGIN_PORT}
-health = {{ path = "/healthz", interval = "200ms" }}
-
-[service.shop.env]
-ORIGIN_RECORD = "tcp://{}:{}"
-"#,
-            engines.this_machine(0),
-            shop.collector_port()
-        ),
-    );
-    shop.server.ok(&["deploy", "-f", &manifest, "--machine", "host-a"]);
 }

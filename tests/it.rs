@@ -10,4 +10,5 @@ mod house;
 mod malformed;
 mod moves;
 mod restart;
+mod serve;
 mod support;

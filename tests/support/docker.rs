@@ -86,17 +86,29 @@ impl Engines {
 
     /// Containers of both engines, running or not.
     pub(crate) fn containers(&self) -> usize {
-        let list = |machine: &MachineSpec| {
-            let MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } = &machine.kind else {
-                return 0;
-            };
-            let host = format!("unix://{}", path.display());
-            let output =
-                Command::new("docker").args(["-H", &host, "ps", "-aq"]).output().expect("docker runs");
-            String::from_utf8_lossy(&output.stdout).lines().count()
-        };
-        self.machines.iter().map(list).sum()
+        self.machines.iter().map(|machine| docker(machine, &["ps", "-aq"]).lines().count()).sum()
     }
+
+    /// What `docker inspect --format` says of every container.
+    pub(crate) fn inspect(&self, format: &str) -> Vec<String> {
+        let one = |machine: &MachineSpec| {
+            let ids = docker(machine, &["ps", "-aq"]);
+            ids.lines()
+                .map(|id| docker(machine, &["inspect", "--format", format, id]).trim().to_owned())
+                .collect::<Vec<_>>()
+        };
+        self.machines.iter().flat_map(one).collect()
+    }
+}
+
+/// What the command of an engine prints.
+fn docker(machine: &MachineSpec, arguments: &[&str]) -> String {
+    let MachineKind::Docker { endpoint: DockerEndpoint::Unix { path } } = &machine.kind else {
+        panic!("{machine:?}");
+    };
+    let host = format!("unix://{}", path.display());
+    let output = Command::new("docker").args(["-H", &host]).args(arguments).output().expect("docker runs");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Containers on host-b reach this machine at its side of their own link only. Records of both hosts go to one
@@ -126,11 +138,33 @@ impl Drop for Engines {
     }
 }
 
-/// Names of the network namespaces of this machine.
-pub(crate) fn namespaces() -> Vec<String> {
-    let output = Command::new("ip").args(["netns", "list"]).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    text.lines().map(str::to_owned).collect()
+/// Namespaces, links, packet filter rules and mounts of this machine.
+pub(crate) fn network() -> Vec<String> {
+    let lines = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).output();
+        output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+    };
+    let links = lines("ip", &["-o", "link"]);
+    let links = links.lines().filter_map(|line| line.split(": ").nth(1));
+    let rules = lines("iptables", &["-S"]) + &lines("iptables", &["-t", "nat", "-S"]);
+    let mounts = std::fs::read_to_string("/proc/mounts").expect("mounts");
+    let mounts = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    let namespaces = lines("ip", &["netns", "list"]);
+    namespaces.lines().chain(links).chain(rules.lines()).chain(mounts).map(str::to_owned).collect()
+}
+
+/// Processes whose environment names this folder: whatever a program that was started with it has started.
+pub(crate) fn processes_of(folder: &std::path::Path) -> Vec<u32> {
+    let folder = folder.display().to_string();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        if String::from_utf8_lossy(&environment).contains(&folder) {
+            found.push(pid);
+        }
+    }
+    found
 }
 
 /// Processes that have this word as an argument.

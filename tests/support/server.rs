@@ -15,6 +15,8 @@ pub(crate) struct Peregrine {
     edge: SocketAddr,
     api: SocketAddr,
     child: Option<Child>,
+    /// Levels of its log, unless the tests themselves are told others.
+    levels: &'static str,
 }
 
 /// What a command said.
@@ -46,13 +48,29 @@ impl Said {
 impl Peregrine {
     /// Starts a server. `more` is put behind the `[edge]` and `[api]` parts of its configuration.
     pub(crate) fn start(more: &str) -> Self {
+        Self::start_logging(more, "info")
+    }
+
+    /// The same with other levels of its log.
+    pub(crate) fn start_logging(more: &str, levels: &'static str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-test-").tempdir().expect("a scratch folder");
         let (edge, api) = (free_address(), free_address());
-        let config = format!("[edge]\nhttp = [\"{edge}\"]\n\n[api]\nlisten = \"{api}\"\n\n{more}\n");
-        std::fs::write(dir.path().join("server.toml"), config).expect("configuration is written");
-        let mut server = Self { dir, edge, api, child: None };
+        let mut server = Self { dir, edge, api, child: None, levels };
+        server.configure(more);
         server.start_again();
         server
+    }
+
+    /// Writes the configuration file (anew).
+    pub(crate) fn configure(&self, more: &str) {
+        let Self { edge, api, .. } = self;
+        let config = format!("[edge]\nhttp = [\"{edge}\"]\n\n[api]\nlisten = \"{api}\"\n{more}\n");
+        std::fs::write(self.dir.path().join("server.toml"), config).expect("configuration is written");
+    }
+
+    /// Asks the server to read its configuration again.
+    pub(crate) fn reload(&self) {
+        signal(self.child.as_ref().expect("it runs").id(), "HUP");
     }
 
     /// Starts the server (again) on the same data and addresses, and waits until it is ready.
@@ -64,7 +82,7 @@ impl Peregrine {
             .arg(self.dir.path().join("server.toml"))
             .arg("--data")
             .arg(self.data())
-            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()))
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| self.levels.to_owned()))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log file"))
             .stderr(log)
@@ -221,6 +239,24 @@ pub(crate) fn signal(pid: u32, name: &str) {
     let status =
         Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
     assert!(status.is_ok(), "kill cannot be run");
+}
+
+/// Starts a command that goes on by itself, reads its first line, and ends it with Ctrl-C: the line and the exit code.
+pub(crate) fn first_line_then_ctrl_c(command: &mut Command) -> (String, Option<i32>) {
+    use std::io::BufRead;
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut lines = std::io::BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let (send, receive) = std::sync::mpsc::channel();
+    // It reads on: a full pipe would hold the end back.
+    std::thread::spawn(move || lines.by_ref().map_while(Result::ok).for_each(|line| drop(send.send(line))));
+    let first = receive.recv_timeout(super::STATE_TIMEOUT);
+    signal(child.id(), "INT");
+    let mut status = None;
+    wait_for("the end after Ctrl-C", || {
+        status = child.try_wait().expect("a child can be asked");
+        status
+    });
+    (first.expect("a line in time"), status.and_then(|status| status.code()))
 }
 
 /// An address of this machine that nobody listens on.

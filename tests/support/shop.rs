@@ -6,6 +6,7 @@ use peregrine_bench::collector::{Collected, Collector};
 use peregrine_bench::origin::Record;
 use serde_json::Value;
 
+use super::docker::{Engines, ORIGIN_IMAGE, ORIGIN_PORT};
 use super::server::Peregrine;
 use super::{origin_program, wait_for};
 
@@ -54,6 +55,32 @@ impl Shop {
     pub(crate) fn deploy(&self, env: &[(&str, &str)], settings: &str) -> Value {
         let manifest = self.manifest(env, settings);
         self.server.ok(&["deploy", "-f", &manifest, "--machine", "host-a"])
+    }
+
+    /// Deploys the shop as a container on host-a, and waits for the end.
+    #[track_caller]
+    pub(crate) fn deploy_image(&self, engines: &Engines, keys: &str, env: &[(&str, &str)], settings: &str) {
+        let env: String = env.iter().map(|(name, value)| format!("{name} = \"{value}\"\n")).collect();
+        // Both hosts reach the collector at the address of host-a's side of this machine: it listens on all of them.
+        let manifest = format!(
+            r#"
+[service.shop]
+hosts = ["*"]
+image = "{ORIGIN_IMAGE}"
+port = {ORIGIN_PORT}
+health = {{ path = "/healthz", interval = "200ms" }}
+{keys}
+{settings}
+
+[service.shop.env]
+ORIGIN_RECORD = "tcp://{}:{}"
+{env}
+"#,
+            engines.this_machine(0),
+            self.collector_port()
+        );
+        let manifest = self.server.file("shop.toml", &manifest);
+        self.server.ok(&["deploy", "-f", &manifest, "--machine", "host-a"]);
     }
 
     /// Writes the manifest and returns its path.
