@@ -110,3 +110,58 @@ fn the_api_has_the_names_and_the_open_metrics_that_the_file_gives_it_and_no_more
     assert_eq!(told["open"], ["200", "403", "200", "401"]);
     assert_eq!(told["closed"], ["403", "403", "401", "401"]);
 }
+
+/// The file's rule is told in its own words, and the table's is the one that counts: they must not part.
+#[test]
+fn a_host_of_the_file_is_one_for_the_table_and_means_the_same() {
+    use peregrine_config::{Manifest, Source};
+    use peregrine_routing::HostPattern;
+    let long = ["a".repeat(63), "b".repeat(64), ["a"; 127].join("."), ["a"; 128].join(".")];
+    let odd = [
+        "shop.example.com",
+        "Shop.Example.COM.",
+        "*.example.com",
+        "*",
+        "*.",
+        "*.*.a",
+        "a.*",
+        "*a.b",
+        "",
+        ".",
+        "a..b",
+        ".a",
+        "a b",
+        "10.0.0.1",
+        "256.0.0.1",
+        "[::1]",
+        "[2001:DB8::1]",
+        "[::1",
+        "::1",
+        "[]",
+        "[::ffff:10.0.0.1]",
+        "*.[::1]",
+        "my_service",
+        "-a",
+        "a-",
+        "xn--bcher-kva.example",
+        "ä.example",
+        "u@a",
+        "a?b",
+        "a%20b",
+        "a,b",
+        "com",
+        "*.com",
+        "a\tb",
+    ];
+    for host in odd.into_iter().chain(long.iter().map(String::as_str)) {
+        let text = format!("[service.a]\nhosts = [{host:?}]\nupstreams = [\"10.0.0.5:80\"]\n");
+        let file = Manifest::parse(&Source::new("f", "/", text));
+        let by_table = HostPattern::parse(host);
+        assert_eq!(file.is_ok(), by_table.is_ok(), "{host:?}: {file:?} {by_table:?}");
+        if let Ok(manifest) = file {
+            let canonical = &manifest.services[0].spec.routes[0].host;
+            let again = HostPattern::parse(canonical);
+            assert_eq!(again.as_ref().ok(), by_table.as_ref().ok(), "{host:?} became {canonical:?}");
+        }
+    }
+}
