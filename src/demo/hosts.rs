@@ -203,7 +203,7 @@ fn machine(name: &str, kind: MachineKind, last_byte: u8) -> MachineSpec {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn runtime_failed(error: peregrine_engine::runtime::RuntimeError) -> Failure {
+fn runtime_failed(error: RuntimeError) -> Failure {
     failed_text(&error.to_string())
 }
 

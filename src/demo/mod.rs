@@ -115,7 +115,7 @@ impl Running {
         let failed = traffic.failed();
         screen.say(&format!("clients  {} requests, {} failed", traffic.sent(), failed));
         if args.stay {
-            let next = if args.moves % 2 == 0 { hosts::HOST_B } else { hosts::HOST_A };
+            let next = if args.moves.is_multiple_of(2) { hosts::HOST_B } else { hosts::HOST_A };
             story::next_commands(screen, server.api_addr(), data, edge, next);
             std::future::pending::<()>().await;
         }
