@@ -155,11 +155,7 @@ impl Fields {
             HeaderName::from_bytes(name.as_bytes()).map_err(|_| Http1Error::Malformed("a field name"))?;
         let bit = Seen::bit_of(name.as_str());
         match bit {
-            Seen::CONNECTION => {
-                if self.connection(&value) {
-                    return Ok(());
-                }
-            }
+            Seen::CONNECTION if self.connection(&value) => return Ok(()),
             Seen::TRANSFER_ENCODING => return self.transfer_encoding(&value),
             Seen::CONTENT_LENGTH => {
                 let length = content_length(&value).ok_or(Http1Error::Malformed("Content-Length"))?;
