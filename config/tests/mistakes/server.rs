@@ -60,7 +60,7 @@ error[config.bad_value]: "127.0.0.1" cannot be in api.allowed_hosts: localhost a
 error[config.unknown_key]: unknown key `metrics_without_tokens` in [api]
  --> peregrine.toml:3:1
   |
-3 | metrics_without_tokens = true
+3 | metrics_without_tokens = …
   | ^^^^^^^^^^^^^^^^^^^^^^
   = did you mean `metrics_without_token`?
 "#,
