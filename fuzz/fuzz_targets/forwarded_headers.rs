@@ -42,10 +42,6 @@ const GUARDED: [&str; 10] = [
     "x-request-id",
 ];
 
-/// Whether the edge judges a trusted proxy's `x-forwarded-…_…` by itself. Today it goes on, unless another field with
-/// `_` in its name is there; true is for the day on which it does not matter what else is there.
-const TRUSTED_TWINS_ARE_JUDGED_ALONE: bool = false;
-
 /// By name the values, in order.
 type Fields = BTreeMap<String, Vec<Vec<u8>>>;
 
@@ -287,7 +283,7 @@ impl Model {
             let ends_here = HOP_BY_HOP.contains(&name)
                 || (name != "close" && nominated.iter().any(|token| token == name))
                 || ["host", "x-request-id", "traceparent"].contains(&name)
-                || (is_lookalike(name) && self.lookalikes_go(sent, name))
+                || is_lookalike(name)
                 || (is_forwarding(name) && !self.trusts(self.peer));
             if !ends_here {
                 fields.entry(name.to_owned()).or_default().push(value.as_bytes().to_vec());
@@ -309,15 +305,6 @@ impl Model {
         }
         self.add_forwarding(&mut fields, sent.host());
         fields
-    }
-
-    fn lookalikes_go(&self, sent: &Sent, name: &str) -> bool {
-        TRUSTED_TWINS_ARE_JUDGED_ALONE
-            || !name.starts_with("x-forwarded-")
-            || sent
-                .fields
-                .iter()
-                .any(|(other, _)| other.as_str().contains('_') && !is_forwarding(other.as_str()))
     }
 
     fn add_forwarding(&self, fields: &mut Fields, host: Option<Vec<u8>>) {
