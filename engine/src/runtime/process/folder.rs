@@ -14,6 +14,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -132,7 +133,10 @@ impl Folder {
         }
         match fs::rename(&self.path, &gone) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            renamed => renamed.and_then(|()| fs::remove_dir_all(&gone)),
+            renamed => renamed.and_then(|()| match fs::remove_dir_all(&gone) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()), // swept by another start
+                removed => removed,
+            }),
         }
     }
 
@@ -244,7 +248,10 @@ impl Folder {
     /// Replaces a file as a whole: a reader sees the old one or the new one.
     fn write<T: Serialize>(&self, name: &str, value: &T) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
-        let beside = self.path.join(format!(".{name}.new"));
+        // Two may write at once: who asks for its state finds a process that its starter is just writing down.
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        let write = WRITES.fetch_add(1, Ordering::Relaxed);
+        let beside = self.path.join(format!(".{name}.{}-{write}", std::process::id()));
         let mut file = fs::OpenOptions::new();
         let mut file = file.write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
         file.write_all(&text)?;
@@ -277,6 +284,21 @@ mod tests {
         assert_eq!(folder.process().unwrap(), Some(key));
         let mode = fs::metadata(folder.path.join("process.json")).unwrap().permissions().mode();
         assert_eq!(mode & 0o077, 0);
+    }
+
+    #[test]
+    fn many_may_write_down_the_same_process_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::of(root.path(), &InstanceId::generate()).unwrap();
+        folder.create().unwrap();
+        let key = ProcessKey { pid: 7, start_ticks: 8, boot_id: "b".to_owned() };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| folder.write_process(&key).unwrap()));
+            }
+        });
+        assert_eq!(folder.process().unwrap(), Some(key));
+        assert_eq!(fs::read_dir(&folder.path).unwrap().count(), 2, "work/ and process.json");
     }
 
     #[test]
