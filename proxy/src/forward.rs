@@ -491,7 +491,10 @@ async fn attempt_http1(
     loop {
         let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh) {
             Some(conn) => conn,
-            None => Http1Conn::new(Box::pin(connect(core, upstream, policy, flight)).await?),
+            None => {
+                let socket = Box::pin(connect(core, upstream, policy, flight)).await?;
+                Http1Conn::new(socket, core.spares.clone())
+            }
         };
         let body = out.body().ok_or(Reason::Internal)?;
         if out.body.is_some() {

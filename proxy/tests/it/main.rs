@@ -5,6 +5,7 @@ mod drain;
 mod forwarding;
 mod goaway;
 mod health;
+mod large;
 mod limits;
 mod malformed;
 mod names;
