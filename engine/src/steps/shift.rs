@@ -146,6 +146,7 @@ async fn judge_step(
             return Ok(verdict("inconclusive", percent, &compared, "too few requests; the probes are good"));
         }
         tokio::select! {
+            biased;
             _ = signals.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
         }

@@ -173,6 +173,7 @@ fn old_probe(context: &StepContext) -> Option<Probe> {
         protocol: spec.traffic.protocol,
         host: render::probe_host(spec),
         health: state.version(&serving.service, serving.version)?.health.clone(),
+        dial: context.core.config.outside.dial.clone(),
     })
 }
 
@@ -200,6 +201,7 @@ fn subject(context: &StepContext, id: &InstanceId) -> Result<(Instance, Probe), 
             protocol: spec.traffic.protocol,
             host: render::probe_host(spec),
             health: state.version(&instance.service, instance.version)?.health.clone(),
+            dial: context.core.config.outside.dial.clone(),
         };
         Some((instance.clone(), probe))
     };
