@@ -779,12 +779,15 @@ fn switch(
     };
     let Some((socket, early)) = upstream.into_socket() else { return unasked(guard) };
     headers.entry(UPGRADE).or_insert_with(|| asked.clone());
+    let agreed = headers.get_all(UPGRADE).iter().all(|agreed| agreed.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    let websocket = agreed && asked.as_bytes().eq_ignore_ascii_case(b"websocket");
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     let flight = &guard.0;
     flight.status.set(101);
     let conn = Rc::clone(&flight.conn);
-    let idle_ms = entry.service.policy().tunnel_idle_timeout_ms;
+    let policy = entry.service.policy();
+    let (idle_ms, close_spread_ms) = (policy.tunnel_idle_timeout_ms, policy.websocket_close_spread_ms);
     flight.wait(Waits::Tunnel, idle_ms);
-    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms });
+    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms, websocket, close_spread_ms });
     Ok(respond::response(StatusCode::SWITCHING_PROTOCOLS, headers, ReplyBody::Page(None, None)))
 }

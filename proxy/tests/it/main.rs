@@ -14,3 +14,4 @@ mod retries;
 mod shutdown;
 mod support;
 mod tunnels;
+mod websockets;
