@@ -4,6 +4,7 @@ mod bodies;
 mod drain;
 mod forwarding;
 mod goaway;
+mod grpc;
 mod health;
 mod limits;
 mod malformed;
