@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use peregrine_routing::TrafficClass;
 
 use crate::error::Reason;
+use crate::grpc::{self, Messages};
 use crate::headers;
 use crate::http1::{Http1Conn, PolledFrame};
 use crate::inflight::{Flight, FlightGuard, Waits};
@@ -323,6 +325,8 @@ pub(crate) struct UpstreamBody {
     /// The class that it gets if it goes on beyond `late_from_ms`; 0 is never.
     pub(crate) late_class: TrafficClass,
     pub(crate) late_from_ms: u64,
+    /// Where the messages of a call end.
+    pub(crate) messages: Option<Messages>,
 }
 
 /// Where an answer's body comes from.
@@ -450,6 +454,13 @@ impl ReplyBody {
             end_politely(flight, &mut slot);
             return Poll::Ready(None);
         }
+        let calls_off = flight.is_closing() || flight.is_cut();
+        if let Some(messages) = body.messages.as_ref().filter(|_| calls_off)
+            && (messages.is_between() || flight.is_cut())
+        {
+            end_politely(flight, &mut slot);
+            return Poll::Ready(Some(Ok(Frame::trailers(unavailable()))));
+        }
         let spliced = if events.is_none() { body.source.poll_spliced(flight, cx) } else { None };
         match spliced.unwrap_or_else(|| body.source.poll(cx)) {
             Poll::Pending => {
@@ -470,6 +481,13 @@ impl ReplyBody {
                     if let Some(events) = &mut *events {
                         ended = events.pass(data, closing);
                     }
+                    if let Some(messages) = &mut body.messages {
+                        if calls_off {
+                            data.truncate(messages.pass_message(data));
+                        } else {
+                            messages.pass(data);
+                        }
+                    }
                     flight.bytes_out.set(flight.bytes_out.get() + data.len() as u64);
                 }
                 if let Some(trailers) = frame.trailers_mut() {
@@ -478,7 +496,7 @@ impl ReplyBody {
                 drop(events);
                 if ended {
                     end_politely(flight, &mut slot);
-                } else if body.source.is_end() {
+                } else if body.source.is_end() && !(calls_off && body.messages.is_some()) {
                     complete(flight, &mut slot);
                 } else {
                     flight.wait(Waits::Client, body.body_idle_ms);
@@ -514,6 +532,12 @@ fn end_politely(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     flight.complete.set(true);
     // Not given back: the upstream has more to say on this connection.
     *slot = None;
+}
+
+fn unavailable() -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    grpc::say_unavailable(&mut trailers, "the server is being replaced: call again");
+    trailers
 }
 
 /// Lets go of the upstream, and breaks the answer off at the next poll: hyper drops what it holds when

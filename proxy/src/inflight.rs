@@ -104,8 +104,13 @@ pub(crate) struct Flight {
     expired: Cell<bool>,
     closing: Cell<bool>,
     cut: Cell<bool>,
+    /// It is a call of gRPC over HTTP/2, whose end can be said in its own terms.
+    pub(crate) grpc: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
+
+/// After this time an exchange is no mere request: a drain gives it more time.
+pub(crate) const LONG_AFTER_MS: u64 = 10_000;
 
 /// Requests that one HTTP/2 client may cancel more than it lets be answered, before its connection ends:
 /// each has cost an upstream a request already (CVE-2023-44487).
@@ -163,6 +168,7 @@ impl Flight {
             expired: Cell::new(false),
             closing: Cell::new(false),
             cut: Cell::new(false),
+            grpc: Cell::new(false),
             waker: RefCell::new(None),
         });
         core.set_now(flight.started_us / 1_000);
@@ -250,9 +256,9 @@ impl Flight {
 
     fn cut_now(&self) {
         self.cut.set(true);
+        let stalled = self.waits.get() == Waits::Client;
         let in_body = self.body.borrow().is_some();
-        if in_body {
-            let stalled = self.waits.get() == Waits::Client;
+        if in_body && (stalled || !self.grpc.get()) {
             self.cut_lease();
             self.let_go_of_upstream(Reason::UpstreamCut);
             if stalled && !self.conn.http2.get() {
@@ -286,6 +292,8 @@ impl Flight {
     // --- the lease ------------------------------------------------------------------------------------
 
     pub(crate) fn take_lease(&self, lease: Lease) {
+        // What was asked of it at another upstream is over.
+        self.closing.set(false);
         *self.upstream.borrow_mut() = Some(Arc::clone(lease.upstream()));
         *self.lease.borrow_mut() = Some(lease);
     }
@@ -332,6 +340,18 @@ impl Flight {
         if let Some(lease) = self.lease.borrow_mut().take() {
             lease.add_bytes(self.bytes_in.get(), self.bytes_out.get());
         }
+    }
+
+    /// Whether it is a call that counts as a stream.
+    pub(crate) fn is_grpc_stream(&self) -> bool {
+        let lease = self.lease.borrow();
+        self.grpc.get() && lease.as_ref().is_some_and(|lease| lease.class() == TrafficClass::GrpcStream)
+    }
+
+    /// A call that has gone on for longer than a request should is a stream, also when nothing passes by which
+    /// that could have been noticed.
+    fn is_silent_stream(&self, now_ms: u64) -> bool {
+        self.grpc.get() && now_ms > self.started_us / 1_000 + LONG_AFTER_MS
     }
 
     /// Whether it holds a lease of this class at this upstream.
@@ -450,15 +470,30 @@ impl Flights {
 
     /// Asks the flights of a class at an upstream to end politely.
     pub(crate) fn close(&self, generation: Generation, class: TrafficClass) {
-        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
+        for flight in self.due(generation, class) {
             flight.close_now();
         }
     }
 
     /// Ends the flights of a class at an upstream.
     pub(crate) fn cut(&self, generation: Generation, class: TrafficClass) {
-        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
+        for flight in self.due(generation, class) {
             flight.cut_now();
         }
+    }
+
+    /// The flights of a class at an upstream. Those that turn out to be of another are moved there.
+    fn due(&self, generation: Generation, class: TrafficClass) -> Vec<Rc<Flight>> {
+        let mut due = self.snapshot(|flight| flight.is_of(generation, class));
+        if class == TrafficClass::Request {
+            due.retain(|flight| {
+                let is_stream = flight.is_silent_stream(flight.core.coarse_now_ms());
+                if is_stream {
+                    flight.reclassify(TrafficClass::GrpcStream);
+                }
+                !is_stream
+            });
+        }
+        due
     }
 }

@@ -33,6 +33,7 @@ mod forward;
 mod framing;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod grpc;
 mod headers;
 mod http1;
 mod ids;
