@@ -402,6 +402,11 @@ impl Default for Events {
 }
 
 impl Events {
+    /// Of a stream that says that it is encoded: it ends by itself or is cut.
+    pub(crate) fn encoded() -> Self {
+        Self { is_plain: Some(false), ..Self::default() }
+    }
+
     /// Whether the stream may end here.
     const fn is_between(&self) -> bool {
         self.between && !matches!(self.is_plain, Some(false))
@@ -622,6 +627,13 @@ mod tests {
         ] {
             assert_eq!(closing_in(pieces), None, "{pieces:?}");
         }
+    }
+
+    #[test]
+    fn an_encoded_stream_is_never_ended_early_not_even_before_its_first_byte() {
+        let mut events = Events::encoded();
+        assert!(!events.is_between());
+        assert!(!events.pass(&mut Bytes::from_static(b"data: 1\n\n"), true));
     }
 
     #[test]

@@ -17,7 +17,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{
@@ -31,8 +32,8 @@ use peregrine_routing::{
 use tokio::net::TcpStream;
 
 use crate::body::{
-    Broken, ContinueGate, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source, UpstreamBody,
-    first_frame,
+    Broken, ContinueGate, Events, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source,
+    UpstreamBody, first_frame,
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
@@ -727,6 +728,9 @@ fn answer(
     let is_call = flight.grpc.get() && grpc::is_grpc(headers.get(CONTENT_TYPE));
     if let Some(class) = class {
         flight.reclassify(class);
+        if class == TrafficClass::Sse && headers.contains_key(CONTENT_ENCODING) {
+            *flight.events.borrow_mut() = Some(Box::new(Events::encoded()));
+        }
     }
     let long = class.is_some() || late_class == TrafficClass::GrpcStream;
     let body = UpstreamBody {
@@ -788,7 +792,8 @@ fn switch(
     };
     let Some((socket, early)) = upstream.into_socket() else { return unasked(guard) };
     headers.entry(UPGRADE).or_insert_with(|| asked.clone());
-    let agreed = headers.get_all(UPGRADE).iter().all(|agreed| agreed.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    let agreed =
+        headers.get_all(UPGRADE).iter().all(|agreed| agreed.as_bytes().eq_ignore_ascii_case(b"websocket"));
     let websocket = agreed && asked.as_bytes().eq_ignore_ascii_case(b"websocket");
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     let flight = &guard.0;
