@@ -12,3 +12,4 @@ mod moves;
 mod restart;
 mod serve;
 mod support;
+mod switches;
