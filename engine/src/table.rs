@@ -59,11 +59,6 @@ impl Table {
         100.0 * share(u64::from(pool.weight), total) * inside
     }
 
-    /// Generations of a service's fixed upstreams.
-    pub(crate) fn fixed(&self, service: &str) -> Vec<FixedGeneration> {
-        self.lock().fixed.get(service).cloned().unwrap_or_default()
-    }
-
     pub(crate) fn forget(&self, generation: u64) {
         let mut inner = self.lock();
         inner.writer.forget(Generation(generation));

@@ -6,10 +6,12 @@
 mod docker;
 pub mod local_engines;
 mod process;
+mod leading;
 mod refusing;
 mod transfer;
 
 pub use docker::DockerRuntime;
+pub use leading::{LeadUntil, while_leading};
 pub use process::ProcessRuntime;
 pub use transfer::transfer_image;
 
