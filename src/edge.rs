@@ -92,16 +92,15 @@ async fn serve(config: peregrine_proxy::Config, args: &EdgeArgs) -> Result {
         ready = ready.wait_for(|ready| *ready) => ready.is_ok(),
         () = signals.stop() => false,
     };
-    let result = if has_table { serve_table(config, reader, &mut signals, &stop, &stopped).await } else { Ok(()) };
+    let result =
+        if has_table { serve_table(config, reader, &mut signals, &stop, &stopped).await } else { Ok(()) };
     // Last: the counts of what has finished are told too.
     stop_link.send_replace(true);
     match link.await {
         Ok(()) => result,
-        Err(error) => result.and(Err(Failure::new(
-            Exit::Failed,
-            "edge.panicked",
-            format!("the link failed: {error}"),
-        ))),
+        Err(error) => {
+            result.and(Err(Failure::new(Exit::Failed, "edge.panicked", format!("the link failed: {error}"))))
+        }
     }
 }
 
@@ -137,7 +136,9 @@ async fn serve_table(
 
 fn failure(error: &EdgeError) -> Failure {
     let (exit, code, hint) = match error {
-        EdgeError::Locked(_) => (Exit::Conflict, "edge.locked", "stop that one, or choose another folder with --data"),
+        EdgeError::Locked(_) => {
+            (Exit::Conflict, "edge.locked", "stop that one, or choose another folder with --data")
+        }
         EdgeError::NotJoined(_) => (
             Exit::NotFound,
             "edge.not_joined",
@@ -146,15 +147,19 @@ fn failure(error: &EdgeError) -> Failure {
         EdgeError::HasJoined(_) => {
             (Exit::Conflict, "edge.has_joined", "choose another folder with --data, or remove this one first")
         }
-        EdgeError::File { .. } => (Exit::Failed, "edge.file", "check that the folder can be written by this user"),
+        EdgeError::File { .. } => {
+            (Exit::Failed, "edge.file", "check that the folder can be written by this user")
+        }
         EdgeError::Table(_) => (
             Exit::Failed,
             "edge.table",
             "take the files table and table.before away: the engine sends a new one",
         ),
-        EdgeError::Authority(_) | EdgeError::Tls(_) => {
-            (Exit::Failed, "edge.identity", "its identity is damaged: invite it again and join into an empty folder")
-        }
+        EdgeError::Authority(_) | EdgeError::Tls(_) => (
+            Exit::Failed,
+            "edge.identity",
+            "its identity is damaged: invite it again and join into an empty folder",
+        ),
         EdgeError::Unreachable { .. } | EdgeError::Stream { .. } => (
             Exit::Unreachable,
             "engine.unreachable",

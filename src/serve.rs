@@ -89,9 +89,10 @@ impl Server {
             None => None,
         };
         let engine_config = engine_config(link.is_some());
-        let (engine, handle) = Engine::open(engine_config, Arc::clone(&store) as _, connector(data, lead_until), writer)
-            .await
-            .map_err(|error| Failure::new(Exit::Failed, error.code, error.message).hint(error.hint))?;
+        let (engine, handle) =
+            Engine::open(engine_config, Arc::clone(&store) as _, connector(data, lead_until), writer)
+                .await
+                .map_err(|error| Failure::new(Exit::Failed, error.code, error.message).hint(error.hint))?;
         let api_config = peregrine_api::Config {
             allow_clear_text_on_public_address: config.api.allow_clear_text_on_public_address,
             allowed_hosts: config.api.allowed_hosts,
@@ -108,8 +109,7 @@ impl Server {
         let edge_addrs = edge.as_ref().map(Edge::addrs).unwrap_or_default();
         let (link_addr, api_addr) = (link.as_ref().map(Link::addr), api.addr());
         let engine_stop = ended(&stopped);
-        let mut server =
-            Self { engine: handle, edge_addrs, link_addr, api_addr, stop, parts: Vec::new() };
+        let mut server = Self { engine: handle, edge_addrs, link_addr, api_addr, stop, parts: Vec::new() };
         // First in, last out: `stop` awaits them from the end.
         let (lead_stop, told) = (ended(&stopped), server.engine.clone());
         server.part("lead", async move {
@@ -363,7 +363,11 @@ async fn keep_lead(store: &SqliteStore, lead: &watch::Sender<Instant>, engine: &
             Ok(refused) => {
                 lead.send_replace(lead_from(shown));
                 for late in refused {
-                    tracing::warn!(epoch = late.epoch, writes = late.batches, "late writes of an engine that was replaced were refused");
+                    tracing::warn!(
+                        epoch = late.epoch,
+                        writes = late.batches,
+                        "late writes of an engine that was replaced were refused"
+                    );
                     if let Err(error) = engine.tell_fenced(late.epoch, late.batches).await {
                         tracing::error!(%error, "that cannot be stored as an event");
                     }

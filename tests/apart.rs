@@ -7,7 +7,8 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::support::apart::{
-    Apart, Edge, LEASE_MS, Standby, answers, engine_configuration, files_below, invite, open_files, seen, wait_for_state,
+    Apart, Edge, LEASE_MS, Standby, Way, answers, engine_configuration, files_below, invite, open_files,
+    seen, wait_for_state,
 };
 use crate::support::server::{Peregrine, free_address, said, signal};
 use crate::support::shop::{Shop, id_of};
@@ -115,10 +116,13 @@ fn an_engine_that_is_killed_in_each_phase_of_a_move_is_not_noticed_by_any_client
 
 #[test]
 fn an_engine_that_is_killed_after_each_event_of_a_move_is_not_noticed_by_any_client() {
-    let mut apart = Apart::open(&QUICK.replace("[service.shop.move]", "[service.shop.move]\nsoak = \"100ms\""));
+    let mut apart =
+        Apart::open(&QUICK.replace("[service.shop.move]", "[service.shop.move]\nsoak = \"100ms\""));
     let traffic = Traffic::start(apart.edge.http(), 100);
     let (mut at_a, mut faults) = (true, 0);
-    while let Some(id) = kill_after_events(&mut apart.shop, if at_a { "host-b" } else { "host-a" }, faults + 1) {
+    while let Some(id) =
+        kill_after_events(&mut apart.shop, if at_a { "host-b" } else { "host-a" }, faults + 1)
+    {
         faults += 1;
         apart.shop.server.start_again();
         let ended = apart.shop.ended(&id);
@@ -197,7 +201,8 @@ fn an_edge_that_joins_in_the_middle_of_a_shift_takes_the_weights_of_that_moment(
     for (instance, count) in at_half.stop().into_iter().flat_map(|summary| summary.per_instance) {
         *served.entry(instance).or_default() += count;
     }
-    let even = served.values().max().zip(served.values().min()).is_some_and(|(most, least)| most - least <= 8);
+    let even =
+        served.values().max().zip(served.values().min()).is_some_and(|(most, least)| most - least <= 8);
     assert!(served.len() == 2 && even, "half and half: {served:?}");
     let traffic = Traffic::start(second.http(), 200);
     assert_eq!(apart.shop.ended(&id)["state"], "succeeded");
@@ -216,7 +221,10 @@ fn an_edge_that_is_gone_is_waited_for_until_its_lease_ends_and_the_receipt_says_
     signal(apart.edge.pid(), "CONT");
     let moved = ended.get("move").unwrap_or(&ended);
     assert_eq!(moved["state"], "succeeded", "{ended:#}");
-    assert!(took_ms >= u128::from(LEASE_MS) * 8 / 10, "the move took {took_ms} ms, the lease is {LEASE_MS} ms");
+    assert!(
+        took_ms >= u128::from(LEASE_MS) * 8 / 10,
+        "the move took {took_ms} ms, the lease is {LEASE_MS} ms"
+    );
     let receipt = apart.shop.server.ok(&["moves", "receipt", moved["id"].as_str().expect("id")]);
     let notes = receipt["notes"].to_string();
     assert!(notes.contains("edge-1") && notes.contains("lease ended"), "{notes}");
@@ -226,6 +234,55 @@ fn an_edge_that_is_gone_is_waited_for_until_its_lease_ends_and_the_receipt_says_
     drop(second);
     assert_eq!(apart.edge.stop(), Some(0));
     wait_for_state(&apart.shop.server, "edge-1", "away");
+}
+
+#[test]
+fn a_cut_between_edge_and_engine_in_each_phase_of_a_move_heals_and_nothing_is_lost() {
+    let mut apart = Apart::open(SLOW);
+    let way = Way::to(apart.link);
+    assert_eq!(apart.edge.stop(), Some(0));
+    apart.edge.start_with(&[way.addr()]);
+    wait_for_state(&apart.shop.server, "edge-1", "connected");
+    wait_for("the edge to serve", || answers(apart.edge.http()).then_some(()));
+    let traffic = Traffic::start(apart.edge.http(), 200);
+    let mut at_a = true;
+    for phase in ["start", "warm", "shift", "drain", "soak", "release"] {
+        let to = if at_a { "host-b" } else { "host-a" };
+        let id = in_phase(&apart.shop, to, phase);
+        way.cut();
+        // A good part of the lease, in which the edge serves and the engine waits for it.
+        let before = traffic.answered();
+        wait_for("traffic through the cut-off edge", || (traffic.answered() > before + 300).then_some(()));
+        way.heal();
+        let ended = apart.shop.ended(&id);
+        assert_eq!(ended["state"], "succeeded", "cut in {phase}: {ended:#}");
+        at_a = !at_a;
+        let notes = apart.shop.server.ok(&["moves", "receipt", &id])["notes"].to_string();
+        assert!(!notes.contains("edge-1"), "nothing was given up: {notes}");
+    }
+    assert_nothing_lost(&traffic.stop(), &apart.shop.records());
+}
+
+#[test]
+fn a_cut_that_outlasts_the_lease_while_a_move_ends_is_told_and_over_when_it_heals() {
+    let mut apart = Apart::open(QUICK);
+    let way = Way::to(apart.link);
+    assert_eq!(apart.edge.stop(), Some(0));
+    apart.edge.start_with(&[way.addr()]);
+    wait_for_state(&apart.shop.server, "edge-1", "connected");
+    way.cut();
+    let ended = apart.shop.move_to("host-b");
+    let moved = ended.get("move").unwrap_or(&ended);
+    assert_eq!(moved["state"], "succeeded", "{ended:#}");
+    let notes =
+        apart.shop.server.ok(&["moves", "receipt", moved["id"].as_str().expect("id")])["notes"].to_string();
+    assert!(notes.contains("edge-1"), "{notes}");
+    way.heal();
+    wait_for_state(&apart.shop.server, "edge-1", "connected");
+    wait_for("the edge to serve the new copy", || answers(apart.edge.http()).then_some(()));
+    let traffic = Traffic::start(apart.edge.http(), 200);
+    assert_eq!(apart.shop.move_to("host-a")["move"]["state"], "succeeded");
+    assert_nothing_lost(&traffic.stop(), &apart.shop.records());
 }
 
 #[test]
@@ -280,7 +337,8 @@ fn the_process_of_an_edge_holds_no_credential_but_its_own_and_no_way_to_an_engin
             || file.starts_with("/dev/urandom");
         assert!(fine && !file.starts_with(&engines_folder), "the edge has {file} open");
     }
-    let unix = Command::new("ss").args(["-xpH"]).output().map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+    let unix =
+        Command::new("ss").args(["-xpH"]).output().map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
     if let Ok(unix) = unix {
         let mine = format!("pid={},", apart.edge.pid());
         let named = unix.lines().filter(|line| line.contains(&mine) && line.contains(".sock"));
@@ -375,6 +433,13 @@ fn kill_after_events(shop: &mut Shop, to: &str, count: usize) -> Option<String> 
 
 /// Starts a move, waits until the stream of events tells of the phase, and kills the engine at once.
 fn kill_in_phase(shop: &mut Shop, to: &str, phase: &str) -> String {
+    let id = in_phase(shop, to, phase);
+    shop.server.kill();
+    id
+}
+
+/// Starts a move, and waits until the stream of events tells of the phase.
+fn in_phase(shop: &Shop, to: &str, phase: &str) -> String {
     let mut listener = shop.server.spawn(&["events", "-f"]);
     let lines = BufReader::new(listener.stdout.take().expect("stdout")).lines();
     let id = id_of(&shop.server.ok(&["move", "shop", "--to", to, "--detach"]));
@@ -388,7 +453,6 @@ fn kill_in_phase(shop: &mut Shop, to: &str, phase: &str) -> String {
             break;
         }
     }
-    shop.server.kill();
     let _killed = listener.kill();
     let _gone = listener.wait();
     assert!(met, "the move ended before {phase}");

@@ -13,6 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &["proxy", "engine", "api"]),
     ("routing", &[]),
     ("bench", &["routing"]),
+    ("sim", &["engine", "routing"]),
 ];
 
 /// (crate, the rooms that alone may depend on it).

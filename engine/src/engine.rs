@@ -10,6 +10,7 @@ use crate::error::EngineError;
 use crate::handle::EngineHandle;
 use crate::journal::Install;
 use crate::model::InstanceState;
+use crate::outside::Outside;
 use crate::reconcile;
 use crate::recovery;
 use crate::state::State;
@@ -32,6 +33,8 @@ pub struct EngineConfig {
     /// Edges in other processes may have gone on while no engine ran: copies keep their generations over a start, and
     /// those that were retired before it are waited for until these edges have let go of them.
     pub edges_elsewhere: bool,
+    /// The time of day, ids, and connections of probes.
+    pub outside: Outside,
 }
 
 impl Default for EngineConfig {
@@ -46,6 +49,7 @@ impl Default for EngineConfig {
             orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
             ready_connections: 2,    // a first step sends few requests at a time to a copy
             edges_elsewhere: false,
+            outside: Outside::default(),
         }
     }
 }

@@ -34,7 +34,9 @@ pub enum AuthorityError {
         source: io::Error,
     },
     /// One of the two files is there and the other is not, or they do not fit.
-    #[error("{0}: the authority's key or certificate is damaged; restore both from a backup, or remove both and let every edge join anew")]
+    #[error(
+        "{0}: the authority's key or certificate is damaged; restore both from a backup, or remove both and let every edge join anew"
+    )]
     Damaged(String),
     /// A certificate cannot be made.
     #[error("a certificate cannot be made: {0}")]
@@ -90,10 +92,7 @@ impl Authority {
                 let certificate = own_params().self_signed(&key)?;
                 files::write_whole(&certificate_path, certificate.der())
                     .map_err(failed(&certificate_path))?;
-                Ok(Self {
-                    certificate: certificate.der().clone(),
-                    issuer: Issuer::new(own_params(), key),
-                })
+                Ok(Self { certificate: certificate.der().clone(), issuer: Issuer::new(own_params(), key) })
             }
             (None, Some(_)) => Err(damaged()),
         }

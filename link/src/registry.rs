@@ -23,13 +23,17 @@ const MAX_NAME_BYTES: usize = 63;
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// No name for an edge.
-    #[error("{0:?} is no name for an edge: use 1 to {MAX_NAME_BYTES} of a-z, 0-9 and hyphens, and begin and end without a hyphen")]
+    #[error(
+        "{0:?} is no name for an edge: use 1 to {MAX_NAME_BYTES} of a-z, 0-9 and hyphens, and begin and end without a hyphen"
+    )]
     BadName(String),
     /// No such edge.
     #[error("there is no edge {0}")]
     Unknown(String),
     /// The token was used, has expired or never was.
-    #[error("the token was used before, has expired, or is of another installation: make another with `peregrine edges invite`")]
+    #[error(
+        "the token was used before, has expired, or is of another installation: make another with `peregrine edges invite`"
+    )]
     BadToken,
     /// What was sent is no public key.
     #[error("that is no public key")]
@@ -103,7 +107,9 @@ impl Registry {
         let mut edges = Vec::new();
         for entry in std::fs::read_dir(&folder).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            let Some(name) = path.file_name().and_then(|n| n.to_str()?.strip_suffix(".json")) else { continue };
+            let Some(name) = path.file_name().and_then(|n| n.to_str()?.strip_suffix(".json")) else {
+                continue;
+            };
             match read_json(&path) {
                 Ok(Some(record)) => edges.push((name.to_owned(), record)),
                 Ok(None) => {}

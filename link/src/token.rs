@@ -24,7 +24,9 @@ impl std::fmt::Debug for JoinToken {
 
 /// Why a text is no token. It never repeats the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("that is no join token: one begins with {PREFIX} and has 128 hexadecimal digits; it may have been cut when it was copied")]
+#[error(
+    "that is no join token: one begins with {PREFIX} and has 128 hexadecimal digits; it may have been cut when it was copied"
+)]
 pub struct TokenError;
 
 impl JoinToken {

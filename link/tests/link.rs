@@ -229,7 +229,8 @@ async fn a_publication_is_acknowledged_when_every_core_of_the_edge_uses_it() {
     engine.acknowledged(1).await;
     until("the edge to be counted", || engine.writer.edges() == 1).await;
     edge.held.send_replace(true);
-    let version = engine.writer.apply(&[service("a", &[1, 2]), service("b", &[3])]).expect("accepted").version;
+    let version =
+        engine.writer.apply(&[service("a", &[1, 2]), service("b", &[3])]).expect("accepted").version;
     until("the edge to have it", || edge.reader.load().lookup("b.test", "/").is_some()).await;
     let acknowledged = engine.writer.acknowledged(version);
     let soon = tokio::time::timeout(Duration::from_millis(200), acknowledged).await;
@@ -282,7 +283,10 @@ async fn a_cut_that_heals_within_the_lease_loses_and_tells_nothing() {
     until("the request to be seen", || old.in_flight() == 1).await;
     way.open.send_replace(false);
     let version = engine.writer.apply(&[service("a", &[2])]).expect("accepted").version;
-    let waits = tokio::time::timeout(Duration::from_millis(u64::from(LEASE_MS) / 2), engine.writer.acknowledged(version));
+    let waits = tokio::time::timeout(
+        Duration::from_millis(u64::from(LEASE_MS) / 2),
+        engine.writer.acknowledged(version),
+    );
     assert!(waits.await.is_err(), "an edge that is cut off is waited for");
     assert!(!old.is_empty());
     drop(lease);
@@ -389,7 +393,10 @@ async fn an_engine_of_a_lower_epoch_is_not_listened_to() {
     // Long enough for it to have come and gone several times.
     tokio::time::sleep(Duration::from_millis(u64::from(LEASE_MS) * 2)).await;
     assert_ne!(old.state(), EdgeState::Connected);
-    assert!(edge.reader.load().lookup("a.test", "/").is_some() && edge.reader.load().lookup("b.test", "/").is_none());
+    assert!(
+        edge.reader.load().lookup("a.test", "/").is_some()
+            && edge.reader.load().lookup("b.test", "/").is_none()
+    );
     edge.kill().await;
     edge.start(addr);
     assert!(edge.reader.load().lookup("a.test", "/").is_some(), "a restart does not forget it");

@@ -52,6 +52,4 @@ pub use spec::{
     Sticky, UpstreamProtocol, UpstreamSpec,
 };
 pub use table::{Match, RoutingTable};
-pub use upstream::{
-    DrainReceipt, Draining, EdgeId, Generation, Health, Lease, LostEdge, Tally, Upstream,
-};
+pub use upstream::{DrainReceipt, Draining, EdgeId, Generation, Health, Lease, LostEdge, Tally, Upstream};

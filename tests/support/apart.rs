@@ -180,6 +180,63 @@ impl Drop for Edge {
     }
 }
 
+/// A way between an edge and an engine that can be cut: then nothing passes in either direction, and nobody is told.
+pub(crate) struct Way {
+    addr: SocketAddr,
+    open: tokio::sync::watch::Sender<bool>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Way {
+    /// To an engine.
+    pub(crate) fn to(engine: SocketAddr) -> Self {
+        let mut threads = tokio::runtime::Builder::new_multi_thread();
+        let runtime = threads.worker_threads(1).enable_all().build().expect("a runtime");
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a port");
+        let addr = listener.local_addr().expect("an address");
+        let open = tokio::sync::watch::Sender::new(true);
+        let gate = open.clone();
+        runtime.spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let Ok(far) = tokio::net::TcpStream::connect(engine).await else { continue };
+                let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                tokio::spawn(carry(near_in, far_out, gate.subscribe()));
+                tokio::spawn(carry(far_in, near_out, gate.subscribe()));
+            }
+        });
+        Self { addr, open, _runtime: runtime }
+    }
+
+    /// Where the edge finds it.
+    pub(crate) const fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Cuts it.
+    pub(crate) fn cut(&self) {
+        self.open.send_replace(false);
+    }
+
+    /// Heals it: what was on its way arrives.
+    pub(crate) fn heal(&self) {
+        self.open.send_replace(true);
+    }
+}
+
+async fn carry(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut open: tokio::sync::watch::Receiver<bool>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        if open.wait_for(|open| *open).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
 /// A second engine on the store of the first. Killed when dropped.
 pub(crate) struct Standby {
     pub(crate) link: SocketAddr,

@@ -19,10 +19,10 @@ pub use logs::{LogQuery, LogStream};
 pub use transport::{BODY_TIMEOUT_MS, CONNECT_TIMEOUT_MS, HEAD_TIMEOUT_MS, MAX_ANSWER_BYTES};
 use transport::{Call, Transport};
 
-use crate::types::{Edge, Invite, InviteRequest, 
-    Applied, DeployRequest, Deployment, DryRun, Instance, Machine, MachineCheck, MachineSpec, Move,
-    MoveRequest, MoveState, Page, Plan, Readiness, Receipt, RollbackRequest, ScaleRequest, Service,
-    ServiceSpec, Status, Version,
+use crate::types::{
+    Applied, DeployRequest, Deployment, DryRun, Edge, Instance, Invite, InviteRequest, Machine, MachineCheck,
+    MachineSpec, Move, MoveRequest, MoveState, Page, Plan, Readiness, Receipt, RollbackRequest, ScaleRequest,
+    Service, ServiceSpec, Status, Version,
 };
 
 /// A stream on which nothing came for so long is broken; the server gives a sign of life every 10 s.

@@ -4,9 +4,9 @@
 //! decides nothing: it makes real what it is told, and tells what is there.
 
 mod docker;
+mod leading;
 pub mod local_engines;
 mod process;
-mod leading;
 mod refusing;
 mod transfer;
 

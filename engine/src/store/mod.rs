@@ -174,7 +174,9 @@ pub enum StoreError {
     #[error("the store cannot be read or written")]
     Io(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Another process has taken over: this one writes nothing any more.
-    #[error("another engine leads (epoch {theirs}), this one (epoch {ours}) was replaced while it stood still")]
+    #[error(
+        "another engine leads (epoch {theirs}), this one (epoch {ours}) was replaced while it stood still"
+    )]
     Fenced {
         /// Our epoch.
         ours: u64,

@@ -120,7 +120,8 @@ async fn greet(
     let broken = |source| EdgeError::Stream { address: engine.to_owned(), source };
     let work = async {
         let address = engine.strip_prefix("tls://").unwrap_or(engine);
-        if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+        if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
             return Err(EdgeError::BadAddress(engine.to_owned()));
         }
         let stream = TcpStream::connect(address).await.map_err(unreachable)?;
@@ -145,7 +146,9 @@ pub(super) fn read_epoch(folder: &Path) -> Result<u64, EdgeError> {
     let failed = |source| EdgeError::File { path: path.clone(), source };
     let Some(bytes) = files::read_bounded(&path, MAX_FILE_BYTES).map_err(failed)? else { return Ok(0) };
     let text = String::from_utf8_lossy(&bytes);
-    text.trim().parse().map_err(|_| failed(std::io::Error::other("it is no epoch: remove it if you are certain that no old engine runs")))
+    text.trim().parse().map_err(|_| {
+        failed(std::io::Error::other("it is no epoch: remove it if you are certain that no old engine runs"))
+    })
 }
 
 pub(super) fn write_epoch(folder: &Path, epoch: u64) -> Result<(), EdgeError> {

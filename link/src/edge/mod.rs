@@ -24,8 +24,8 @@ use std::time::Duration;
 use peregrine_routing::{TableError, TableReader};
 use tokio::sync::watch;
 
-pub use self::identity::{Joined, join};
 use self::identity::Identity;
+pub use self::identity::{Joined, join};
 use self::table::EdgeTable;
 use crate::authority::AuthorityError;
 use crate::files;

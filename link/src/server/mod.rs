@@ -264,7 +264,11 @@ async fn keep_leases(shared: Arc<Shared>) {
         tokio::time::sleep(look).await;
         let late = last.elapsed().saturating_sub(look);
         last = Instant::now();
-        shared.look_at_leases(if late > Duration::from_millis(STOOD_STILL_MS) { late } else { Duration::ZERO });
+        shared.look_at_leases(if late > Duration::from_millis(STOOD_STILL_MS) {
+            late
+        } else {
+            Duration::ZERO
+        });
     }
 }
 

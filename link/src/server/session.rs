@@ -111,8 +111,7 @@ async fn join(
     };
     shared.take_in(&name);
     tracing::info!(edge = %name, "an edge has joined");
-    let reply =
-        Reply::Joined { name, certificate, authority: shared.authority.certificate().to_vec() };
+    let reply = Reply::Joined { name, certificate, authority: shared.authority.certificate().to_vec() };
     wire::write(&mut stream, &reply).await?;
     stream.shutdown().await.map_err(FrameError::from)?;
     Ok(())
@@ -128,7 +127,8 @@ async fn attach_edge(
         return Err(refuse(stream, "link.version", why).await);
     }
     let certificates = stream.get_ref().1.peer_certificates();
-    let print = certificates.and_then(|chain| chain.first()).map(|certificate| hex(&fingerprint(certificate)));
+    let print =
+        certificates.and_then(|chain| chain.first()).map(|certificate| hex(&fingerprint(certificate)));
     let Some(name) = print.and_then(|print| shared.name_of(&print)) else {
         let why = "this edge is not in the registry: it was removed, or has not joined".to_owned();
         return Err(refuse(stream, "edge.unknown", why).await);
@@ -170,7 +170,12 @@ impl Shared {
     }
 
     /// Gives a connected edge its place; `None` if it was removed meanwhile.
-    fn attach(&self, name: &str, peer: SocketAddr, attach: &Attach) -> Option<(Arc<RemoteEdge>, Arc<Notify>)> {
+    fn attach(
+        &self,
+        name: &str,
+        peer: SocketAddr,
+        attach: &Attach,
+    ) -> Option<(Arc<RemoteEdge>, Arc<Notify>)> {
         let mut edges = self.edges();
         let edge = edges.get_mut(name)?;
         let end = Arc::new(Notify::new());
@@ -221,7 +226,11 @@ struct Session {
 }
 
 impl Session {
-    async fn run(&self, stream: TlsStream<TcpStream>, mut frames: mpsc::Receiver<Vec<u8>>) -> Result<(), Ended> {
+    async fn run(
+        &self,
+        stream: TlsStream<TcpStream>,
+        mut frames: mpsc::Receiver<Vec<u8>>,
+    ) -> Result<(), Ended> {
         let (mut incoming, mut outgoing) = tokio::io::split(stream);
         // What is told and what is heard must not wait for one another: each side may be slow to read.
         let mut parts: JoinSet<Result<(), Ended>> = JoinSet::new();
@@ -248,7 +257,7 @@ impl Session {
                 if up == Up::Ready {
                     ready.notify_one();
                 } else {
-                    self.hear(up).await?;
+                    self.hear(up)?;
                 }
             }
         };
@@ -292,7 +301,7 @@ impl Session {
 
     // --- up
 
-    async fn hear(&self, up: Up) -> Result<(), Ended> {
+    fn hear(&self, up: Up) -> Result<(), Ended> {
         match up {
             Up::Known(tallies) => self.take(tallies, true),
             Up::Ready => return Err(Ended::OutOfPlace("ready")),
@@ -308,7 +317,11 @@ impl Session {
                 for generation in ended {
                     self.remote.let_go(Generation(generation));
                 }
-                self.say(&Down::Received { report: number }).await?;
+                // Never waited for: an edge that does not read meanwhile must not keep us from reading. The next one says
+                // the same, and there is one in every heartbeat.
+                if self.down.try_send(wire::frame(&Down::Received { report: number })?).is_err() {
+                    tracing::debug!(edge = %self.name, "there is no room to say that a report was received");
+                }
             }
             Up::Unusable { version, why } => {
                 tracing::error!(edge = %self.name, version, %why, "an edge cannot use the table, and keeps the one that it has");

@@ -16,10 +16,10 @@
 mod spec;
 mod tally;
 
-pub use spec::{WireChange, WireService};
-pub use tally::WireTally;
 #[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
+pub use spec::{WireChange, WireService};
+pub use tally::WireTally;
 
 use std::io;
 

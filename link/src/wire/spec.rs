@@ -66,6 +66,7 @@ struct Policy {
     response_head_timeout_ms: u32,
     body_idle_timeout_ms: u32,
     tunnel_idle_timeout_ms: u32,
+    websocket_close_spread_ms: u32,
     max_request_body_bytes: u64,
     max_idle_connections_per_upstream: u32,
     upstream_idle_timeout_ms: u32,
@@ -242,6 +243,7 @@ impl From<&routing::ServicePolicy> for Policy {
             response_head_timeout_ms,
             body_idle_timeout_ms,
             tunnel_idle_timeout_ms,
+            websocket_close_spread_ms,
             max_request_body_bytes,
             max_idle_connections_per_upstream,
             upstream_idle_timeout_ms,
@@ -256,6 +258,7 @@ impl From<&routing::ServicePolicy> for Policy {
             response_head_timeout_ms: *response_head_timeout_ms,
             body_idle_timeout_ms: *body_idle_timeout_ms,
             tunnel_idle_timeout_ms: *tunnel_idle_timeout_ms,
+            websocket_close_spread_ms: *websocket_close_spread_ms,
             max_request_body_bytes: *max_request_body_bytes,
             max_idle_connections_per_upstream: *max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: *upstream_idle_timeout_ms,
@@ -276,6 +279,7 @@ impl From<Policy> for routing::ServicePolicy {
             response_head_timeout_ms: policy.response_head_timeout_ms,
             body_idle_timeout_ms: policy.body_idle_timeout_ms,
             tunnel_idle_timeout_ms: policy.tunnel_idle_timeout_ms,
+            websocket_close_spread_ms: policy.websocket_close_spread_ms,
             max_request_body_bytes: policy.max_request_body_bytes,
             max_idle_connections_per_upstream: policy.max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: policy.upstream_idle_timeout_ms,
@@ -381,7 +385,8 @@ pub(crate) mod tests {
             path: "/healthz".into(),
             host: host.map(Into::into),
         };
-        let checks = [None, Some(check(HealthCheckKind::Tcp)), Some(check(http(None))), Some(check(http(Some("h"))))];
+        let checks =
+            [None, Some(check(HealthCheckKind::Tcp)), Some(check(http(None))), Some(check(http(Some("h"))))];
         for (balance, health) in balances.into_iter().flat_map(|b| checks.clone().map(|c| (b.clone(), c))) {
             let policy = ServicePolicy {
                 health,

@@ -85,7 +85,11 @@ fn list(edges: &[Edge], out: &Output) -> String {
             render::word(edge.state),
             edge.address.clone().unwrap_or_else(|| "-".to_owned()),
             edge.cores.to_string(),
-            if edge.table_version >= newest { newest.to_string() } else { format!("{} of {newest}", edge.table_version) },
+            if edge.table_version >= newest {
+                newest.to_string()
+            } else {
+                format!("{} of {newest}", edge.table_version)
+            },
             edge.lease_left_ms.map_or_else(|| "-".to_owned(), |ms| format!("{} s", ms.div_ceil(1_000))),
             edge.seen_at.map_or_else(|| "never".to_owned(), human::ago),
             problem(edge).unwrap_or_else(|| "-".to_owned()),

@@ -12,8 +12,6 @@
 
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
-use crate::core::now;
-
 /// Name of the lease whose token is the epoch.
 const LEADER: &str = "engine";
 /// What the names of notes of refused writes begin with; the epoch follows.
@@ -67,9 +65,15 @@ pub(super) fn take(
     Ok(Some(epoch))
 }
 
-/// Shows that the leader lives: false if it does not lead any more.
+/// Shows that the leader lives.
 pub(super) fn renew(connection: &Connection, holder: &str, epoch: u64) -> Result<(), rusqlite::Error> {
-    put(connection, LEADER, holder, epoch)
+    // Any change will do: who stands by compares, and measures the time itself.
+    connection
+        .prepare_cached(
+            "UPDATE lease SET expires_at = expires_at + 1 WHERE name = ?1 AND holder = ?2 AND token = ?3",
+        )?
+        .execute(params![LEADER, holder, epoch.cast_signed()])?;
+    Ok(())
 }
 
 /// The epoch of who leads, if it is not `epoch`.
@@ -105,9 +109,8 @@ pub(super) fn take_notes(connection: &Connection) -> Result<Vec<RefusedWrites>, 
 }
 
 fn put(connection: &Connection, name: &str, holder: &str, token: u64) -> Result<(), rusqlite::Error> {
-    let at = i64::try_from(now()).unwrap_or(i64::MAX);
     connection
-        .prepare_cached("REPLACE INTO lease (name, holder, token, expires_at) VALUES (?1, ?2, ?3, ?4)")?
-        .execute(params![name, holder, token.cast_signed(), at])?;
+        .prepare_cached("REPLACE INTO lease (name, holder, token, expires_at) VALUES (?1, ?2, ?3, 0)")?
+        .execute(params![name, holder, token.cast_signed()])?;
     Ok(())
 }
