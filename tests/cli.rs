@@ -21,7 +21,18 @@ use crate::support::wait_for;
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Commands that need no server, or are one.
-const LOCAL: &[&str] = &["serve", "demo", "doctor", "config check", "completion", "man", "version", "help"];
+const LOCAL: &[&str] = &[
+    "serve",
+    "engine",
+    "edge join",
+    "demo",
+    "doctor",
+    "config check",
+    "completion",
+    "man",
+    "version",
+    "help",
+];
 
 /// Every other command, with arguments that are good as far as the command line can tell.
 const ONLINE: &[(&str, &[&str])] = &[
@@ -49,13 +60,16 @@ const ONLINE: &[(&str, &[&str])] = &[
     ("machines show", &["nothing"]),
     ("machines check", &["nothing"]),
     ("machines remove", &["nothing", "--yes"]),
+    ("edges list", &[]),
+    ("edges invite", &["nothing"]),
+    ("edges remove", &["nothing", "--yes"]),
     ("logs", &["nothing"]),
     ("events", &[]),
 ];
 
 /// What is told of something that is not there is found out by the server: these succeed without it.
 const NAMES_NOTHING: &[&str] =
-    &["moves list", "status", "services list", "machines add", "machines list", "events"];
+    &["moves list", "status", "services list", "machines add", "machines list", "edges list", "events"];
 
 const SLOW: &str = r#"
 [service.shop.move]

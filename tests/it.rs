@@ -1,5 +1,6 @@
 //! Black-box stories against the built binary: through the command line, the API and sockets.
 
+mod apart;
 mod bad_input;
 mod cli;
 mod commands;

@@ -30,6 +30,9 @@ pub struct EngineConfig {
     pub orphan_grace_ms: u64,
     /// Connections that each core of an edge opens to a new copy before its first request; 0 is none.
     pub ready_connections: u16,
+    /// Edges in other processes may have gone on while no engine ran: copies keep their generations over a start, and
+    /// those that were retired before it are waited for until these edges have let go of them.
+    pub edges_elsewhere: bool,
     /// The time of day, ids, and connections of probes.
     pub outside: Outside,
 }
@@ -45,6 +48,7 @@ impl Default for EngineConfig {
             reconcile_interval_ms: 3_000,
             orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
             ready_connections: 2,    // a first step sends few requests at a time to a copy
+            edges_elsewhere: false,
             outside: Outside::default(),
         }
     }
@@ -74,6 +78,9 @@ impl Engine {
         let core = Arc::new(Core::new(config, store, connect, Table::new(writer), state));
         take_install(&core).await?;
         give_generations(&core).await?;
+        if core.config.edges_elsewhere {
+            adopt_retired(&core);
+        }
         recovery::render_all(&core).await;
         Ok((Self { core: Arc::clone(&core) }, EngineHandle::new(core)))
     }
@@ -111,16 +118,29 @@ async fn take_install(core: &Arc<Core>) -> Result<(), EngineError> {
     .await
 }
 
+/// What is inside of a copy that is on its way out did not end with the engine: edges elsewhere carried it on.
+fn adopt_retired(core: &Arc<Core>) {
+    let state = core.state();
+    let leaving = |state: InstanceState| matches!(state, InstanceState::Draining | InstanceState::Releasing);
+    for instance in state.instances.values().filter(|i| leaving(i.state) && i.generation > 0) {
+        if let Some(copy) = crate::render::copy(&state, instance) {
+            core.table.adopt_retired(&copy);
+        }
+    }
+}
+
 /// The edge begins with an empty memory, so every copy in the table begins a new stretch of service.
 async fn give_generations(core: &Arc<Core>) -> Result<(), EngineError> {
     let state = core.state();
     let routed = |state: InstanceState| {
         matches!(state, InstanceState::Started | InstanceState::Serving | InstanceState::Soaking)
     };
+    // An edge elsewhere remembers: for it a copy goes on as the same.
+    let anew = |generation: u64| generation == 0 || !core.config.edges_elsewhere;
     let ids: Vec<_> = state
         .instances
         .values()
-        .filter(|i| routed(i.state) && i.address.is_some())
+        .filter(|i| routed(i.state) && i.address.is_some() && anew(i.generation))
         .map(|i| i.id.clone())
         .collect();
     drop(state);

@@ -80,6 +80,9 @@ impl From<StoreError> for EngineError {
             StoreError::Compacted { .. } => {
                 (ErrorKind::Internal, "store.compacted", "Read from the beginning again.")
             }
+            StoreError::Fenced { .. } => {
+                (ErrorKind::Conflict, "store.fenced", "Ask the engine that leads; this one ends.")
+            }
             StoreError::Locked => {
                 (ErrorKind::Conflict, "store.locked", "Stop the other process, or use another data folder.")
             }

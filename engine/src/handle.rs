@@ -325,6 +325,14 @@ impl EngineHandle {
         self.core.runs.sample(id)
     }
 
+    /// Stores that late writes of an engine that was replaced were refused.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn tell_fenced(&self, epoch: u64, writes: u64) -> Result<(), EngineError> {
+        self.core.tell(None, None, crate::model::EventBody::EngineFenced { epoch, writes }).await
+    }
+
     // --- streams
 
     /// Stored events after `after` (0: from the oldest kept), then live ones for ever. Samples are live only.

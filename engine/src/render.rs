@@ -127,6 +127,12 @@ fn is_routed(instance: &Instance) -> bool {
     state && instance.generation > 0 && instance.address.is_some()
 }
 
+/// A copy as edges know it.
+pub(crate) fn copy(state: &State, instance: &Instance) -> Option<UpstreamSpec> {
+    let service = state.services.get(&instance.service)?;
+    upstream(instance, protocol(service.spec.traffic.protocol), &HashMap::new())
+}
+
 fn upstream(
     instance: &Instance,
     protocol: routing::UpstreamProtocol,

@@ -109,6 +109,16 @@ impl Builder {
         }
     }
 
+    /// Takes in an upstream that is retired already.
+    pub(crate) fn adopt(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
+        if let Some(known) = self.upstream(spec.generation) {
+            return Arc::clone(known);
+        }
+        let upstream = self.live(spec);
+        upstream.retire();
+        upstream
+    }
+
     /// Applies changes, all or none; returns the upstreams that have lost their place.
     pub(crate) fn apply(&mut self, changes: &[Change]) -> Result<Vec<Arc<Upstream>>, TableError> {
         let plan = self.check(changes)?;

@@ -194,6 +194,7 @@ fn new_service(spec: &ServiceSpec, created_at: u64) -> Service {
         epoch: 0,
         rollout: None,
         from_config: false,
+        fixed_generations: std::collections::BTreeMap::new(),
         created_at,
     }
 }

@@ -450,6 +450,9 @@ pub struct Service {
     /// It came from the configuration file of `serve`.
     #[serde(default)]
     pub from_config: bool,
+    /// Routing generations of its fixed upstreams, by address: edges in other processes know them by these.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fixed_generations: BTreeMap<String, u64>,
     /// When it was first seen.
     pub created_at: UnixMs,
 }

@@ -4,6 +4,7 @@
 //! stretch of service (generation) is an entry of its own. Counts live in the edge's memory: after a crash the
 //! ledger begins anew, and the receipt says so.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peregrine_routing::{DrainReceipt, OutcomeCounts, PerClass, TrafficClass, Upstream};
@@ -170,7 +171,7 @@ impl Ledger {
             transferred_bytes: rollout.transferred_bytes,
             instances: Vec::new(),
             hard_cut: Vec::new(),
-            notes: notes(rollout, inner.resumed),
+            notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
         };
         for part in &inner.parts {
             add_part(&mut receipt, part);
@@ -219,13 +220,27 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     }
 }
 
-fn notes(rollout: &Rollout, resumed: bool) -> Vec<String> {
+/// Edges that were given up while they may have been inside of a copy of this rollout, with what they had out.
+fn lost_edges(parts: &[Part]) -> BTreeMap<Arc<str>, u64> {
+    let mut lost = BTreeMap::new();
+    for one in parts.iter().flat_map(|part| part.upstream.receipt().lost) {
+        *lost.entry(one.edge).or_default() += one.in_flight;
+    }
+    lost
+}
+
+fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>) -> Vec<String> {
     let mut notes = Vec::new();
     if resumed {
         notes.push(
             "The engine was restarted during this rollout: requests before the restart were served and are not counted here."
                 .to_owned(),
         );
+    }
+    for (edge, in_flight) in lost {
+        notes.push(format!(
+            "Edge {edge} was not heard of until its lease ended: {in_flight} requests were under way there when it was last heard of, and neither their end nor anything that it did later is counted here."
+        ));
     }
     if rollout.plan.retire.is_empty() && rollout.plan.keep.is_empty() {
         notes.push("First deploy: there was no copy to compare the new one with.".to_owned());
@@ -255,6 +270,7 @@ fn zero(receipt: &DrainReceipt) -> DrainReceipt {
         in_flight: PerClass::default(),
         bytes_to_upstream: 0,
         bytes_to_client: 0,
+        lost: Vec::new(),
     }
 }
 

@@ -7,7 +7,7 @@
 pub mod record;
 mod sqlite;
 
-pub use sqlite::SqliteStore;
+pub use sqlite::{RefusedWrites, SqliteStore};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -173,6 +173,16 @@ pub enum StoreError {
     /// Reading or writing failed.
     #[error("the store cannot be read or written")]
     Io(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Another process has taken over: this one writes nothing any more.
+    #[error(
+        "another engine leads (epoch {theirs}), this one (epoch {ours}) was replaced while it stood still"
+    )]
+    Fenced {
+        /// Our epoch.
+        ours: u64,
+        /// The epoch of who leads.
+        theirs: u64,
+    },
     /// Another process has it open.
     #[error("the data folder is in use by another process")]
     Locked,

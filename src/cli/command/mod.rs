@@ -4,6 +4,7 @@ pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod deploy;
 pub(crate) mod doctor;
+pub(crate) mod edges;
 pub(crate) mod events;
 pub(crate) mod help;
 pub(crate) mod instances;

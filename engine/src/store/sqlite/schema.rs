@@ -9,6 +9,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags};
 
 use super::fault::{damaged, file_error, store_error};
+use super::leader::{self, Leader};
 use crate::store::StoreError;
 
 /// Name of the database in the data folder.
@@ -78,6 +79,16 @@ pub(super) fn open_writer(dir: &Path) -> Result<Connection, StoreError> {
     })?;
     check(&connection)?;
     Ok(connection)
+}
+
+/// Who leads, looked at from outside; `None` before there is a store.
+pub(super) fn leader(dir: &Path) -> Result<Option<Leader>, StoreError> {
+    let path = dir.join(FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let connection = open_reader(dir)?;
+    leader::present(&connection).map_err(|e| store_error(&Arc::new(e)))
 }
 
 /// Opens the database once more, for reading only.
