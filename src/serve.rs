@@ -53,6 +53,7 @@ impl Server {
             allowed_hosts: config.api.allowed_hosts,
             metrics_without_token: config.api.metrics_without_token,
             metrics: Some(Arc::new(move || metrics.render())),
+            readiness: Some(readiness(handle.clone())),
             ..peregrine_api::Config::new(config.api.listen, data)
         };
         let api = peregrine_api::Api::bind(api_config, handle.clone())
@@ -239,6 +240,21 @@ fn announce(server: &Server, data: &Path) {
 fn engine_config() -> EngineConfig {
     // One clock: the engine reads ejections that the edge has written.
     EngineConfig { edge_clock: Arc::new(peregrine_proxy::now_ms), ..EngineConfig::default() }
+}
+
+/// The edge serves whatever the store does; the server takes work only while it can write it down.
+fn readiness(engine: EngineHandle) -> peregrine_api::ReadinessChecks {
+    Arc::new(move || {
+        let problem = engine.store_problem();
+        vec![peregrine_api::types::ReadinessCheck {
+            name: "store".to_owned(),
+            ok: problem.is_none(),
+            detail: problem.map_or_else(
+                || "it takes writes".to_owned(),
+                |problem| format!("{}. {}", problem.message, problem.hint),
+            ),
+        }]
+    })
 }
 
 fn connector(data: &Path) -> peregrine_engine::Connect {

@@ -102,6 +102,8 @@ pub(crate) enum Command {
     Machines(command::machines::Machines),
     Logs(command::logs::Logs),
     Events(command::events::Events),
+    Audit(command::audit::Audit),
+    Server(command::server::Server),
     Doctor(command::doctor::Doctor),
     Config(command::config::Config),
     Completion(command::completion::Completion),
