@@ -13,3 +13,4 @@ mod moves;
 mod restart;
 mod serve;
 mod support;
+mod switches;

@@ -18,6 +18,8 @@ use crate::audit::AuditAct;
 use crate::draft::Draft;
 use crate::engine::replay;
 use crate::error::{EngineError, ErrorKind};
+use crate::model::UnixMs;
+use crate::outside::Outside;
 use crate::store::{self, Batch, Revision, STORE_FILE, SqliteStore, Store as _};
 
 /// By so much epochs and generations rise with a restoration: more than any installation gives out.
@@ -143,7 +145,7 @@ async fn begin_reign(dir: &Path, revision: Revision) -> Result<(), EngineError> 
     batches.push(Vec::new()); // the last one has the rest
     let last = batches.len() - 1;
     for (number, names) in batches.into_iter().enumerate() {
-        let mut draft = Draft::new(&state, crate::core::now());
+        let mut draft = Draft::new(&state, now());
         for name in &names {
             let mut service = state.services[name].clone();
             service.epoch += REIGN_STEP;
@@ -212,7 +214,7 @@ fn put_aside(data: &Path) -> Result<Option<PathBuf>, EngineError> {
     if !store.exists() {
         return Ok(None);
     }
-    let name = format!("{STORE_FILE}.before-restore-{}", crate::core::now());
+    let name = format!("{STORE_FILE}.before-restore-{}", now());
     let aside = data.join(&name);
     for ending in ["-wal", "-shm", ""] {
         let from = beside(&store, ending);
@@ -265,6 +267,11 @@ fn private(path: &Path) -> Result<File, EngineError> {
 fn synced(path: &Path) -> Result<(), EngineError> {
     let done = File::open(path).and_then(|file| file.sync_all());
     done.map_err(|error| file_error("flush", path, &error))
+}
+
+/// Wall time: a backup is made outside of any engine.
+fn now() -> UnixMs {
+    (Outside::default().wall_clock)()
 }
 
 fn parent(file: &Path) -> &Path {

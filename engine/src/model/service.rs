@@ -399,6 +399,18 @@ impl Default for DrainDeadlines {
     }
 }
 
+/// Longest time over which edges spread the closing of WebSockets.
+const MAX_WEBSOCKET_SPREAD_MS: u32 = 10_000;
+
+impl DrainDeadlines {
+    /// Time over which edges spread the closing of WebSockets from their deadline on: a tenth of what they had,
+    /// so that a short drain stays short.
+    #[must_use]
+    pub fn websocket_spread_ms(&self) -> u32 {
+        u32::try_from(self.websocket_ms / 10).unwrap_or(u32::MAX).min(MAX_WEBSOCKET_SPREAD_MS)
+    }
+}
+
 /// An immutable version of a service's workload. A deploy makes one; a rollback goes to an earlier one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Version {

@@ -173,6 +173,7 @@ impl Judged<'_> {
                 }
             }
             tokio::select! {
+                biased;
                 _ = signals.changed() => {}
                 () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
             }

@@ -192,6 +192,7 @@ fn old_probe(context: &StepContext) -> Option<Probe> {
         protocol: spec.traffic.protocol,
         host: render::probe_host(spec),
         health: state.version(&serving.service, serving.version)?.health.clone(),
+        dial: context.core.config.outside.dial.clone(),
     })
 }
 
@@ -233,6 +234,7 @@ fn probe_of(context: &StepContext, instance: &Instance) -> Option<Probe> {
         protocol: spec.traffic.protocol,
         host: render::probe_host(spec),
         health: state.version(&instance.service, instance.version)?.health.clone(),
+        dial: context.core.config.outside.dial.clone(),
     })
 }
 
