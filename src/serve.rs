@@ -99,6 +99,7 @@ impl Server {
             metrics_without_token: config.api.metrics_without_token,
             metrics: Some(Arc::new(move || metrics.render())),
             edges: link.as_ref().map(|link| Arc::new(LinkedEdges::new(link.handle(), link.addr())) as _),
+            readiness: Some(readiness(handle.clone())),
             ..peregrine_api::Config::new(config.api.listen, data)
         };
         let api = peregrine_api::Api::bind(api_config, handle.clone())
@@ -371,6 +372,13 @@ async fn keep_lead(store: &SqliteStore, lead: &watch::Sender<Instant>, engine: &
                     if let Err(error) = engine.tell_fenced(late.epoch, late.batches).await {
                         tracing::error!(%error, "that cannot be stored as an event");
                     }
+                    let what = format!(
+                        "{} late writes of an engine that was replaced (epoch {})",
+                        late.batches, late.epoch
+                    );
+                    if let Err(error) = engine.note_refusal(None, what).await {
+                        tracing::error!(%error, "that cannot be written into the audit");
+                    }
                 }
             }
             Err(error @ StoreError::Fenced { .. }) => {
@@ -396,6 +404,21 @@ async fn open_link(
         ..LinkConfig::new(settings.listen, store.epoch(), Arc::new(peregrine_proxy::now_ms))
     };
     Link::open(config, &data.join(LINK_FOLDER), reader).await.map_err(|error| failed(&error))
+}
+
+/// The edge serves whatever the store does; the server takes work only while it can write it down.
+fn readiness(engine: EngineHandle) -> peregrine_api::ReadinessChecks {
+    Arc::new(move || {
+        let problem = engine.store_problem();
+        vec![peregrine_api::types::ReadinessCheck {
+            name: "store".to_owned(),
+            ok: problem.is_none(),
+            detail: problem.map_or_else(
+                || "it takes writes".to_owned(),
+                |problem| format!("{}. {}", problem.message, problem.hint),
+            ),
+        }]
+    })
 }
 
 fn connector(data: &Path, lead: runtime::LeadUntil) -> peregrine_engine::Connect {

@@ -8,6 +8,7 @@ mod demo;
 mod direction;
 mod docker_moves;
 mod house;
+mod keeping;
 mod malformed;
 mod moves;
 mod restart;

@@ -14,7 +14,7 @@ use crate::outside::Outside;
 use crate::reconcile;
 use crate::recovery;
 use crate::state::State;
-use crate::store::{Committed, Entry, Store, Write};
+use crate::store::{Committed, Store, StoreError, Survey, Write};
 use crate::table::Table;
 
 /// What the engine has to be told.
@@ -70,8 +70,9 @@ impl Engine {
         connect: Connect,
         writer: TableWriter,
     ) -> Result<(Self, EngineHandle), EngineError> {
-        let (revision, entries) = store.range("").await?;
-        let state = replay(revision, entries);
+        let survey = store.survey("").await?;
+        refuse_without_meta(&survey)?;
+        let state = replay(survey);
         for (key, reason) in &state.aside {
             tracing::error!(%key, %reason, "a stored record is kept aside; what depends on it is held");
         }
@@ -97,8 +98,18 @@ impl Engine {
     }
 }
 
-fn replay(revision: u64, entries: Vec<Entry>) -> State {
-    let mut state = State::default();
+/// One damaged record is kept aside; without the records of the installation itself, ids and generations would
+/// be given out twice.
+fn refuse_without_meta(survey: &Survey) -> Result<(), EngineError> {
+    match survey.unsound.iter().find(|(key, _)| key.starts_with("meta/")) {
+        Some((_, why)) => Err(StoreError::Corrupt(why.clone()).into()),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn replay(survey: Survey) -> State {
+    let Survey { revision, entries, unsound } = survey;
+    let mut state = State { aside: unsound.into_iter().collect(), ..State::default() };
     let writes = entries.into_iter().map(|entry| Write::Put(entry.key, entry.value)).collect();
     // What is kept aside is told by the caller, record by record.
     drop(state.apply(&Committed { revision, writes }));

@@ -92,6 +92,8 @@ impl From<StoreError> for EngineError {
     }
 }
 
+/// Code of what a machine refused because it has seen a higher epoch.
+pub(crate) const FENCED_CODE: &str = "runtime.fenced";
 /// Code of an instance that reached its limit on memory.
 pub(crate) const OUT_OF_MEMORY_CODE: &str = "instance.out_of_memory";
 /// What to do about it.
@@ -116,7 +118,7 @@ impl From<&RuntimeError> for Finding {
                 ("instance.exited", "Read its last output; check command, environment and port.")
             }
             RuntimeError::Fenced { .. } => {
-                ("runtime.fenced", "Another control plane of this installation is newer. Run only one.")
+                (FENCED_CODE, "Another control plane of this installation is newer. Run only one.")
             }
             RuntimeError::Unsupported(_) => ("runtime.unsupported", "Choose another machine."),
             RuntimeError::Other { .. } => ("runtime.failed", "See the machine's own log."),

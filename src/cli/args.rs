@@ -105,6 +105,8 @@ pub(crate) enum Command {
     Edges(command::edges::Edges),
     Logs(command::logs::Logs),
     Events(command::events::Events),
+    Audit(command::audit::Audit),
+    Server(command::server::Server),
     Doctor(command::doctor::Doctor),
     Config(command::config::Config),
     Completion(command::completion::Completion),

@@ -96,6 +96,10 @@ impl Call {
             Command::Edges(edges) => self.online(async |session| edges.run(session).await),
             Command::Logs(logs) => self.online(async |session| logs.run(session).await),
             Command::Events(events) => self.online(async |session| events.run(session).await),
+            Command::Audit(audit) => self.online(async |session| audit.run(session).await),
+            Command::Server(server) => {
+                server.run(&connect::data_folder(&self.global, &self.environment), out)
+            }
             Command::Doctor(doctor) => session::block_on(doctor.run(&self.global, &self.environment, out)),
             Command::Config(config) => config.run(out),
             Command::Completion(completion) => completion.run(out),

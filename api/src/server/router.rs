@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 
 use super::context::Context;
 use super::error::ApiError;
-use super::routes::{edges, events, instances, logs, machines, moves, services, system};
+use super::routes::{audit, edges, events, instances, logs, machines, moves, services, system};
 use super::{access, idempotency, outer};
 use crate::codes;
 use crate::types::Problem;
@@ -38,6 +38,7 @@ use crate::types::Problem;
         (name = "instances", description = "Running copies"),
         (name = "events", description = "What happens, as it happens"),
         (name = "logs", description = "What instances write"),
+        (name = "audit", description = "Who asked for what, and how it ended, sealed"),
         (name = "system", description = "The server itself"),
     )
 )]
@@ -73,6 +74,8 @@ fn documented() -> (Router<Context>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::list_instances))
         .routes(routes!(instances::get_instance))
         .routes(routes!(logs::instance_logs))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(audit::verify_audit))
         .routes(routes!(system::status))
         .routes(routes!(system::version))
         .routes(routes!(system::openapi))

@@ -5,6 +5,7 @@
 //! whose unit is the end of the name (`_ms`, `_us`), ids are strings. A reader ignores fields that it does
 //! not know; the server refuses them in requests (`server/extract.rs`).
 
+mod audit;
 mod edge;
 mod event;
 mod instance;
@@ -22,6 +23,7 @@ mod status;
 mod system;
 mod time;
 
+pub use audit::{AuditBreak, AuditEntry, AuditReport};
 pub use edge::{Edge, EdgeState, Invite, InviteRequest};
 pub use event::{Event, EventBody};
 pub use instance::{Instance, InstanceHealth, InstanceState, InstanceUsage};

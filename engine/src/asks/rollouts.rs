@@ -5,6 +5,7 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 use super::observe::observe;
+use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
@@ -182,6 +183,7 @@ fn settings(draft: &mut Draft<'_>, spec: &ServiceSpec, from_config: bool) -> Acc
     service.from_config = from_config;
     draft.put_service(&service);
     draft.event(Some(&spec.name), None, EventBody::ServiceChanged {});
+    draft.audit(Some(&spec.name), None, AuditAct::SettingsChanged {});
     Accepted::Settings(spec.name.clone())
 }
 
@@ -261,6 +263,8 @@ pub(super) fn accept(
     };
     draft.put_rollout(&rollout);
     draft.event(Some(&name), Some(&id), EventBody::RolloutCreated { kind: rollout.plan.kind });
+    let (kind, reason, plan) = (rollout.plan.kind, rollout.reason.clone(), rollout.plan.hash.clone());
+    draft.audit(Some(&name), Some(&id), AuditAct::Asked { kind, reason, plan });
     rollout
 }
 

@@ -1,5 +1,6 @@
 //! The commands: one file each, with its arguments, its help text and its deed.
 
+pub(crate) mod audit;
 pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod deploy;
@@ -15,6 +16,7 @@ pub(crate) mod move_service;
 pub(crate) mod moves;
 pub(crate) mod rollback;
 pub(crate) mod scale;
+pub(crate) mod server;
 pub(crate) mod services;
 pub(crate) mod status;
 pub(crate) mod version;

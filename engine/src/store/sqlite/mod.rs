@@ -9,12 +9,16 @@
 //! lock that the kernel gives back however the first one ends; one that stands by takes over from a process that stands
 //! still (see `leader`), which then writes nothing any more. No two processes ever write.
 
+mod backup;
 mod fault;
 mod leader;
 mod reader;
 mod schema;
 mod watch;
 mod writer;
+
+pub(crate) use self::backup::{check, copy};
+pub(crate) use self::schema::{FILE, LOCK_FILE, lock};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -34,7 +38,7 @@ use self::watch::Watch;
 use self::writer::{History, Job, LeaseAsk, Writer};
 use super::{
     Batch, Committed, Entry, LeaseGrant, MAX_BATCH_BYTES, MAX_BATCH_WRITES, MAX_KEY_BYTES, MAX_VALUE_BYTES,
-    Precondition, Revision, Store, StoreError,
+    Precondition, Revision, Store, StoreError, Survey,
 };
 
 /// Most jobs that wait for each thread; who comes later waits for room.
@@ -77,7 +81,7 @@ impl SqliteStore {
         history: History,
         prepare: impl FnOnce(&rusqlite::Connection) -> Result<(), rusqlite::Error>,
     ) -> Result<Self, StoreError> {
-        let lock = schema::lock(dir)?;
+        let lock = lock(dir)?;
         let connection = schema::open_writer(dir)?;
         prepare(&connection).map_err(|e| fault::store_error(&Arc::new(e)))?;
         let seen = leader::present(&connection).map_err(|e| fault::store_error(&Arc::new(e)))?;
@@ -196,6 +200,17 @@ impl Store for SqliteStore {
 
     fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>> {
         self.read_range(prefix.to_owned()).boxed()
+    }
+
+    fn survey(&self, prefix: &str) -> BoxFuture<'_, Result<Survey, StoreError>> {
+        let prefix = prefix.to_owned();
+        async move {
+            let (reply, answer) = oneshot::channel();
+            let queries = self.queries.as_ref().ok_or_else(closed)?;
+            queries.send(Query::Survey { prefix, reply }).await.map_err(|_| closed())?;
+            answer.await.map_err(|_| closed())?
+        }
+        .boxed()
     }
 
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {
