@@ -84,11 +84,17 @@ pub const PASSING: &[&str] = &[
 
 /// Every code that the engine refuses with, or names in the blockers, warnings and problems of plans and moves.
 pub const ENGINE: &[&str] = &[
+    "backup.exists",
+    "backup.no_store",
     "claim.lost",
     "cleanup.incomplete",
     "engine.defect",
     "engine.overtaken",
     "engine.stopped",
+    "file.disk_full",
+    "file.failed",
+    "file.forbidden",
+    "file.missing",
     "guard.failed",
     "health.no_path",
     "idempotency.mismatch",
@@ -125,6 +131,8 @@ pub const ENGINE: &[&str] = &[
     "plan.blocked",
     "plan.changed",
     "replicas.single",
+    "restore.checksum",
+    "restore.not_empty",
     "rollback.nothing",
     "rollback.same_version",
     "rollback.unknown_version",

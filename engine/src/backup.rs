@@ -27,7 +27,7 @@ const REIGN_STEP: u64 = 1 << 32;
 /// Services in one commit of a restoration.
 const MAX_SERVICES_PER_COMMIT: usize = 500;
 /// Folder inside the data folder in which a restoration is prepared.
-const WORKSHOP: &str = "restore.part";
+const WORKSHOP: &str = "restore-part";
 
 /// What was backed up or restored.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -128,7 +128,7 @@ impl Writer {
             );
             return group.into_iter().for_each(|job| job.fail(StoreError::Io(text.clone().into())));
         }
-        match self.write(&group) {
+        match self.write_or_make_room(&group) {
             Ok(outcomes) => {
                 group.into_iter().zip(outcomes).for_each(|(job, outcome)| self.acknowledge(job, outcome));
             }
@@ -144,6 +144,17 @@ impl Writer {
                 group.into_iter().for_each(|job| job.fail(store_error(&error)));
             }
         }
+    }
+
+    /// On a small disk the write-ahead log alone may fill it, long before it is brought home by itself.
+    fn write_or_make_room(&mut self, group: &[Job]) -> Result<Vec<Outcome>, rusqlite::Error> {
+        let written = self.write(group);
+        match &written {
+            Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => {}
+            _ => return written,
+        }
+        let brought_home = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", (), |_| Ok(()));
+        if brought_home.is_err() { written } else { self.write(group) }
     }
 
     fn write(&mut self, group: &[Job]) -> Result<Vec<Outcome>, rusqlite::Error> {
