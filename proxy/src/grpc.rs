@@ -19,7 +19,8 @@ const PREFIX_BYTES: usize = 5;
 /// Whether a `Content-Type` is one of gRPC.
 pub(crate) fn is_grpc(content_type: Option<&HeaderValue>) -> bool {
     const NAME: &[u8] = b"application/grpc";
-    let Some((start, rest)) = content_type.and_then(|value| value.as_bytes().split_at_checked(NAME.len())) else {
+    let Some((start, rest)) = content_type.and_then(|value| value.as_bytes().split_at_checked(NAME.len()))
+    else {
         return false;
     };
     start.eq_ignore_ascii_case(NAME) && matches!(rest.first(), None | Some(b'+' | b';' | b' '))

@@ -148,7 +148,7 @@ impl Default for ServicePolicy {
             body_idle_timeout_ms: 60_000,      // progress, not duration: a long download is fine
             tunnel_idle_timeout_ms: 3_600_000, // an hour: WebSocket libraries ping far more often
             websocket_close_spread_ms: 5_000,  // a thousand clients come back at 200 a second
-        max_request_body_bytes: 0,         // streaming costs no memory, so no limit unless asked for
+            max_request_body_bytes: 0,         // streaming costs no memory, so no limit unless asked for
             max_idle_connections_per_upstream: 256,
             upstream_idle_timeout_ms: 4_000, // below the 5 s after which Node.js closes idle connections
             health: None,

@@ -175,7 +175,12 @@ mod tests {
     /// Borders by arithmetic alone: the sums of the frames' lengths.
     fn borders(frames: &[Frame]) -> Vec<usize> {
         let mut end = 0;
-        std::iter::once(0).chain(frames.iter().map(|frame| { end += frame.bytes().len(); end })).collect()
+        std::iter::once(0)
+            .chain(frames.iter().map(|frame| {
+                end += frame.bytes().len();
+                end
+            }))
+            .collect()
     }
 
     proptest! {

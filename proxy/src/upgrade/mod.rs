@@ -274,14 +274,8 @@ pub(crate) async fn run(mut client: TcpStream, early: Bytes, tunnel: Tunnel) {
         tunnel;
     let flight = &guard.0;
     let (mut up, mut down) = (Pipe::new(early, websocket), Pipe::new(from_upstream, websocket));
-    let mut leave = Leave {
-        websocket,
-        close_spread_ms,
-        jitter: None,
-        begun: false,
-        farewells: None,
-        patience: None,
-    };
+    let mut leave =
+        Leave { websocket, close_spread_ms, jitter: None, begun: false, farewells: None, patience: None };
     flight.wait(Waits::Tunnel, idle_ms);
     let ended = poll_fn(|cx| {
         leave.poll_begin(cx, flight, &up, &down);
