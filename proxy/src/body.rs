@@ -121,6 +121,13 @@ impl RequestBody {
         whole.then(|| ForwardBody::Stream { shared: Rc::clone(self), replayed: 0 })
     }
 
+    /// From now on what is taken from the client is kept for another attempt. Too late when something was taken.
+    pub(crate) fn keep(&self) {
+        if !self.taken.get() {
+            self.kept.borrow_mut().get_or_insert_default();
+        }
+    }
+
     /// What the client did wrong, if it did.
     pub(crate) fn fault(&self) -> Option<Reason> {
         self.fault.get()

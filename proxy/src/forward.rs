@@ -439,6 +439,7 @@ fn may_retry(core: &Core, entry: &ServiceEntry, flight: &Flight, out: &Outgoing,
     let paid = entry.service.retry_budget().spend(core.coarse_now_ms());
     if let (true, Some(class)) = (paid, class) {
         core.metrics.retry(class);
+        flight.upstream.borrow().iter().for_each(|upstream| upstream.note_retried());
     }
     paid
 }
@@ -501,6 +502,12 @@ async fn attempt_http1(
                 Http1Conn::new(socket, core.spares.clone())
             }
         };
+        if conn.reused
+            && let Some(body) = &out.body
+        {
+            // The upstream may have closed the connection a moment ago.
+            body.keep();
+        }
         let body = out.body().ok_or(Reason::Internal)?;
         if out.body.is_some() {
             flight.wait(Waits::UpstreamReads, policy.body_idle_timeout_ms);
@@ -515,6 +522,11 @@ async fn attempt_http1(
             Ok(Err(Http1Error::Body(reason))) => return Err(reason.into()),
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
             Ok(Err(_)) if conn.reused && !conn.wrote() && out.is_whole() => {}
+            Ok(Err(_)) if conn.reused && conn.has_missed() && out.is_whole() => {
+                pool.note_missed(&conn);
+                upstream.note_retried();
+                out.fresh = true;
+            }
             Ok(Err(error)) => return Err(classify(&conn, error)),
             // Time or a cut has ended it: asking again would only take more of what is scarce.
             Err(reason) => return Err(reason.into()),
@@ -559,6 +571,9 @@ fn classify(conn: &Http1Conn, error: Http1Error) -> ProxyError {
     }
     if matches!(error, Http1Error::Malformed(_)) {
         return ProxyError::new(Reason::UpstreamProtocol).because(error);
+    }
+    if conn.has_missed() {
+        return ProxyError::with(Reason::UpstreamReset, Evidence::NotProcessed).because(error);
     }
     // With a byte of an answer it is sure that the upstream has had the request.
     if conn.answered() {

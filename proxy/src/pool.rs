@@ -81,6 +81,7 @@ impl Drop for Http2Ticket {
 
 /// The connections of one core to one generation.
 pub(crate) struct UpstreamPool {
+    upstream: Arc<Upstream>,
     #[expect(
         clippy::vec_box,
         reason = "connections go in and out with every request: a pointer moves, not 500 bytes"
@@ -98,8 +99,14 @@ pub(crate) struct UpstreamPool {
 }
 
 impl UpstreamPool {
-    fn new(policy: &ServicePolicy, retired: bool, clock_ms: Rc<Cell<u64>>) -> Rc<Self> {
+    fn new(
+        upstream: &Arc<Upstream>,
+        policy: &ServicePolicy,
+        retired: bool,
+        clock_ms: Rc<Cell<u64>>,
+    ) -> Rc<Self> {
         Rc::new(Self {
+            upstream: Arc::clone(upstream),
             idle: RefCell::new(Vec::new()),
             ahead: RefCell::new(Vec::new()),
             opening: Cell::new(false),
@@ -113,8 +120,8 @@ impl UpstreamPool {
     }
 
     /// The connection that was used last, if it is fit, or else one that was opened ahead. A request that
-    /// must not be sent twice gets none that has been idle for half of its time: the upstream may be about to
-    /// close it.
+    /// must not be sent twice gets none that has been idle for half of the time that the upstream is known to keep
+    /// connections, nor for half of ours: the upstream may be about to close it.
     pub(crate) fn checkout(&self, replayable: bool) -> Option<Box<Http1Conn>> {
         let used = self.take_fit(&mut self.idle.borrow_mut(), replayable, |conn| conn);
         used.or_else(|| {
@@ -130,15 +137,22 @@ impl UpstreamPool {
         conn: impl Fn(&mut T) -> &mut Box<Http1Conn>,
     ) -> Option<T> {
         let now_ms = self.clock_ms.get();
-        let max_age_ms = if replayable { self.idle_timeout_ms } else { self.idle_timeout_ms / 2 };
+        let max_age_ms = if replayable {
+            self.idle_timeout_ms
+        } else {
+            self.upstream.trusted_idle_ms(now_ms).min(self.idle_timeout_ms / 2)
+        };
         loop {
             let age_ms = now_ms.saturating_sub(conn(from.last_mut()?).idle_since_ms);
             if age_ms >= max_age_ms && age_ms < self.idle_timeout_ms {
                 return None;
             }
             let mut taken = from.pop()?;
-            if age_ms < max_age_ms && conn(&mut taken).is_open() {
-                return Some(taken);
+            if age_ms < max_age_ms {
+                if conn(&mut taken).is_open() {
+                    return Some(taken);
+                }
+                self.upstream.note_idle_closed(age_ms, now_ms);
             }
         }
     }
@@ -162,7 +176,16 @@ impl UpstreamPool {
         });
     }
 
+    /// Learns from a connection that the upstream had closed before the request came to it.
+    pub(crate) fn note_missed(&self, conn: &Http1Conn) {
+        let now_ms = self.clock_ms.get();
+        self.upstream.note_idle_closed(now_ms.saturating_sub(conn.idle_since_ms), now_ms);
+    }
+
     fn keep(&self, mut conn: Box<Http1Conn>) {
+        if let Some(announced_ms) = conn.take_announced_ms() {
+            self.upstream.note_idle_announced(announced_ms);
+        }
         let mut idle = self.idle.borrow_mut();
         if self.retired.get() || idle.len() >= self.max_idle {
             return;
@@ -319,11 +342,22 @@ impl UpstreamPool {
     /// Closes what the upstream has closed, and what was idle for too long.
     fn sweep(&self) {
         let now_ms = self.clock_ms.get();
-        let keeps = |conn: &mut Http1Conn| {
-            now_ms.saturating_sub(conn.idle_since_ms) < self.idle_timeout_ms && conn.is_open()
+        let mut longest_ms = 0;
+        let mut keeps = |conn: &mut Http1Conn| {
+            let idle_ms = now_ms.saturating_sub(conn.idle_since_ms);
+            let is_open = conn.is_open();
+            if is_open {
+                longest_ms = longest_ms.max(idle_ms);
+            } else {
+                self.upstream.note_idle_closed(idle_ms, now_ms);
+            }
+            is_open && idle_ms < self.idle_timeout_ms
         };
         self.idle.borrow_mut().retain_mut(|conn| keeps(conn));
         self.ahead.borrow_mut().retain_mut(|(conn, _)| keeps(conn));
+        if longest_ms > 0 {
+            self.upstream.note_idle_open(longest_ms);
+        }
         self.http2.borrow_mut().retain(|conn| {
             let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
             !conn.sender.is_closed() && (conn.streams.get() > 0 || idle_ms < self.idle_timeout_ms)
@@ -357,7 +391,7 @@ impl Pools {
             return Rc::clone(&keyed.pool);
         }
         let retired = upstream.is_retired();
-        let pool = UpstreamPool::new(policy, retired, Rc::clone(&self.clock_ms));
+        let pool = UpstreamPool::new(upstream, policy, retired, Rc::clone(&self.clock_ms));
         if !retired {
             let keyed = Keyed { upstream: Arc::clone(upstream), pool: Rc::clone(&pool) };
             self.by_generation.borrow_mut().insert(upstream.generation(), keyed);

@@ -171,6 +171,7 @@ impl Ledger {
             transferred_bytes: rollout.transferred_bytes,
             instances: Vec::new(),
             hard_cut: Vec::new(),
+            hard_cut_by_class: BTreeMap::new(),
             notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
         };
         for part in &inner.parts {
@@ -200,7 +201,12 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     receipt.held += completed.held;
     receipt.bytes_to_upstream += now.bytes_to_upstream.saturating_sub(base.bytes_to_upstream);
     receipt.bytes_to_client += now.bytes_to_client.saturating_sub(base.bytes_to_client);
-    receipt.hard_cut.extend(now.hard_cut.iter().skip(base.hard_cut.len()).cloned());
+    receipt.retried += now.retried.saturating_sub(base.retried);
+    let cut = now.hard_cut_classes.iter().zip(&now.hard_cut).skip(base.hard_cut.len());
+    for (class, id) in cut {
+        receipt.hard_cut.push(id.clone());
+        receipt.hard_cut_by_class.entry(class.name().to_owned()).or_default().push(id.clone());
+    }
     match receipt.instances.iter_mut().find(|entry| entry.instance == part.instance) {
         Some(entry) => {
             entry.started += started;
@@ -245,9 +251,6 @@ fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>) -> Ve
     if rollout.plan.retire.is_empty() && rollout.plan.keep.is_empty() {
         notes.push("First deploy: there was no copy to compare the new one with.".to_owned());
     }
-    notes.push(
-        "Retried attempts are counted by the edge for all of its services, not for one rollout.".to_owned(),
-    );
     notes
 }
 
@@ -267,6 +270,8 @@ fn zero(receipt: &DrainReceipt) -> DrainReceipt {
         completed: PerClass::default(),
         soft_closed: PerClass::default(),
         hard_cut: Vec::new(),
+        hard_cut_classes: Vec::new(),
+        retried: 0,
         in_flight: PerClass::default(),
         bytes_to_upstream: 0,
         bytes_to_client: 0,

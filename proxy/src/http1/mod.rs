@@ -9,6 +9,7 @@
 //! It never waits by itself and never retries. Whatever is ambiguous in an answer's framing is an error: an
 //! answer that two readers may cut differently is not passed on.
 
+mod arrived;
 mod chunks;
 mod head;
 
@@ -99,6 +100,12 @@ pub(crate) struct Http1Conn {
     answered: bool,
     /// The body goes past us, and is not at its end.
     spliced: bool,
+    /// The upstream has ended the connection in its direction.
+    ended: bool,
+    /// Bytes that had been written before this request.
+    written_before: u64,
+    /// How long the upstream says that it keeps the connection when it is idle.
+    announced_ms: Option<u32>,
     pub(crate) idle_since_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
@@ -134,6 +141,8 @@ struct Upload {
     after_piece: &'static [u8],
     body: Option<(ForwardBody, Left)>,
     wrote: bool,
+    /// Bytes that were written to the connection since it was opened.
+    written: u64,
 }
 
 /// What of a request body is left.
@@ -162,6 +171,7 @@ impl Http1Conn {
             after_piece: b"",
             body: None,
             wrote: false,
+            written: 0,
         };
         Box::new(Self {
             reader: Reader {
@@ -176,6 +186,9 @@ impl Http1Conn {
             keep_alive: true,
             answered: false,
             spliced: false,
+            ended: false,
+            written_before: 0,
+            announced_ms: None,
             idle_since_ms: 0,
             reused: false,
         })
@@ -195,6 +208,7 @@ impl Http1Conn {
         upload.output.clear();
         upload.sent = 0;
         upload.wrote = false;
+        self.written_before = upload.written;
         write_head(&mut upload.output);
         upload.body = framing.map(|framing| match framing {
             Framing::Length(length) => (body, Left::Bytes(length)),
@@ -213,6 +227,20 @@ impl Http1Conn {
     /// Whether a byte of an answer has come.
     pub(crate) const fn answered(&self) -> bool {
         self.answered
+    }
+
+    /// Whether the upstream had closed the connection before a byte of the request came to it: then it has not
+    /// processed any of it, whatever it is.
+    pub(crate) fn has_missed(&self) -> bool {
+        let here = matches!(self.writer, Writer::Here(_) | Writer::Broken);
+        here && self.ended
+            && !self.answered
+            && !arrived::beyond(self.reader.half.as_ref(), self.written_before)
+    }
+
+    /// How long the upstream says that it keeps this connection when it is idle.
+    pub(crate) const fn take_announced_ms(&mut self) -> Option<u32> {
+        self.announced_ms.take()
     }
 
     /// Sends the request and waits for the head of its answer, with `headers` as the map to put it into.
@@ -249,7 +277,10 @@ impl Http1Conn {
                     return Poll::Pending;
                 }
                 Poll::Pending => return failed.map_or(Poll::Pending, |error| Poll::Ready(Err(error))),
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(failed.unwrap_or(Http1Error::Closed))),
+                Poll::Ready(Ok(0)) => {
+                    self.ended = true;
+                    return Poll::Ready(Err(failed.unwrap_or(Http1Error::Closed)));
+                }
                 Poll::Ready(Ok(_)) => self.answered = true,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(failed.unwrap_or(error))),
             }
@@ -258,6 +289,7 @@ impl Http1Conn {
 
     fn begin_answer(&mut self, method: &Method, parsed: head::Parsed) -> Result<Head, Http1Error> {
         self.keep_alive = parsed.keep_alive;
+        self.announced_ms = parsed.announced_ms;
         self.reader.early = parsed.rest;
         let none = *method == Method::HEAD
             || parsed.status == StatusCode::NO_CONTENT
@@ -600,6 +632,7 @@ impl Upload {
                 return Poll::Ready(Err(std::io::Error::from(std::io::ErrorKind::WriteZero).into()));
             }
             self.wrote = true;
+            self.written += written as u64;
             let of_head = written.min(head.len());
             self.sent += of_head;
             self.piece.advance(written - of_head);
@@ -608,5 +641,73 @@ impl Upload {
         self.sent = 0;
         self.output.extend_from_slice(std::mem::take(&mut self.after_piece));
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits { bytes: 8192, fields: 64 };
+
+    async fn exchange(conn: &mut Http1Conn) -> Result<Head, Http1Error> {
+        conn.begin(ForwardBody::Empty, None, |out| {
+            out.extend_from_slice(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n")
+        });
+        let (method, mut headers) = (Method::POST, HeaderMap::new());
+        std::future::poll_fn(|cx| conn.poll_head(cx, (&method, &mut headers), LIMITS, |_, _| {})).await
+    }
+
+    /// Whether a connection to such a peer says, behind `before` good exchanges, that the peer has missed the next.
+    /// What it does when a request is there (`reads`) is its own matter.
+    fn missed(before: usize, reads: bool, resets: bool) -> bool {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
+        let address = listener.local_addr().expect("address");
+        let (closed, wait) = std::sync::mpsc::channel();
+        let peer = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("accepts");
+            let mut chunk = [0; 1024];
+            for _ in 0..before {
+                assert!(socket.read(&mut chunk).expect("a request") > 0);
+                socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").expect("is taken");
+            }
+            if reads {
+                closed.send(()).expect("somebody waits");
+                assert!(socket.read(&mut chunk).expect("a request") > 0);
+            }
+            if resets {
+                socket2::SockRef::from(&socket).set_linger(Some(std::time::Duration::ZERO)).expect("linger");
+            }
+            drop(socket);
+            // Nobody waits for it a second time.
+            let _ = closed.send(());
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let missed = runtime.block_on(async {
+            let mut conn = Http1Conn::new(TcpStream::connect(address).await.expect("connects"));
+            for _ in 0..before {
+                exchange(&mut conn).await.expect("an answer");
+            }
+            // Without a look at the socket: as if the end came while the request is being written.
+            wait.recv().expect("the peer goes on");
+            exchange(&mut conn).await.expect_err("there is no answer");
+            conn.has_missed()
+        });
+        peer.join().expect("no panic");
+        missed
+    }
+
+    #[test]
+    fn a_peer_that_had_closed_before_the_request_came_has_missed_it() {
+        assert!(missed(0, false, false), "a new connection");
+        assert!(missed(3, false, false), "one that has served");
+    }
+
+    #[test]
+    fn a_peer_that_may_have_read_the_request_has_not_missed_it() {
+        assert!(!missed(0, true, false) && !missed(3, true, false), "read, and closed");
+        assert!(!missed(0, true, true) && !missed(3, true, true), "read, and reset");
     }
 }

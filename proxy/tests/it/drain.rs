@@ -249,6 +249,7 @@ fn requests_are_cut_at_the_deadline_of_their_class_while_a_tunnel_lives_on() {
     let mut receipt = inside.receipt();
     receipt.hard_cut.sort_unstable();
     assert_eq!(receipt.hard_cut, ["hangs-1", "hangs-2"]);
+    assert_eq!(receipt.hard_cut_classes, [TrafficClass::Request; 2]);
     assert_eq!(receipt.in_flight[TrafficClass::WebSocket], 1);
     inside.cut_class(TrafficClass::WebSocket);
     assert!(tunnel.is_closed());

@@ -1,5 +1,6 @@
 //! The edge from outside: real sockets, scripted clients and scripted origins.
 
+mod apart;
 mod bodies;
 mod drain;
 mod forwarding;
@@ -11,9 +12,11 @@ mod limits;
 mod malformed;
 mod names;
 mod observe;
+mod outage;
 mod ready;
 mod retries;
 mod shutdown;
+mod stale;
 mod support;
 mod tunnels;
 mod websockets;

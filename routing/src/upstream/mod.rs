@@ -2,6 +2,7 @@
 
 mod deadlines;
 mod gate;
+mod keep_alive;
 mod lease;
 mod remote;
 mod vitals;
@@ -21,6 +22,7 @@ use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
 
 use deadlines::Deadlines;
 use gate::Gate;
+use keep_alive::KeepAlive;
 pub use lease::Lease;
 use remote::Remote;
 pub use remote::{EdgeId, LostEdge, Tally};
@@ -69,7 +71,8 @@ pub struct Upstream {
     started: AtomicU64,
     bytes_to_upstream: AtomicU64,
     bytes_to_client: AtomicU64,
-    hard_cut: Mutex<Vec<String>>,
+    hard_cut: Mutex<Vec<(TrafficClass, String)>>,
+    retried: AtomicU64,
     deadlines: Deadlines,
     /// Connections that edges have opened ahead and not used yet.
     ready: AtomicI64,
@@ -77,6 +80,7 @@ pub struct Upstream {
     /// and when connections were opened ahead.
     turned: Event,
     vitals: Vitals,
+    keep_alive: KeepAlive,
     outcomes: OutcomeCounters,
     /// What edges in other processes say. Last, so that what requests touch lies together.
     remote: Remote,
@@ -97,6 +101,10 @@ pub struct DrainReceipt {
     pub soft_closed: PerClass<u64>,
     /// Ids of the requests that were cut at the hard deadline.
     pub hard_cut: Vec<String>,
+    /// The class of each of them, in the same order.
+    pub hard_cut_classes: Vec<TrafficClass>,
+    /// Attempts that failed here and were made again without the client noticing.
+    pub retried: u64,
     /// Leases still out, by class.
     pub in_flight: PerClass<u64>,
     /// Body bytes sent to the upstream.
@@ -123,10 +131,12 @@ impl Upstream {
             bytes_to_upstream: AtomicU64::new(0),
             bytes_to_client: AtomicU64::new(0),
             hard_cut: Mutex::new(Vec::new()),
+            retried: AtomicU64::new(0),
             deadlines: Deadlines::default(),
             ready: AtomicI64::new(0),
             turned: Event::new(),
             vitals: Vitals::default(),
+            keep_alive: KeepAlive::default(),
             outcomes: OutcomeCounters::default(),
             remote: Remote::default(),
         }
@@ -325,8 +335,14 @@ impl Upstream {
         }
     }
 
-    fn list_cut(&self, request_id: &str) {
-        self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).push(request_id.to_owned());
+    fn list_cut(&self, class: TrafficClass, request_id: &str) {
+        let mut cut = self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner);
+        cut.push((class, request_id.to_owned()));
+    }
+
+    /// Counts an attempt that failed here and is made again.
+    pub fn note_retried(&self) {
+        self.retried.fetch_add(1, Relaxed);
     }
 
     /// What this stretch of service amounts to so far, over all edges.
@@ -352,13 +368,17 @@ impl Upstream {
         let mut in_flight = PerClass(std::array::from_fn(|i| u64::from(self.in_flight[i].load(Acquire))));
         let others = in_flight.total();
         in_flight[TrafficClass::Request] = gate.inside.saturating_sub(others);
+        let cut = self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (hard_cut_classes, hard_cut) = cut.into_iter().unzip();
         DrainReceipt {
             generation: self.generation,
             empty: gate.is_drained(),
             started: self.started.load(Acquire),
             completed: PerClass(std::array::from_fn(|i| self.completed[i].load(Acquire))),
             soft_closed: PerClass(std::array::from_fn(|i| self.soft_closed[i].load(Acquire))),
-            hard_cut: self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            hard_cut,
+            hard_cut_classes,
+            retried: self.retried.load(Acquire),
             in_flight,
             bytes_to_upstream: self.bytes_to_upstream.load(Acquire),
             bytes_to_client: self.bytes_to_client.load(Acquire),
@@ -414,6 +434,35 @@ impl Upstream {
     /// Weight in thousandths of its own, while the slow start lasts.
     pub(crate) fn ramp_permille(&self, now_ms: u64, slow_start_ms: u32) -> u64 {
         self.vitals.ramp_permille(now_ms, slow_start_ms)
+    }
+
+    // --- idle connections -------------------------------------------------------------------------
+
+    /// Says that a connection was seen open after it had been idle for so long.
+    pub fn note_idle_open(&self, idle_ms: u64) {
+        self.keep_alive.note_open(idle_ms);
+    }
+
+    /// Says that a connection was found closed by the upstream after it had been idle for so long.
+    pub fn note_idle_closed(&self, idle_ms: u64, now_ms: u64) {
+        self.keep_alive.note_closed(idle_ms, now_ms);
+    }
+
+    /// Says how long the upstream promises to keep an idle connection (`Keep-Alive: timeout`).
+    pub fn note_idle_announced(&self, timeout_ms: u32) {
+        self.keep_alive.note_announced(timeout_ms);
+    }
+
+    /// Idle time below which a connection may be trusted with a request that must not be sent twice: half of
+    /// what the upstream is known to keep connections for, 0 while nothing is known.
+    #[must_use]
+    pub fn trusted_idle_ms(&self, now_ms: u64) -> u64 {
+        self.keep_alive.trusted_ms(now_ms)
+    }
+
+    /// Takes over what is known of another copy of the same service.
+    pub(crate) fn inherit(&self, other: &Self) {
+        self.keep_alive.inherit(&other.keep_alive);
     }
 
     // --- outcomes ---------------------------------------------------------------------------------
