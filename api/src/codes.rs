@@ -65,7 +65,7 @@ codes! {
     NO_MOVE = "move.unknown" 404 NotFound false "There is no such move" "list the moves: GET /api/v1/moves";
     NO_INSTANCE = "instance.unknown" 404 NotFound false "There is no such instance" "list the instances: GET /api/v1/instances";
     NOTHING_TO_DO = "move.nothing_to_do" 409 Conflict false "Nothing would change" "look at where the service is: GET /api/v1/status";
-    NO_LINK = "edge.no_link" 409 Conflict false "The server does not listen for edges" "add [link] to its configuration file and start it again; `peregrine engine` always listens";
+    NO_LINK = "edge.no_link" 404 NotFound false "The server does not listen for edges" "add [link] to its configuration file and start it again; `peregrine engine` always listens";
     NO_EDGE = "edge.unknown" 404 NotFound false "There is no such edge" "`peregrine edges list` shows the edges";
     EDGE_NAME = "edge.bad_name" 400 Invalid false "That is no name for an edge" "use 1 to 63 of a-z, 0-9 and hyphens, such as edge-fra-1";
     INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
