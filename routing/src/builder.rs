@@ -114,7 +114,7 @@ impl Builder {
         if let Some(known) = self.upstream(spec.generation) {
             return Arc::clone(known);
         }
-        let upstream = self.live(spec);
+        let upstream = self.live(spec, None);
         upstream.retire();
         upstream
     }

@@ -686,7 +686,8 @@ mod tests {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         let missed = runtime.block_on(async {
-            let mut conn = Http1Conn::new(TcpStream::connect(address).await.expect("connects"));
+            let mut conn =
+                Http1Conn::new(TcpStream::connect(address).await.expect("connects"), SpareBuffers::default());
             for _ in 0..before {
                 exchange(&mut conn).await.expect("an answer");
             }
