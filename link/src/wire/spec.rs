@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WireChange {
     /// A service as it is to be.
-    Put(WireService),
+    Put(Box<WireService>),
     /// A service goes away.
     Remove(String),
 }
@@ -99,7 +99,7 @@ pub struct BadHost {
 impl From<&Change> for WireChange {
     fn from(change: &Change) -> Self {
         match change {
-            Change::Put(spec) => Self::Put(spec.into()),
+            Change::Put(spec) => Self::Put(Box::new(spec.into())),
             Change::Remove(name) => Self::Remove(name.to_string()),
         }
     }
@@ -110,7 +110,7 @@ impl TryFrom<WireChange> for Change {
 
     fn try_from(change: WireChange) -> Result<Self, BadHost> {
         Ok(match change {
-            WireChange::Put(service) => Self::Put(service.try_into()?),
+            WireChange::Put(service) => Self::Put((*service).try_into()?),
             WireChange::Remove(name) => Self::Remove(name.into()),
         })
     }
