@@ -21,7 +21,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
-use peregrine_routing::{Generation, ServicePolicy, Upstream, UpstreamProtocol};
+use peregrine_routing::{Address, Generation, ServicePolicy, Upstream, UpstreamProtocol};
 use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
@@ -31,6 +31,10 @@ use crate::http1::Http1Conn;
 /// Streams that one core has on one HTTP/2 connection before it opens another; the upstream's own
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
+
+/// How long a connection to an upstream that has a name is used: where the name leads may have changed since, and
+/// while connections are at hand nobody asks.
+const NAMED_MAX_AGE_MS: u64 = 30_000;
 
 /// Connections that one core opens ahead to one upstream at a time.
 const MAX_DIALS_AHEAD: usize = 8;
@@ -61,6 +65,7 @@ struct Http2Conn {
     max_streams: Rc<Cell<usize>>,
     streams: Rc<Cell<usize>>,
     idle_since_ms: Rc<Cell<u64>>,
+    opened_ms: u64,
     ahead: Cell<Option<Ahead>>,
 }
 
@@ -93,6 +98,7 @@ pub(crate) struct UpstreamPool {
     http2: RefCell<Vec<Http2Conn>>,
     retired: Cell<bool>,
     max_idle: usize,
+    max_age_ms: Option<u64>,
     idle_timeout_ms: u64,
     connect_timeout_ms: u32,
     clock_ms: Rc<Cell<u64>>,
@@ -113,6 +119,7 @@ impl UpstreamPool {
             http2: RefCell::new(Vec::new()),
             retired: Cell::new(retired),
             max_idle: policy.max_idle_connections_per_upstream as usize,
+            max_age_ms: matches!(upstream.address(), Address::Name { .. }).then_some(NAMED_MAX_AGE_MS),
             idle_timeout_ms: u64::from(policy.upstream_idle_timeout_ms),
             connect_timeout_ms: policy.connect_timeout_ms,
             clock_ms,
@@ -186,8 +193,11 @@ impl UpstreamPool {
         if let Some(announced_ms) = conn.take_announced_ms() {
             self.upstream.note_idle_announced(announced_ms);
         }
+        if conn.opened_ms == 0 {
+            conn.opened_ms = self.clock_ms.get();
+        }
         let mut idle = self.idle.borrow_mut();
-        if self.retired.get() || idle.len() >= self.max_idle {
+        if self.retired.get() || idle.len() >= self.max_idle || self.is_old(conn.opened_ms) {
             return;
         }
         conn.reused = true;
@@ -195,10 +205,15 @@ impl UpstreamPool {
         idle.push(conn);
     }
 
-    /// A place on an HTTP/2 connection that is open.
+    /// Whether a connection that was opened then is to be used no more.
+    fn is_old(&self, opened_ms: u64) -> bool {
+        self.max_age_ms.is_some_and(|max_age_ms| self.clock_ms.get().saturating_sub(opened_ms) >= max_age_ms)
+    }
+
+    /// A place on an HTTP/2 connection that is open. One that is too old goes when its streams have.
     pub(crate) fn join_http2(&self) -> Option<Http2Ticket> {
         let mut conns = self.http2.borrow_mut();
-        conns.retain(|conn| !conn.sender.is_closed());
+        conns.retain(|conn| !conn.sender.is_closed() && !self.is_old(conn.opened_ms));
         let limit = |conn: &Http2Conn| conn.max_streams.get().clamp(1, MAX_STREAMS_PER_CONNECTION);
         let conn =
             conns.iter().filter(|conn| conn.streams.get() < limit(conn)).min_by_key(|c| c.streams.get())?;
@@ -253,6 +268,7 @@ impl UpstreamPool {
             max_streams,
             streams: Rc::new(Cell::new(0)),
             idle_since_ms: Rc::new(Cell::new(self.clock_ms.get())),
+            opened_ms: self.clock_ms.get(),
             ahead: Cell::new(None),
         })
     }
@@ -437,5 +453,53 @@ impl Hasher for GenerationHasher {
     }
     fn write_usize(&mut self, number: usize) {
         self.write_u64(number as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use peregrine_routing::{Balance, Change, PoolSpec, ServiceSpec, UpstreamSpec};
+
+    use super::*;
+    use crate::http1::SpareBuffers;
+
+    /// How many connections a pool holds after one was given back at once, taken out, and given back again later.
+    async fn kept(address: Address, later_ms: u64) -> usize {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let copy = UpstreamSpec {
+            generation: Generation(1),
+            name: "copy".into(),
+            address,
+            protocol: UpstreamProtocol::Http1,
+            weight: 1,
+            ready_connections: 0,
+        };
+        let pool = PoolSpec { name: "main".into(), weight: 1, standby: false, upstreams: vec![copy] };
+        let service = ServiceSpec {
+            name: "web".into(),
+            routes: Vec::new(),
+            pools: vec![pool],
+            balance: Balance::default(),
+            policy: ServicePolicy::default(),
+        };
+        let (mut writer, _reader) = peregrine_routing::table();
+        writer.apply(&[Change::Put(service)]).unwrap();
+        let upstream = writer.upstream(Generation(1)).unwrap();
+        let clock_ms = Rc::new(Cell::new(1));
+        let pool = UpstreamPool::new(upstream, &ServicePolicy::default(), false, Rc::clone(&clock_ms));
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        pool.keep(Http1Conn::new(socket, SpareBuffers::default()));
+        let conn = pool.checkout(true).expect("it is kept");
+        clock_ms.set(1 + later_ms);
+        pool.keep(conn);
+        pool.idle.borrow().len()
+    }
+
+    #[tokio::test]
+    async fn a_connection_to_a_name_is_used_for_a_while_only_and_one_to_an_address_for_ever() {
+        let name = || Address::Name { host: "backend.test".into(), port: 80 };
+        assert_eq!(kept(name(), NAMED_MAX_AGE_MS - 1).await, 1);
+        assert_eq!(kept(name(), NAMED_MAX_AGE_MS).await, 0);
+        assert_eq!(kept(Address::Socket(([127, 0, 0, 1], 80).into()), 10 * NAMED_MAX_AGE_MS).await, 1);
     }
 }

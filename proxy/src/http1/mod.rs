@@ -107,6 +107,8 @@ pub(crate) struct Http1Conn {
     /// How long the upstream says that it keeps the connection when it is idle.
     announced_ms: Option<u32>,
     pub(crate) idle_since_ms: u64,
+    /// When its pool first saw it; 0 is not yet.
+    pub(crate) opened_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
 }
@@ -190,6 +192,7 @@ impl Http1Conn {
             written_before: 0,
             announced_ms: None,
             idle_since_ms: 0,
+            opened_ms: 0,
             reused: false,
         })
     }
