@@ -11,4 +11,6 @@ mod malformed;
 mod moves;
 mod restart;
 mod serve;
+mod soak;
 mod support;
+mod switches;

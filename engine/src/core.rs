@@ -100,7 +100,7 @@ impl Core {
     {
         let _one_at_a_time = self.commit.lock().await;
         let state = self.state();
-        let mut draft = Draft::new(&state, now());
+        let mut draft = Draft::new(&state, self.now());
         let value = make(&mut draft)?;
         let (batch, events) = draft.finish();
         if batch.writes.is_empty() {
@@ -161,7 +161,7 @@ impl Core {
     pub(crate) fn tell_live(&self, service: &str, rollout: &RolloutId, body: EventBody) {
         self.events.tell_live(Event {
             id: self.state().last_event,
-            at: now(),
+            at: self.now(),
             service: Some(service.to_owned()),
             rollout: Some(rollout.clone()),
             body,
@@ -192,6 +192,19 @@ impl Core {
         Arc::clone(locks.entry(id.clone()).or_default())
     }
 
+    /// Wall time.
+    pub(crate) fn now(&self) -> UnixMs {
+        (self.config.outside.wall_clock)()
+    }
+
+    pub(crate) fn new_instance_id(&self) -> InstanceId {
+        InstanceId::of((self.config.outside.ids)())
+    }
+
+    pub(crate) fn new_rollout_id(&self) -> RolloutId {
+        RolloutId::of((self.config.outside.ids)())
+    }
+
     pub(crate) fn edge_now_ms(&self) -> u64 {
         (self.config.edge_clock)()
     }
@@ -219,9 +232,4 @@ fn refuse_illegal(state: &State, batch: &Batch) -> Result<(), EngineError> {
         })?;
     }
     Ok(())
-}
-
-/// Wall time.
-pub(crate) fn now() -> UnixMs {
-    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
 }

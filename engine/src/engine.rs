@@ -10,6 +10,7 @@ use crate::error::EngineError;
 use crate::handle::EngineHandle;
 use crate::journal::Install;
 use crate::model::InstanceState;
+use crate::outside::Outside;
 use crate::reconcile;
 use crate::recovery;
 use crate::state::State;
@@ -29,6 +30,8 @@ pub struct EngineConfig {
     pub orphan_grace_ms: u64,
     /// Connections that each core of an edge opens to a new copy before its first request; 0 is none.
     pub ready_connections: u16,
+    /// The time of day, ids, and connections of probes.
+    pub outside: Outside,
 }
 
 impl Default for EngineConfig {
@@ -42,6 +45,7 @@ impl Default for EngineConfig {
             reconcile_interval_ms: 3_000,
             orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
             ready_connections: 2,    // a first step sends few requests at a time to a copy
+            outside: Outside::default(),
         }
     }
 }

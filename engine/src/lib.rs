@@ -21,6 +21,7 @@ mod handle;
 pub mod journal;
 mod keys;
 pub mod model;
+mod outside;
 pub mod plan;
 mod probe;
 mod reconcile;
@@ -42,4 +43,5 @@ pub use handle::{
     Ask, ConfigApplied, EngineHandle, EngineProblem, IdempotencyKey, InstanceView, MachineCheck,
     MoveOverrides,
 };
+pub use outside::{Connection, Dial, Dialled, Ids, Outside, WallClock};
 pub use state::State;

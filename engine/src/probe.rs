@@ -3,14 +3,15 @@
 //! A probe opens its own connection, so that it tells of a copy what a first client would see.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::model::{HealthKind, HealthSpec, Protocol};
+use crate::outside::{Connection, Dial};
 
 /// Most bytes of an answer that a probe reads: it looks at the status, not at the content.
 const MAX_PROBE_BODY_BYTES: usize = 1 << 20;
@@ -35,6 +36,7 @@ pub(crate) struct Probe {
     pub(crate) protocol: Protocol,
     pub(crate) host: Option<String>,
     pub(crate) health: HealthSpec,
+    pub(crate) dial: Dial,
 }
 
 impl Probe {
@@ -84,8 +86,9 @@ impl Probe {
         }
     }
 
-    async fn connect(&self) -> Result<TcpStream, String> {
-        TcpStream::connect(self.address)
+    async fn connect(&self) -> Result<Box<dyn Connection>, String> {
+        self.dial
+            .connect(self.address)
             .await
             .map_err(|error| format!("cannot connect to {}: {error}", self.address))
     }

@@ -39,6 +39,7 @@ pub(crate) fn spawn(core: &Arc<Core>) {
         };
         let stop = reconciler.core.stop.clone();
         tokio::select! {
+            biased;
             () = reconciler.keep_on() => {}
             () = stop.cancelled() => {}
         }
@@ -47,6 +48,7 @@ pub(crate) fn spawn(core: &Arc<Core>) {
     core.tasks.spawn(async move {
         let stop = sweeping.stop.clone();
         tokio::select! {
+            biased;
             () = keep_sweeping(&sweeping) => {}
             () = crate::recovery::keep_resuming(&sweeping) => {}
             () = stop.cancelled() => {}
@@ -70,6 +72,7 @@ impl Reconciler {
             let next = Instant::now() + Duration::from_millis(self.core.config.reconcile_interval_ms);
             loop {
                 tokio::select! {
+                    biased;
                     Some(done) = self.work.join_next() => self.settle(done),
                     () = tokio::time::sleep_until(next) => break,
                 }

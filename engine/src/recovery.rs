@@ -34,6 +34,7 @@ pub(crate) fn resume_all(core: &Arc<Core>) {
         tracker.spawn(async move {
             let ensured = ensure_copies(&core, &id);
             tokio::select! {
+                biased;
                 () = ensured => rollout::spawn(&core, &id, true),
                 () = core.stop.cancelled() => {}
             }

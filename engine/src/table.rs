@@ -146,6 +146,7 @@ impl Core {
         self.tasks.spawn(async move {
             let left = crate::steps::drain_one(&upstream, &deadlines, tokio::time::Instant::now());
             tokio::select! {
+                biased;
                 () = left => core.table.forget(upstream.generation().0),
                 () = core.stop.cancelled() => {}
             }

@@ -17,7 +17,7 @@ use peregrine_routing::TrafficClass;
 use crate::error::Reason;
 use crate::grpc::{self, Messages};
 use crate::headers;
-use crate::http1::Http1Conn;
+use crate::http1::{Http1Conn, PolledFrame};
 use crate::inflight::{Flight, FlightGuard, Waits};
 use crate::pool::{Http2Ticket, UpstreamPool};
 
@@ -347,10 +347,22 @@ pub(crate) enum Source {
 struct BrokeOff;
 
 impl Source {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokeOff>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> PolledFrame<BrokeOff> {
         match self {
             Self::Http1(conn, _) => conn.poll_frame(cx).map_err(|_| BrokeOff),
             Self::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(|_| BrokeOff),
+        }
+    }
+
+    /// The next piece of the body past us, if it can go that way.
+    #[inline]
+    fn poll_spliced(&mut self, flight: &Flight, cx: &mut Context<'_>) -> Option<PolledFrame<BrokeOff>> {
+        match self {
+            Self::Http1(conn, _) if !flight.conn.http2.get() => {
+                let spliced = conn.poll_spliced(cx, &flight.core.splicer, &flight.conn.in_pipe)?;
+                Some(spliced.map_err(|_| BrokeOff))
+            }
+            _ => None,
         }
     }
 
@@ -397,6 +409,11 @@ impl Default for Events {
 }
 
 impl Events {
+    /// Of a stream that says that it is encoded: it ends by itself or is cut.
+    pub(crate) fn encoded() -> Self {
+        Self { is_plain: Some(false), ..Self::default() }
+    }
+
     /// Whether the stream may end here.
     const fn is_between(&self) -> bool {
         self.between && !matches!(self.is_plain, Some(false))
@@ -456,14 +473,17 @@ impl ReplyBody {
             end_politely(flight, &mut slot);
             return Poll::Ready(Some(Ok(Frame::trailers(unavailable()))));
         }
-        match body.source.poll(cx) {
+        let spliced = if events.is_none() { body.source.poll_spliced(flight, cx) } else { None };
+        match spliced.unwrap_or_else(|| body.source.poll(cx)) {
             Poll::Pending => {
                 if flight.is_expired() {
                     return fail(flight, &mut slot, flight.timeout_reason(), cx);
                 }
                 flight.note_waker(cx);
-                if flight.waits.get() != Waits::Body {
-                    flight.wait(Waits::Body, body.body_idle_ms);
+                // Nothing more is taken from the upstream before the client has taken what is in the pipe.
+                let waits = if flight.conn.in_pipe.is_filled() { Waits::Client } else { Waits::Body };
+                if flight.waits.get() != waits {
+                    flight.wait(waits, body.body_idle_ms);
                 }
                 Poll::Pending
             }
@@ -614,6 +634,13 @@ mod tests {
         ] {
             assert_eq!(closing_in(pieces), None, "{pieces:?}");
         }
+    }
+
+    #[test]
+    fn an_encoded_stream_is_never_ended_early_not_even_before_its_first_byte() {
+        let mut events = Events::encoded();
+        assert!(!events.is_between());
+        assert!(!events.pass(&mut Bytes::from_static(b"data: 1\n\n"), true));
     }
 
     #[test]

@@ -17,7 +17,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{
@@ -31,8 +32,8 @@ use peregrine_routing::{
 use tokio::net::TcpStream;
 
 use crate::body::{
-    Broken, ContinueGate, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source, UpstreamBody,
-    first_frame,
+    Broken, ContinueGate, Events, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source,
+    UpstreamBody, first_frame,
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
@@ -496,7 +497,10 @@ async fn attempt_http1(
     loop {
         let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh) {
             Some(conn) => conn,
-            None => Http1Conn::new(Box::pin(connect(core, upstream, policy, flight)).await?),
+            None => {
+                let socket = Box::pin(connect(core, upstream, policy, flight)).await?;
+                Http1Conn::new(socket, core.spares.clone())
+            }
         };
         if conn.reused
             && let Some(body) = &out.body
@@ -739,6 +743,9 @@ fn answer(
     let is_call = flight.grpc.get() && grpc::is_grpc(headers.get(CONTENT_TYPE));
     if let Some(class) = class {
         flight.reclassify(class);
+        if class == TrafficClass::Sse && headers.contains_key(CONTENT_ENCODING) {
+            *flight.events.borrow_mut() = Some(Box::new(Events::encoded()));
+        }
     }
     let long = class.is_some() || late_class == TrafficClass::GrpcStream;
     let body = UpstreamBody {

@@ -100,6 +100,7 @@ pub(crate) struct Flight {
     pub(crate) complete: Cell<bool>,
     pub(crate) waits: Cell<Waits>,
     deadline_ms: Cell<u64>,
+    timeout_ms: Cell<u32>,
     expired: Cell<bool>,
     closing: Cell<bool>,
     cut: Cell<bool>,
@@ -163,6 +164,7 @@ impl Flight {
             complete: Cell::new(false),
             waits: Cell::new(Waits::Connect),
             deadline_ms: Cell::new(0),
+            timeout_ms: Cell::new(0),
             expired: Cell::new(false),
             closing: Cell::new(false),
             cut: Cell::new(false),
@@ -181,6 +183,7 @@ impl Flight {
     pub(crate) fn wait(&self, waits: Waits, timeout_ms: u32) {
         self.waits.set(waits);
         self.expired.set(false);
+        self.timeout_ms.set(timeout_ms);
         self.deadline_ms.set(self.core.coarse_now_ms() + u64::from(timeout_ms));
     }
 
@@ -229,6 +232,14 @@ impl Flight {
         let deadline_ms = self.deadline_ms.get();
         if deadline_ms == 0 || now_ms < deadline_ms || self.expired.get() {
             return;
+        }
+        if self.waits.get() == Waits::Client && !self.conn.http2.get() {
+            // One piece of a body may take a slow client far longer than this; what counts is that bytes flow.
+            let extended_ms = self.conn.wrote_ms.get() + u64::from(self.timeout_ms.get());
+            if extended_ms > now_ms {
+                self.deadline_ms.set(extended_ms);
+                return;
+            }
         }
         self.expired.set(true);
         if self.waits.get() == Waits::Client {

@@ -46,6 +46,7 @@ mod resolve;
 mod respond;
 mod route;
 mod serve;
+mod splice;
 mod upgrade;
 
 pub use access_log::LogError;

@@ -291,7 +291,7 @@ impl UpstreamPool {
             let sockets: Vec<TcpStream> = dialled.into_iter().flatten().collect();
             let failed = sockets.len() < missing;
             for socket in sockets {
-                let mut conn = Http1Conn::new(socket);
+                let mut conn = Http1Conn::new(socket, core.spares.clone());
                 // The upstream may close it at any time, as one that has served: that is nobody's fault.
                 conn.reused = true;
                 conn.idle_since_ms = self.clock_ms.get();

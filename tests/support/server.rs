@@ -121,6 +121,11 @@ impl Peregrine {
         self.api
     }
 
+    /// Of the server.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }

@@ -36,7 +36,8 @@ pub use rollout::{
 };
 pub use service::{Deployment, FixedUpstream, REDACTED, Route, Service, ServiceSpec, ServiceState, Workload};
 pub use settings::{
-    Balance, DrainDeadlines, Guards, Health, MoveSettings, Probe, Protocol, Resources, Traffic, Warm,
+    Balance, DrainDeadlines, Guards, Health, HoldThen, MoveSettings, Probe, Protocol, Resources, Traffic,
+    Warm,
 };
 pub use status::{MachineStatus, PlaceStatus, ServiceStatus, Status};
 pub use system::{Readiness, ReadinessCheck, Version};

@@ -11,8 +11,8 @@ use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, IdempotencyKey};
 use crate::journal::Answered;
 use crate::model::{
-    Control, EventBody, Instance, InstanceId, InstanceState, Phase, Plan, Rollout, RolloutId, RolloutState,
-    Service, ServiceSpec, Version,
+    Control, EventBody, Instance, InstanceState, Phase, Plan, Rollout, RolloutId, RolloutState, Service,
+    ServiceSpec, Version,
 };
 use crate::plan::{self, Observations, Outcome, Planned};
 use crate::rollout;
@@ -24,9 +24,9 @@ const MAX_VERSIONS: usize = 50;
 
 pub(crate) async fn plan(core: &Arc<Core>, ask: Ask) -> Result<Plan, EngineError> {
     // What is wrong in itself is told before any machine is asked.
-    plan::plan(&core.state(), &ask, &Observations::default(), &mut InstanceId::generate)?;
+    plan::plan(&core.state(), &ask, &Observations::default(), &mut || core.new_instance_id())?;
     let seen = observe(core, &ask).await;
-    match plan::plan(&core.state(), &ask, &seen, &mut InstanceId::generate)? {
+    match plan::plan(&core.state(), &ask, &seen, &mut || core.new_instance_id())? {
         Outcome::Rollout(planned) => Ok(planned.plan),
         Outcome::Settings(spec) => Ok(settings_plan(core, &ask, &spec)),
     }
@@ -78,18 +78,19 @@ pub(super) async fn start_with(
     if let Some(answer) = answered(core, key.as_deref(), &fingerprint) {
         return answer;
     }
-    plan::plan(&core.state(), &ask, &Observations::default(), &mut InstanceId::generate)?;
+    plan::plan(&core.state(), &ask, &Observations::default(), &mut || core.new_instance_id())?;
     let seen = observe(core, &ask).await;
     let asked = fingerprint.clone();
     let keyed = key.clone();
+    let (id, ids) = (core.new_rollout_id(), Arc::clone(core));
     let accepted = core
         .commit(move |draft| {
-            let outcome = plan::plan(draft.state(), &ask, &seen, &mut InstanceId::generate)?;
+            let outcome = plan::plan(draft.state(), &ask, &seen, &mut || ids.new_instance_id())?;
             let accepted = match outcome {
                 Outcome::Settings(spec) => settings(draft, &spec, from_config),
                 Outcome::Rollout(planned) => {
                     refuse_blocked(&planned.plan, expect_hash.as_deref())?;
-                    Accepted::Rollout(Box::new(accept(draft, *planned, reason, from_config)))
+                    Accepted::Rollout(Box::new(accept(draft, id, *planned, reason, from_config)))
                 }
             };
             if let Some(key) = &keyed {
@@ -198,9 +199,14 @@ fn new_service(spec: &ServiceSpec, created_at: u64) -> Service {
 }
 
 /// Takes the service for the rollout, and writes down everything that it will need.
-pub(super) fn accept(draft: &mut Draft<'_>, planned: Planned, reason: String, from_config: bool) -> Rollout {
+pub(super) fn accept(
+    draft: &mut Draft<'_>,
+    id: RolloutId,
+    planned: Planned,
+    reason: String,
+    from_config: bool,
+) -> Rollout {
     let Planned { plan, change, version } = planned;
-    let id = RolloutId::generate();
     let (name, now) = (plan.service.clone(), draft.now());
     draft.require_service(&name);
     let known = draft.state().services.get(&name).cloned();

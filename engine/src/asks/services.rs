@@ -15,7 +15,7 @@ pub(crate) async fn remove(core: &Arc<Core>, name: &str) -> Result<(), EngineErr
 }
 
 async fn remove_here(core: &Arc<Core>, name: &str) -> Result<(), EngineError> {
-    let service = name.to_owned();
+    let (service, id) = (name.to_owned(), core.new_rollout_id());
     let removal = core
         .commit(move |draft| {
             let Some(planned) = plan::plan_removal(draft.state(), &service)? else {
@@ -26,7 +26,7 @@ async fn remove_here(core: &Arc<Core>, name: &str) -> Result<(), EngineError> {
                 draft.event(Some(&service), None, EventBody::ServiceRemoved {});
                 return Ok(None);
             };
-            let rollout = rollouts::accept(draft, planned, "removal of the service".to_owned(), false);
+            let rollout = rollouts::accept(draft, id, planned, "removal of the service".to_owned(), false);
             Ok(Some(rollout.id))
         })
         .await?;

@@ -14,7 +14,13 @@ macro_rules! id {
             /// A new id, later than every one before it on this machine.
             #[must_use]
             pub fn generate() -> Self {
-                Self(format!(concat!($prefix, "_{}"), Uuid::now_v7().simple()))
+                Self::of(Uuid::now_v7())
+            }
+
+            /// The id that a UUID makes.
+            #[must_use]
+            pub fn of(uuid: Uuid) -> Self {
+                Self(format!(concat!($prefix, "_{}"), uuid.simple()))
             }
 
             /// The id as text.

@@ -103,6 +103,7 @@ async fn undo(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>, index: usize) 
         let mut signals = run.signals.subscribe();
         let result = loop {
             tokio::select! {
+                biased;
                 done = &mut deed => break done,
                 _ = signals.changed() => {
                     signals.borrow_and_update();

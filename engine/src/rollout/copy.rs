@@ -151,6 +151,7 @@ impl Watcher {
             protocol: state.services.get(&instance.service)?.spec.traffic.protocol,
             host: render::probe_host(&state.services.get(&instance.service)?.spec),
             health: state.version(&instance.service, instance.version)?.health.clone(),
+            dial: self.core.config.outside.dial.clone(),
         };
         let runtime = self.core.runtime(&instance.machine)?;
         // Before it has shown that it works, a bad probe is not news.

@@ -104,6 +104,7 @@ async fn run_deed(
             return Ran::Turn(why);
         }
         tokio::select! {
+            biased; // what is done is done, whatever else has happened
             done = &mut deed.0 => return match done {
                 Ok(Ok(done)) => Ran::Done(done),
                 Ok(Err(Problem::Failed(finding))) => Ran::Failed(finding),
@@ -184,6 +185,7 @@ async fn wait_while_paused(core: &Core, run: &Run, step: &Step) -> Ran {
         }
         drop(state);
         tokio::select! {
+            biased;
             _ = signals.changed() => {}
             () = core.stop.cancelled() => return Ran::Stopped,
         }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peregrine_routing::{DrainReceipt, OutcomeCounts, PerClass, TrafficClass, Upstream};
 
-use crate::core::{Core, now};
+use crate::core::Core;
 use crate::model::{
     ClassCounts, Instance, InstanceId, InstanceReceipt, PhaseTime, Receipt, Rollout, RolloutId, SideSample,
     Totals,
@@ -149,9 +149,9 @@ impl Ledger {
         sample
     }
 
-    /// What the rollout amounted to.
+    /// What the rollout amounted to; it has ended.
     pub(super) fn receipt(&self, rollout: &Rollout) -> Receipt {
-        let at = now();
+        let at = rollout.ended_at.unwrap_or(rollout.started_at);
         let totals = self.totals();
         let mut all = self.outcomes(Side::Old);
         all.add(&self.outcomes(Side::New));

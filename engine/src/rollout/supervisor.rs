@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::Run;
 use super::copy::{Known, Watched};
 use super::ledger::{LastSample, Side};
-use crate::core::{Core, now};
+use crate::core::Core;
 use crate::model::{Control, EventBody, InstanceId, InstanceState, Phase, Rollout, Sample};
 use crate::state::State;
 
@@ -89,10 +89,11 @@ pub(super) async fn supervise(core: Arc<Core>, run: Arc<Run>) {
         let (service, weight) = (rollout.plan.service.clone(), rollout.weight_percent);
         drop(state);
         tokio::select! {
-            () = changed.notified() => {}
-            _ = revisions.changed() => {}
+            biased; // the rare ones first: no crowd of changes keeps a reading waiting
             () = run.sample_now.notified() => readings.take(&core, &run, &service, weight),
             () = tokio::time::sleep_until(readings.due()) => readings.take(&core, &run, &service, weight),
+            () = changed.notified() => {}
+            _ = revisions.changed() => {}
         }
     }
 }
@@ -136,7 +137,7 @@ impl Readings {
         let seconds = self.at.elapsed().as_secs_f64();
         self.at = Instant::now();
         let sample = Sample {
-            at: now(),
+            at: core.now(),
             weight_percent,
             from: run.ledger.side_sample(Side::Old, &mut self.old, seconds),
             to: run.ledger.side_sample(Side::New, &mut self.new, seconds),

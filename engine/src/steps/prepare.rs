@@ -124,7 +124,7 @@ struct Report {
     done: Arc<AtomicU64>,
     tell: tokio::sync::mpsc::Sender<(u64, Option<u64>)>,
     last_ms: AtomicU64,
-    begun: std::time::Instant,
+    begun: tokio::time::Instant,
 }
 
 impl Report {
@@ -143,7 +143,7 @@ impl Report {
                 }
             }
         });
-        Self { done: Arc::default(), tell, last_ms: AtomicU64::new(0), begun: std::time::Instant::now() }
+        Self { done: Arc::default(), tell, last_ms: AtomicU64::new(0), begun: tokio::time::Instant::now() }
     }
 
     fn progress(&self, done: u64, total: Option<u64>) {

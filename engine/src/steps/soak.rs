@@ -5,7 +5,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Done, Problem, StepContext, drain};
-use crate::core::now;
 use crate::model::{Control, EventBody, InstanceState};
 
 pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
@@ -49,7 +48,7 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
 /// The deadline is in the journal, in wall time; a clock that jumps can neither skip the soak nor prolong it
 /// beyond its length.
 async fn wait(context: &StepContext) {
-    let left = context.deadline().saturating_sub(now()).min(context.plan.settings.soak_ms);
+    let left = context.deadline().saturating_sub(context.core.now()).min(context.plan.settings.soak_ms);
     let end = Instant::now() + Duration::from_millis(left);
     context.waiting_for(Some(format!("the end of the soak in {} s", left.div_ceil(1_000)))).await;
     let mut signals = context.run.signals.subscribe();
@@ -59,6 +58,7 @@ async fn wait(context: &StepContext) {
             return;
         }
         tokio::select! {
+            biased;
             _ = signals.changed() => {}
             () = tokio::time::sleep_until(end), if Instant::now() < end => {}
         }

@@ -10,4 +10,5 @@ mod planner;
 mod receipts;
 mod steps;
 mod support;
+mod verdicts;
 mod warming;

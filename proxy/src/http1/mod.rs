@@ -13,7 +13,9 @@ mod arrived;
 mod chunks;
 mod head;
 
+use std::cell::RefCell;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -30,16 +32,22 @@ pub(crate) use self::head::{HeadLimits, clean_interim, write_field, write_reques
 use crate::body::ForwardBody;
 use crate::error::Reason;
 use crate::framing::Framing;
+use crate::splice::{InPipe, MIN_SPLICED_BYTES, Splicer};
 
 /// First size of a read.
-const READ_BYTES: usize = 8 * 1024;
+const READ_BYTES: usize = 16 * 1024;
 /// Largest read, for answers that fill the smaller ones.
 const MAX_READ_BYTES: usize = 256 * 1024;
-/// Largest read buffer that an idle connection keeps.
-const MAX_IDLE_BYTES: usize = 16 * 1024;
+/// Largest size that the first read for an answer has.
+const MAX_FIRST_READ_BYTES: usize = 16 * 1024;
+/// Read buffers that a core keeps for the next answers.
+const MAX_SPARE_BUFFERS: usize = 8;
 /// Up to this size, what is to be written is collected; larger pieces of a body are written from where
 /// they are.
 const COLLECTED_BYTES: usize = 16 * 1024;
+
+/// What a body says when it is asked for its next frame.
+pub(crate) type PolledFrame<E> = Poll<Option<Result<Frame<Bytes>, E>>>;
 
 /// Why an exchange failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +69,25 @@ pub(crate) struct Head {
     pub(crate) headers: HeaderMap,
 }
 
+/// A core's read buffers that nobody uses now. An idle connection and one that waits for its answer have none:
+/// the last one that was used, which is still in the processor's cache, is for whoever reads next.
+#[derive(Clone, Default)]
+pub(crate) struct SpareBuffers(Rc<RefCell<Vec<BytesMut>>>);
+
+impl SpareBuffers {
+    fn take(&self) -> BytesMut {
+        self.0.borrow_mut().pop().unwrap_or_default()
+    }
+
+    /// What was cut off the buffer may still be in use: whoever takes it next sees whether its room is free.
+    fn give(&self, buffer: BytesMut) {
+        let mut spare = self.0.borrow_mut();
+        if spare.len() < MAX_SPARE_BUFFERS {
+            spare.push(buffer);
+        }
+    }
+}
+
 /// One HTTP/1.1 connection to an upstream.
 pub(crate) struct Http1Conn {
     reader: Reader,
@@ -77,6 +104,8 @@ pub(crate) struct Http1Conn {
     written_before: u64,
     /// How long the upstream says that it keeps the connection when it is idle.
     announced_ms: Option<u32>,
+    /// The body goes past us, and is not at its end.
+    spliced: bool,
     pub(crate) idle_since_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
@@ -86,8 +115,10 @@ struct Reader {
     half: OwnedReadHalf,
     /// What came with the head and belongs to the body.
     early: Bytes,
+    /// Without room of its own while nothing is to be read.
     input: BytesMut,
     read_bytes: usize,
+    spares: SpareBuffers,
 }
 
 /// The request on its way out.
@@ -130,7 +161,7 @@ enum Decode {
 }
 
 impl Http1Conn {
-    pub(crate) fn new(socket: TcpStream) -> Box<Self> {
+    pub(crate) fn new(socket: TcpStream, spares: SpareBuffers) -> Box<Self> {
         let (read, write) = socket.into_split();
         let upload = Upload {
             half: write,
@@ -148,6 +179,7 @@ impl Http1Conn {
                 early: Bytes::new(),
                 input: BytesMut::new(),
                 read_bytes: READ_BYTES,
+                spares,
             },
             writer: Writer::Here(upload),
             decode: Decode::Done,
@@ -156,6 +188,7 @@ impl Http1Conn {
             ended: false,
             written_before: 0,
             announced_ms: None,
+            spliced: false,
             idle_since_ms: 0,
             reused: false,
         })
@@ -171,7 +204,7 @@ impl Http1Conn {
         write_head: impl FnOnce(&mut Vec<u8>),
     ) {
         let Writer::Here(upload) = &mut self.writer else { return };
-        self.answered = false;
+        (self.answered, self.spliced) = (false, false);
         upload.output.clear();
         upload.sent = 0;
         upload.wrote = false;
@@ -320,10 +353,7 @@ impl Http1Conn {
     }
 
     /// The next frame of the answer's body; `None` at its end.
-    pub(crate) fn poll_frame(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Http1Error>>> {
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> PolledFrame<Http1Error> {
         loop {
             match self.decode.next(&mut self.reader) {
                 Ok(Next::Frame(frame)) => return Poll::Ready(Some(Ok(frame))),
@@ -338,6 +368,30 @@ impl Http1Conn {
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
+    }
+
+    /// The next piece of a large body of known length, past us: its marker. `None` if it is to be read.
+    pub(crate) fn poll_spliced(
+        &mut self,
+        cx: &mut Context<'_>,
+        splicer: &Splicer,
+        into: &InPipe,
+    ) -> Option<PolledFrame<Http1Error>> {
+        let Decode::Length(left) = self.decode else { return None };
+        if (left < MIN_SPLICED_BYTES && !self.spliced) || !self.reader.peek().is_empty() {
+            return None;
+        }
+        let marker = match splicer.poll_fill(cx, self.reader.half.as_ref(), into, left)? {
+            Poll::Pending => return Some(Poll::Pending),
+            Poll::Ready(Ok(marker)) if marker.is_empty() => Err(Http1Error::Closed),
+            Poll::Ready(marker) => marker.map_err(Into::into),
+        };
+        if let Ok(marker) = &marker {
+            let left = left - marker.len() as u64;
+            self.spliced = left > 0;
+            self.decode = if left > 0 { Decode::Length(left) } else { Decode::Done };
+        }
+        Some(Poll::Ready(Some(marker.map(Frame::data))))
     }
 
     // --- between two requests -----------------------------------------------------------------------
@@ -360,10 +414,8 @@ impl Http1Conn {
         }
         self.reader.early = Bytes::new();
         // What the last answer needed, the next one will.
-        self.reader.read_bytes = self.reader.read_bytes.min(MAX_IDLE_BYTES);
-        if self.reader.input.capacity() > MAX_IDLE_BYTES {
-            self.reader.input = BytesMut::new();
-        }
+        self.reader.read_bytes = self.reader.read_bytes.min(MAX_FIRST_READ_BYTES);
+        self.reader.put_buffer_back();
         true
     }
 
@@ -393,16 +445,32 @@ impl Http1Conn {
 impl Reader {
     /// Reads more. Ready with 0 at the end of the connection.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Http1Error>> {
+        if self.input.is_empty() {
+            // While there is nothing to read, the buffer is another's.
+            ready!(self.half.as_ref().poll_read_ready(cx))?;
+            if self.input.capacity() == 0 {
+                self.input = self.spares.take();
+            }
+        }
         let room = self.input.capacity() - self.input.len();
         if room < self.read_bytes / 2 {
             self.input.reserve(self.read_bytes);
         }
         let room = self.input.capacity() - self.input.len();
-        let read = ready!(poll_read_buf(Pin::new(&mut self.half), cx, &mut self.input))?;
+        let Poll::Ready(read) = poll_read_buf(Pin::new(&mut self.half), cx, &mut self.input)? else {
+            self.put_buffer_back();
+            return Poll::Pending;
+        };
         if read >= room {
             self.read_bytes = (self.read_bytes * 2).min(MAX_READ_BYTES);
         }
         Poll::Ready(Ok(read))
+    }
+
+    fn put_buffer_back(&mut self) {
+        if self.input.is_empty() {
+            self.spares.give(std::mem::take(&mut self.input));
+        }
     }
 
     fn peek(&self) -> &[u8] {
@@ -618,7 +686,8 @@ mod tests {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         let missed = runtime.block_on(async {
-            let mut conn = Http1Conn::new(TcpStream::connect(address).await.expect("connects"));
+            let mut conn =
+                Http1Conn::new(TcpStream::connect(address).await.expect("connects"), SpareBuffers::default());
             for _ in 0..before {
                 exchange(&mut conn).await.expect("an answer");
             }

@@ -7,6 +7,7 @@ mod forwarding;
 mod goaway;
 mod grpc;
 mod health;
+mod large;
 mod limits;
 mod malformed;
 mod names;
