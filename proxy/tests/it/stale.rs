@@ -60,8 +60,11 @@ fn an_origin_that_closes_idle_connections_at_once_costs_no_request_and_doubles_n
                 let random = AtomicU64::new(number as u64);
                 for id in (number..REQUESTS).step_by(CLIENTS) {
                     let path = format!("/{id}");
-                    let answer =
-                        if (id / CLIENTS).is_multiple_of(2) { client.get(&path) } else { client.post(&path, "body") };
+                    let answer = if (id / CLIENTS).is_multiple_of(2) {
+                        client.get(&path)
+                    } else {
+                        client.post(&path, "body")
+                    };
                     assert_eq!((answer.status, answer.reason()), (200, "-"), "request {id}");
                     // Now and then somebody thinks for a moment: some connections grow as old as they get.
                     if next(&random).is_multiple_of(64) {
