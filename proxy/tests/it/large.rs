@@ -103,28 +103,28 @@ fn narrow(edge: &TestEdge) -> Client {
 
 #[test]
 fn a_client_that_reads_slowly_is_not_cut_off_while_bytes_flow() {
-    let body = pattern(1_500_000);
+    let body = pattern(800_000);
     let origin = Origin::scripted(|conn| {
         let Some(seen) = conn.request() else { return };
-        let body = pattern(1_500_000);
+        let body = pattern(800_000);
         if seen.line().contains("chunked") {
             conn.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
             conn.write(format!("{:x}\r\n", body.len()).as_bytes());
             conn.write(&body);
             conn.write(b"\r\n0\r\n\r\n");
         } else {
-            conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1500000\r\n\r\n");
+            conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 800000\r\n\r\n");
             conn.write(&body);
         }
     });
     let mut web = service(vec![upstream(origin.addr)]);
     // A piece of the body takes longer than this.
-    web.policy.body_idle_timeout_ms = 150;
+    web.policy.body_idle_timeout_ms = 400;
     let edge = TestEdge::start(web);
     let read = |path: &str| {
         let mut client = narrow(&edge);
         client.send(format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
-        let (mut came, mut chunk) = (Vec::new(), [0; 4 * 1024]);
+        let (mut came, mut chunk) = (Vec::new(), [0; 2 * 1024]);
         loop {
             // The pace of the client is what this is about.
             std::thread::park_timeout(Duration::from_millis(5));
