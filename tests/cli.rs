@@ -25,6 +25,8 @@ const LOCAL: &[&str] = &[
     "serve",
     "engine",
     "edge join",
+    "server backup",
+    "server restore",
     "demo",
     "doctor",
     "config check",
@@ -63,13 +65,24 @@ const ONLINE: &[(&str, &[&str])] = &[
     ("edges list", &[]),
     ("edges invite", &["nothing"]),
     ("edges remove", &["nothing", "--yes"]),
+    ("audit list", &[]),
+    ("audit verify", &[]),
     ("logs", &["nothing"]),
     ("events", &[]),
 ];
 
 /// What is told of something that is not there is found out by the server: these succeed without it.
-const NAMES_NOTHING: &[&str] =
-    &["moves list", "status", "services list", "machines add", "machines list", "edges list", "events"];
+const NAMES_NOTHING: &[&str] = &[
+    "moves list",
+    "status",
+    "services list",
+    "machines add",
+    "machines list",
+    "edges list",
+    "audit list",
+    "audit verify",
+    "events",
+];
 
 const SLOW: &str = r#"
 [service.shop.move]
