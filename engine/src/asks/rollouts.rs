@@ -90,7 +90,7 @@ pub(super) async fn start_with(
                 Outcome::Settings(spec) => settings(draft, &spec, from_config),
                 Outcome::Rollout(planned) => {
                     refuse_blocked(&planned.plan, expect_hash.as_deref())?;
-                    Accepted::Rollout(Box::new(accept(draft, id, *planned, reason, from_config)))
+                    Accepted::Rollout(Box::new(accept(draft, &id, *planned, reason, from_config)))
                 }
             };
             if let Some(key) = &keyed {
@@ -201,7 +201,7 @@ fn new_service(spec: &ServiceSpec, created_at: u64) -> Service {
 /// Takes the service for the rollout, and writes down everything that it will need.
 pub(super) fn accept(
     draft: &mut Draft<'_>,
-    id: RolloutId,
+    id: &RolloutId,
     planned: Planned,
     reason: String,
     from_config: bool,
@@ -222,7 +222,7 @@ pub(super) fn accept(
     service.last_version = service.last_version.max(plan.to_version);
     draft.put_service(&service);
     if let Some(made) = version {
-        put_version(draft, &name, made, &id);
+        put_version(draft, &name, made, id);
     }
     for added in &plan.add {
         draft.put_instance(&Instance {
@@ -238,7 +238,7 @@ pub(super) fn accept(
             created_at: now,
         });
     }
-    draft.put_change(&id, &change);
+    draft.put_change(id, &change);
     let rollout = Rollout {
         id: id.clone(),
         state: RolloutState::Running,
@@ -259,7 +259,7 @@ pub(super) fn accept(
         plan,
     };
     draft.put_rollout(&rollout);
-    draft.event(Some(&name), Some(&id), EventBody::RolloutCreated { kind: rollout.plan.kind });
+    draft.event(Some(&name), Some(id), EventBody::RolloutCreated { kind: rollout.plan.kind });
     rollout
 }
 

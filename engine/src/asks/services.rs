@@ -26,7 +26,7 @@ async fn remove_here(core: &Arc<Core>, name: &str) -> Result<(), EngineError> {
                 draft.event(Some(&service), None, EventBody::ServiceRemoved {});
                 return Ok(None);
             };
-            let rollout = rollouts::accept(draft, id, planned, "removal of the service".to_owned(), false);
+            let rollout = rollouts::accept(draft, &id, planned, "removal of the service".to_owned(), false);
             Ok(Some(rollout.id))
         })
         .await?;

@@ -9,7 +9,8 @@ use super::{Done, Problem, StepContext, drain};
 use crate::draft::Draft;
 use crate::error::EngineError;
 use crate::model::{Control, EventBody, Finding, InstanceState, Plan, Rollout};
-use crate::rollout::{Compared, Side, Vital, more_errors, slower};
+use crate::order::Vital;
+use crate::rollout::{Compared, Side, more_errors, slower};
 
 /// How often a step is judged while it is held.
 const JUDGE_INTERVAL_MS: u64 = 25;
@@ -147,7 +148,7 @@ async fn judge_step(
         }
         tokio::select! {
             biased;
-            _ = signals.changed() => {}
+            () = signals.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
         }
     }
