@@ -245,6 +245,11 @@ pub(super) async fn back(context: &StepContext) -> Result<Done, Problem> {
     let plan = std::sync::Arc::clone(&context.plan);
     context.commit(move |draft, rollout| restore(draft, rollout, &plan)).await?;
     context.publish().await?;
+    // A drain that was begun and given up: whoever is inside keeps the deadlines that the drain gave.
+    let drain = &context.plan.settings.drain;
+    for upstream in context.plan.retire.iter().flat_map(|id| context.core.table.leaving(id)) {
+        context.core.see_off(upstream, drain.clone());
+    }
     tell_weight(context, 0).await?;
     let plan = std::sync::Arc::clone(&context.plan);
     context
