@@ -94,7 +94,9 @@ impl Service {
         self.pools.iter().find(|mine| &*mine.name == pool).map(|mine| Arc::clone(&mine.turn))
     }
 
-    pub(crate) fn spec(&self) -> &ServiceSpec {
+    /// What the writer has said of it.
+    #[must_use]
+    pub fn spec(&self) -> &ServiceSpec {
         &self.spec
     }
 
