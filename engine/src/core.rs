@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
 use crate::events::Events;
+use crate::latest::{Follower, Latest};
 use crate::model::{Event, EventBody, InstanceId, Machine, RolloutId, UnixMs};
 use crate::runtime::Runtime;
 use crate::state::State;
@@ -39,7 +40,7 @@ pub(crate) struct Core {
     pub(crate) stop: tokio_util::sync::CancellationToken,
     connect: Connect,
     state: RwLock<Arc<State>>,
-    revision: tokio::sync::watch::Sender<u64>,
+    revision: Latest<u64>,
     commit: tokio::sync::Mutex<()>,
     runtimes: Mutex<HashMap<String, Connected>>,
     /// Why the store takes nothing, since its last refusal.
@@ -66,7 +67,7 @@ impl Core {
             tasks: tokio_util::task::TaskTracker::new(),
             stop: tokio_util::sync::CancellationToken::new(),
             connect,
-            revision: tokio::sync::watch::Sender::new(state.revision),
+            revision: Latest::new(state.revision),
             state: RwLock::new(Arc::new(state)),
             commit: tokio::sync::Mutex::new(()),
             runtimes: Mutex::default(),
@@ -166,7 +167,7 @@ impl Core {
     }
 
     /// A receiver that is told of every commit that was applied.
-    pub(crate) fn revisions(&self) -> tokio::sync::watch::Receiver<u64> {
+    pub(crate) fn revisions(&self) -> Follower<u64> {
         self.revision.subscribe()
     }
 
@@ -177,9 +178,7 @@ impl Core {
             if let Some(found) = answer(&self.state()) {
                 return found;
             }
-            if revisions.changed().await.is_err() {
-                std::future::pending::<()>().await; // the core owns the sender: it cannot end before us
-            }
+            revisions.changed().await;
         }
     }
 

@@ -25,6 +25,8 @@ const ENSURE_LIMIT_MS: u64 = 60_000;
 const MAX_BACKOFF_MS: u64 = 60_000;
 /// First pause.
 const BASE_BACKOFF_MS: u64 = 1_000;
+/// Beyond the grace: longest time for an orphan to be removed.
+const REMOVE_LIMIT_MS: u64 = 20_000;
 /// Grace for what is removed outside of a rollout.
 const REMOVE_GRACE_MS: u32 = 10_000;
 
@@ -206,22 +208,9 @@ async fn moved(
     Ok(())
 }
 
-/// Removes a copy that nobody needs, and takes it off the list of what is left over.
+/// Removes a copy that nobody needs.
 async fn clear(core: &Arc<Core>, id: &InstanceId) -> Result<(), Finding> {
-    remove_instance(core, id, REMOVE_GRACE_MS).await.map_err(finding)?;
-    let id = id.clone();
-    let cleared = core.commit(move |draft| {
-        for rollout in draft.state().rollouts.values().filter(|rollout| !rollout.leftovers.is_empty()) {
-            let mut rollout = rollout.clone();
-            let before = rollout.leftovers.len();
-            rollout.leftovers.retain(|left| !left.contains(id.as_str()));
-            if rollout.leftovers.len() != before {
-                draft.put_rollout(&rollout);
-            }
-        }
-        Ok(())
-    });
-    cleared.await.map_err(|error| finding(error.into()))
+    remove_instance(core, id, REMOVE_GRACE_MS).await.map_err(finding)
 }
 
 /// Removes the copies that an ended rollout left behind, all at once; what is still left.
@@ -281,8 +270,15 @@ async fn sweep(core: &Arc<Core>, seen: &mut Seen) {
         let (machine, id) = orphan;
         let Some(runtime) = core.runtime(&machine) else { continue };
         tracing::warn!(instance = %id, %machine, "an instance of ours that the store does not know is removed");
-        if let Err(error) = runtime.remove(&id, REMOVE_GRACE_MS).await {
-            tracing::warn!(instance = %id, %machine, %error, "it could not be removed; it is tried again");
+        let limit = Duration::from_millis(u64::from(REMOVE_GRACE_MS) + REMOVE_LIMIT_MS);
+        match tokio::time::timeout(limit, runtime.remove(&id, REMOVE_GRACE_MS)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(instance = %id, %machine, %error, "it could not be removed; it is tried again");
+            }
+            Err(_) => {
+                tracing::warn!(instance = %id, %machine, "its removal was not confirmed; it is tried again")
+            }
         }
     }
 }

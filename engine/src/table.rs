@@ -8,7 +8,7 @@ use peregrine_routing::{Change, Generation, PoolSpec, TableError, TableWriter, U
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{DrainDeadlines, InstanceState, Workload};
+use crate::model::{DrainDeadlines, InstanceId, InstanceState, Workload};
 use crate::render::{FixedGeneration, render};
 
 pub(crate) struct Table {
@@ -18,6 +18,9 @@ pub(crate) struct Table {
 struct Inner {
     writer: TableWriter,
     fixed: HashMap<String, Vec<FixedGeneration>>,
+    /// Retired upstreams that somebody may still be inside of. A copy may have several: a way back gives it a
+    /// new stretch of service before the one that was given up is empty.
+    leaving: Vec<Arc<Upstream>>,
     /// New copies that edges open connections to before their first request, by generation, with how many.
     ready: HashMap<u64, u16>,
 }
@@ -32,7 +35,14 @@ pub(crate) struct Published {
 
 impl Table {
     pub(crate) fn new(writer: TableWriter) -> Self {
-        Self { inner: Mutex::new(Inner { writer, fixed: HashMap::new(), ready: HashMap::new() }) }
+        Self {
+            inner: Mutex::new(Inner {
+                writer,
+                fixed: HashMap::new(),
+                leaving: Vec::new(),
+                ready: HashMap::new(),
+            }),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -57,6 +67,13 @@ impl Table {
         };
         let inside = share(weights(&|u| u.generation == Generation(generation)), weights(&|_| true));
         100.0 * share(u64::from(pool.weight), total) * inside
+    }
+
+    /// Every retired stretch of service of a copy that somebody is still inside of.
+    pub(crate) fn leaving(&self, copy: &InstanceId) -> Vec<Arc<Upstream>> {
+        let inner = self.lock();
+        let own = |u: &&Arc<Upstream>| **u.name() == *copy.as_str() && !u.is_empty();
+        inner.leaving.iter().filter(own).cloned().collect()
     }
 
     pub(crate) fn forget(&self, generation: u64) {
@@ -102,6 +119,8 @@ impl Table {
             return Ok(Published { version: inner.writer.version(), retired: Vec::new() });
         };
         let applied = inner.writer.apply(&[change]).map_err(|error| refused(&error))?;
+        inner.leaving.retain(|upstream| !upstream.is_empty());
+        inner.leaving.extend(applied.retired.iter().cloned());
         Ok(Published { version: applied.version, retired: applied.retired })
     }
 

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use super::Run;
 use super::executor::{begin, defect, finish, note_refusal, pause_for_store};
-use super::supervisor::{Signals, Vital};
+use super::supervisor::Signals;
 use crate::core::Core;
 use crate::journal::{Direction, JournalRecord};
 use crate::model::{Control, Finding, InstanceState, Plan, RolloutState, Step};
+use crate::order::{self, Traffic};
 use crate::state::State;
 use crate::steps::{self, Problem, StepContext};
 
@@ -61,14 +62,8 @@ enum Undone {
 /// Steps with an intent, the latest first. Several of one kind that are undone by one deed come once.
 fn to_undo(state: &State, run: &Run, plan: &Plan) -> Vec<usize> {
     let intents = forward_intents(state, run);
-    let mut indices: Vec<usize> =
-        (0..plan.steps.len()).filter(|index| intents.contains(index)).rev().collect();
-    let mut traffic_undone = false;
-    indices.retain(|index| match plan.steps[*index] {
-        Step::Shift { .. } | Step::Drain | Step::Soak => !std::mem::replace(&mut traffic_undone, true),
-        _ => true,
-    });
-    indices
+    let kinds: Vec<_> = plan.steps.iter().map(Step::kind).collect();
+    order::to_undo(&kinds, |index| intents.contains(&index))
 }
 
 fn forward_intents(state: &State, run: &Run) -> Vec<usize> {
@@ -85,7 +80,7 @@ fn had_shifted(state: &State, run: &Run, plan: &Plan) -> bool {
     let first = plan.retire.is_empty() && plan.keep.is_empty();
     let shifted = forward_intents(state, run)
         .iter()
-        .any(|index| matches!(plan.steps[*index], Step::Shift { .. } | Step::Drain));
+        .any(|index| plan.steps[*index].kind().row().traffic != Traffic::Old);
     shifted && !first
 }
 
@@ -105,7 +100,7 @@ async fn undo(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>, index: usize) 
             tokio::select! {
                 biased;
                 done = &mut deed => break done,
-                _ = signals.changed() => {
+                () = signals.changed() => {
                     signals.borrow_and_update();
                     if let Some(why) = wants_forward(core, run, plan) {
                         deed.abort();
@@ -170,8 +165,7 @@ async fn settle(core: &Arc<Core>, run: &Run, intent: u64, result: Result<String,
 fn wants_forward(core: &Core, run: &Run, plan: &Plan) -> Option<Finding> {
     let signals: Signals = run.signals.borrow().clone();
     let state = core.state();
-    if signals.old != Some(Vital::Dead) || signals.new != Some(Vital::Good) || !had_shifted(&state, run, plan)
-    {
+    if !order::is_stranded(signals.old, signals.new) || !had_shifted(&state, run, plan) {
         return None;
     }
     let there = plan.add.iter().all(|added| {

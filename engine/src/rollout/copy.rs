@@ -7,9 +7,9 @@ use peregrine_routing::{Health, Upstream};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::supervisor::Vital;
 use crate::core::Core;
 use crate::model::{InstanceId, InstanceState};
+use crate::order::Vital;
 use crate::probe::Probe;
 use crate::render;
 use crate::runtime::Runtime;

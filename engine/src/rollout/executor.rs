@@ -7,9 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-
-use super::supervisor::{Signals, Vital};
+use super::supervisor::Signals;
 use super::{Run, back};
 use crate::audit::AuditAct;
 use crate::core::Core;
@@ -19,6 +17,7 @@ use crate::journal::{Direction, JournalRecord, ServiceChange};
 use crate::model::{
     Control, EventBody, Finding, PLAN_FORMAT, Phase, Plan, Rollout, RolloutState, Service, Step,
 };
+use crate::order::{self, Vital};
 use crate::steps::{self, Done, Problem, StepContext};
 
 /// Between attempts when the store cannot be written.
@@ -115,7 +114,7 @@ async fn run_deed(
                 }
                 Err(error) => Ran::Failed(defect(&error)),
             },
-            _ = signals.changed() => {}
+            () = signals.changed() => {}
             () = core.stop.cancelled() => return Ran::Stopped,
         }
     }
@@ -135,17 +134,12 @@ fn wants_back(rollout: &Rollout, step: &Step, signals: &Signals) -> Option<Findi
     if is_past_return(rollout) {
         return None;
     }
-    let shifted = !rollout.plan.add.is_empty()
-        && matches!(step, Step::Shift { .. } | Step::Drain | Step::Soak | Step::Release { .. });
+    let shifted = !rollout.plan.add.is_empty() && step.kind().row().by_health;
     if signals.control == Control::Abort {
         return (!(shifted && is_stranded(signals))).then(aborted);
     }
     let new = signals.new.unwrap_or(Vital::Good);
-    if !shifted || new == Vital::Good {
-        return None;
-    }
-    // Both bad: the better one is kept; of two alike, the one that is known.
-    signals.old.is_none_or(|old| old <= new).then(|| Finding {
+    (shifted && order::turns_back(step.kind(), signals.old, signals.new)).then(|| Finding {
         code: if new == Vital::Dead { "instance.died" } else { "instance.unwell" }.to_owned(),
         message: format!("a new copy failed: {}", signals.new_why),
         hint: "Read its output (logs) and correct the version, then deploy again.".to_owned(),
@@ -154,7 +148,7 @@ fn wants_back(rollout: &Rollout, step: &Step, signals: &Signals) -> Option<Findi
 
 /// The old copies are dead and the new ones well: going back would help nobody.
 fn is_stranded(signals: &Signals) -> bool {
-    signals.old == Some(Vital::Dead) && signals.new == Some(Vital::Good)
+    order::is_stranded(signals.old, signals.new)
 }
 
 /// Old copies are being removed: there is no way back any more, but a rollout of its own.
@@ -187,7 +181,7 @@ async fn wait_while_paused(core: &Core, run: &Run, step: &Step) -> Ran {
         drop(state);
         tokio::select! {
             biased;
-            _ = signals.changed() => {}
+            () = signals.changed() => {}
             () = core.stop.cancelled() => return Ran::Stopped,
         }
     }
@@ -502,7 +496,7 @@ impl<T> Drop for AbortOnDrop<T> {
 impl Core {
     /// Waits for the next signal of a rollout, or a moment: after a decision that was overtaken.
     async fn until_signal(&self, run: &Run) {
-        let mut signals: watch::Receiver<Signals> = run.signals.subscribe();
+        let mut signals = run.signals.subscribe();
         let moment = Duration::from_millis(50);
         let _ = tokio::time::timeout(moment, signals.changed()).await; // either way: decide anew
     }

@@ -18,15 +18,14 @@ mod supervisor;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
-
 use crate::core::Core;
+use crate::latest::Latest;
 use crate::model::{RolloutId, Sample};
 
 pub(crate) use executor::{adopt, defect, is_past_return, restore};
 pub(crate) use judge::{Judge, Reading, Terms, Verdict};
 pub(crate) use ledger::{Ledger, Side};
-pub(crate) use supervisor::{Signals, Vital};
+pub(crate) use supervisor::Signals;
 
 /// Rollouts that run in this process.
 #[derive(Default)]
@@ -38,7 +37,7 @@ pub(crate) struct Runs {
 pub(crate) struct Run {
     pub(crate) id: RolloutId,
     pub(crate) ledger: Ledger,
-    pub(crate) signals: watch::Sender<Signals>,
+    pub(crate) signals: Latest<Signals>,
     pub(crate) sample: Mutex<Option<Sample>>,
     /// Asks the supervisor for a reading right now: the weights have changed.
     pub(crate) sample_now: tokio::sync::Notify,
@@ -72,7 +71,7 @@ impl Runs {
         let run = Arc::new(Run {
             id: id.clone(),
             ledger: Ledger::default(),
-            signals: watch::Sender::new(Signals::default()),
+            signals: Latest::new(Signals::default()),
             sample: Mutex::default(),
             sample_now: tokio::sync::Notify::new(),
             judge: Mutex::default(),

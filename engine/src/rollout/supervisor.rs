@@ -14,22 +14,11 @@ use super::copy::{Known, Watched};
 use super::ledger::{LastSample, Side};
 use crate::core::Core;
 use crate::model::{Control, EventBody, InstanceId, InstanceState, Phase, Rollout, Sample};
+use crate::order::Vital;
 use crate::state::State;
 
 /// Between two live readings.
 const SAMPLE_INTERVAL_MS: u64 = 1_000;
-
-/// How a copy, or a side, is. The order is the order of badness.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Vital {
-    /// It runs, and nothing speaks against it.
-    #[default]
-    Good,
-    /// It runs and does badly.
-    Unwell,
-    /// It does not run.
-    Dead,
-}
 
 /// What the executor has to know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -93,7 +82,7 @@ pub(super) async fn supervise(core: Arc<Core>, run: Arc<Run>) {
             () = run.sample_now.notified() => readings.take(&core, &run, &service, weight),
             () = tokio::time::sleep_until(readings.due()) => readings.take(&core, &run, &service, weight),
             () = changed.notified() => {}
-            _ = revisions.changed() => {}
+            () = revisions.changed() => {}
         }
     }
 }

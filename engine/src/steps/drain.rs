@@ -1,5 +1,6 @@
 //! Drain: the old copies are retired, and their receipts awaited. Each class of traffic has its deadline.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -12,7 +13,7 @@ use crate::model::{DrainDeadlines, EventBody, Instance, InstanceId, InstanceStat
 use crate::rollout::adopt;
 
 pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
-    let plan = std::sync::Arc::clone(&context.plan);
+    let plan = Arc::clone(&context.plan);
     context
         .commit(move |draft, rollout| {
             for id in &plan.retire {
@@ -58,24 +59,23 @@ pub(super) fn retire(draft: &mut Draft<'_>, instance: &Instance, state: Instance
     draft.event(Some(&instance.service), None, body);
 }
 
-/// Waits until copies are empty. An upstream that this process does not know was retired with the process
-/// that knew it: nobody is inside.
+/// Waits until copies are empty, over every stretch of service that they had. An upstream that this process does
+/// not know was retired with the process that knew it: nobody is inside.
 pub(super) async fn drained(context: &StepContext, ids: &[InstanceId]) -> Result<(), Problem> {
-    let state = context.core.state();
-    let generations = ids.iter().filter_map(|id| state.instances.get(id)).map(|instance| instance.generation);
-    let upstreams: Vec<_> =
-        generations.filter_map(|generation| context.core.table.upstream(generation)).collect();
-    drop(state);
+    let upstreams: Vec<_> = ids.iter().flat_map(|id| context.core.table.leaving(id)).collect();
     let inside: u64 = upstreams.iter().map(|upstream| upstream.in_flight()).sum();
     if inside > 0 {
         context.waiting_for(Some(format!("{inside} requests to finish on the copies that leave"))).await;
     }
-    let begun = Instant::now();
-    // Its gate is closed by the publication; an upstream that is still in the table would never be empty.
-    let retired = upstreams.iter().filter(|upstream| upstream.is_retired());
-    // All at once: the deadlines of one copy must not wait for what is inside another.
-    join_all(retired.map(|upstream| drain_one(upstream, &context.plan.settings.drain, begun))).await;
+    see_out(&upstreams, &context.plan.settings.drain).await;
     Ok(())
+}
+
+/// Waits until retired upstreams are empty, all at once: the deadlines of one must not wait for what is inside
+/// another.
+pub(super) async fn see_out(upstreams: &[Arc<Upstream>], deadlines: &DrainDeadlines) {
+    let begun = Instant::now();
+    join_all(upstreams.iter().map(|upstream| drain_one(upstream, deadlines, begun))).await;
 }
 
 /// What becomes due in a drain.

@@ -19,6 +19,7 @@ use crate::draft::{Draft, last_sequence};
 use crate::error::{EngineError, ErrorKind};
 use crate::journal::JournalRecord;
 use crate::model::{EventBody, Finding, InstanceId, MoveSettings, Phase, Plan, Rollout, RolloutId, Step};
+use crate::order::Undo;
 use crate::rollout::Run;
 use crate::runtime::{Runtime, RuntimeError};
 
@@ -188,16 +189,7 @@ impl StepContext {
 
 /// The phase that a step belongs to.
 pub(crate) const fn phase(step: &Step) -> Phase {
-    match step {
-        Step::Claim => Phase::Plan,
-        Step::Prepare { .. } => Phase::Prepare,
-        Step::Start { .. } => Phase::Start,
-        Step::Warm => Phase::Warm,
-        Step::Shift { .. } => Phase::Shift,
-        Step::Drain => Phase::Drain,
-        Step::Soak => Phase::Soak,
-        Step::Release { .. } => Phase::Release,
-    }
+    step.kind().row().phase
 }
 
 /// How long a step may take, in milliseconds.
@@ -229,14 +221,10 @@ pub(crate) async fn forward(context: StepContext, step: Step) -> Result<Done, Pr
 
 /// Undoes a step.
 pub(crate) async fn back(context: StepContext, step: Step) -> Result<Done, Problem> {
-    match step {
-        // The claim is released with the end of the rollout, in the same commit. An image that was brought
-        // stays: other services of the machine may share its layers, and it costs no traffic.
-        Step::Claim | Step::Prepare { .. } | Step::Warm | Step::Release { .. } => {
-            Ok(Done::new("nothing to undo"))
-        }
-        Step::Start { instance } => start::back(&context, &instance).await,
-        Step::Shift { .. } | Step::Drain | Step::Soak => shift::back(&context).await,
+    match (step.kind().row().undo, step) {
+        (Undo::Remove, Step::Start { instance }) => start::back(&context, &instance).await,
+        (Undo::Traffic, _) => shift::back(&context).await,
+        (Undo::Nothing | Undo::Remove, _) => Ok(Done::new("nothing to undo")),
     }
 }
 

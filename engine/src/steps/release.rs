@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Done, Problem, StepContext, drain};
 use crate::core::Core;
+use crate::draft::Draft;
 use crate::model::{EventBody, Finding, InstanceId, InstanceState};
 
 /// Beyond the grace: how long a runtime may take to remove a copy and confirm it.
@@ -40,6 +41,9 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
         .await?;
         core.publish(&instance.service).await?;
     }
+    // Also what an earlier rollout has given up, or no rollout has waited for.
+    let drain = core.state().services.get(&instance.service).map(|s| s.spec.move_settings.drain.clone());
+    drain::see_out(&core.table.leaving(id), &drain.unwrap_or_default()).await;
     let lock = core.instance_lock(id);
     let limit = Duration::from_millis(u64::from(grace_ms) + REMOVE_LIMIT_MS);
     let removal = async {
@@ -57,6 +61,7 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
     core.commit(move |draft| {
         if let Some(instance) = draft.state().instances.get(&id) {
             draft.delete_instance(&id);
+            no_longer_left(draft, &id);
             let body = EventBody::InstanceChanged { instance: id.clone(), change: "removed".to_owned() };
             draft.event(Some(&instance.service), None, body);
         }
@@ -64,6 +69,18 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
     })
     .await?;
     Ok(())
+}
+
+/// Takes a copy off the lists of what rollouts have left over; in the commit that forgets it, so that no list
+/// names what nobody knows any more.
+fn no_longer_left(draft: &mut Draft<'_>, id: &InstanceId) {
+    for rollout in draft.state().rollouts.values() {
+        if rollout.leftovers.iter().any(|left| left.contains(id.as_str())) {
+            let mut rollout = rollout.clone();
+            rollout.leftovers.retain(|left| !left.contains(id.as_str()));
+            draft.put_rollout(&rollout);
+        }
+    }
 }
 
 fn left(id: &InstanceId, machine: &str, why: &str) -> Problem {

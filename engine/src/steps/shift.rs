@@ -12,7 +12,8 @@ use super::{Done, Problem, StepContext, drain, warm};
 use crate::draft::Draft;
 use crate::error::EngineError;
 use crate::model::{Control, EventBody, Finding, HoldThen, InstanceState, Plan, Rollout, RolloutState};
-use crate::rollout::{Reading, Side, Terms, Verdict, Vital};
+use crate::order::Vital;
+use crate::rollout::{Reading, Side, Terms, Verdict};
 
 /// How often a step is judged while it is held.
 const JUDGE_INTERVAL_MS: u64 = 25;
@@ -174,7 +175,7 @@ impl Judged<'_> {
             }
             tokio::select! {
                 biased;
-                _ = signals.changed() => {}
+                () = signals.changed() => {}
                 () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
             }
         }
@@ -235,7 +236,9 @@ impl Judged<'_> {
         // The supervisor passes it on; until then this step would pause again at every look.
         let mut signals = self.context.run.signals.subscribe();
         // The sender lives as long as the run, of which this step is a part.
-        drop(signals.wait_for(|signal| signal.control != Control::Run).await);
+        while signals.borrow_and_update().control == Control::Run {
+            signals.changed().await;
+        }
         Ok(())
     }
 
@@ -279,6 +282,11 @@ pub(super) async fn back(context: &StepContext) -> Result<Done, Problem> {
     let plan = std::sync::Arc::clone(&context.plan);
     context.commit(move |draft, rollout| restore(draft, rollout, &plan)).await?;
     context.publish().await?;
+    // A drain that was begun and given up: whoever is inside keeps the deadlines that the drain gave.
+    let drain = &context.plan.settings.drain;
+    for upstream in context.plan.retire.iter().flat_map(|id| context.core.table.leaving(id)) {
+        context.core.see_off(upstream, drain.clone());
+    }
     tell_weight(context, 0).await?;
     let plan = std::sync::Arc::clone(&context.plan);
     context

@@ -59,7 +59,7 @@ async fn wait(context: &StepContext) {
         }
         tokio::select! {
             biased;
-            _ = signals.changed() => {}
+            () = signals.changed() => {}
             () = tokio::time::sleep_until(end), if Instant::now() < end => {}
         }
     }

@@ -113,7 +113,8 @@ pub(crate) fn instance_spec(
         id: instance.id.clone(),
         service: instance.service.clone(),
         version: instance.version,
-        epoch: instance.epoch,
+        // The epoch of now: the machine refuses an elder one beside a copy that a later rollout has put there.
+        epoch: state.services.get(&instance.service).map_or(instance.epoch, |service| service.epoch),
         run,
         env: env.clone(),
         resources: version.resources.clone(),

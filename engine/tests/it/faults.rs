@@ -1,6 +1,6 @@
 //! Whatever fails, the service is as it was, and what is left over is named.
 
-use peregrine_engine::model::{InstanceState, RolloutState};
+use peregrine_engine::model::{InstanceState, Phase, Rollout, RolloutState};
 use peregrine_engine::{Ask, ErrorKind, MoveOverrides};
 
 use crate::support::{Bench, move_to, shop, shop_image, shop_version, until};
@@ -94,7 +94,7 @@ async fn an_undo_that_fails_names_what_is_left_and_it_is_cleared_when_the_machin
         faults.fail.insert("remove", 5);
     });
     let started = bench.start(move_to("host-b")).await;
-    bench.until(&started, "the warm-up", |r| r.phase == peregrine_engine::model::Phase::Warm).await;
+    bench.until(&started, "the warm-up", |r| r.phase == Phase::Warm).await;
     bench.engine.abort(&started.id).await.expect("it is heard");
     let ended = bench.end_of(&started).await;
     assert_eq!(ended.state, RolloutState::NeedsOperator);
@@ -136,7 +136,51 @@ async fn a_copy_that_dies_is_started_again_at_its_new_address() {
     })
     .await;
     bench.assert_tidy(1).await;
+    // Durable, then visible: the table follows on the commit.
+    let generation = bench.serving()[0].generation;
+    until("the table to name it", || {
+        let table = bench.edge.reader().load();
+        let found = table.lookup("shop.test", "/").expect("the route is there");
+        let named = found.service.upstreams().any(|(_, upstream)| upstream.generation().0 == generation);
+        named.then_some(())
+    })
+    .await;
     assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_is_started_again_under_the_epoch_of_now_beside_newer_ones() {
+    let bench = Bench::with_shop().await;
+    let first = bench.serving()[0].id.clone();
+    bench.done(Ask::Scale { service: "shop".to_owned(), replicas: 2, machine: None }).await;
+    let epoch = bench.engine.state().services["shop"].epoch;
+    bench.world.kill(&first);
+    until("it to run again", || bench.world.runs("host-a", &first).then_some(())).await;
+    // A machine refuses whatever bears a lower epoch than another copy of the service there.
+    assert_eq!(bench.world.spec("host-a", &first).epoch, epoch);
+    bench.assert_tidy(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_is_inside_of_a_drain_that_was_given_up_is_waited_for_by_the_next_one() {
+    let bench = Bench::with_shop().await;
+    let old = bench.serving()[0].id.clone();
+    let inside = bench.edge.get_later("/slow");
+    until("somebody to be inside", || (bench.world.seen(&old).requests() > 0).then_some(())).await;
+    let waits = |r: &Rollout| {
+        let waiting = r.waiting_for.as_deref();
+        r.phase == Phase::Drain && waiting.is_some_and(|what| what.contains("to finish"))
+    };
+    let given_up = bench.start(move_to("host-b")).await;
+    bench.until(&given_up, "the drain", waits).await;
+    bench.engine.abort(&given_up.id).await.expect("it is heard");
+    assert_eq!(bench.end_of(&given_up).await.state, RolloutState::Aborted);
+    let next = bench.start(move_to("host-b")).await;
+    bench.until(&next, "the next drain", waits).await;
+    assert!(bench.world.runs("host-a", &old));
+    bench.world.behaviour(&old).let_go.store(true, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(bench.end_of(&next).await.state, RolloutState::Succeeded);
+    assert_eq!(inside.await.expect("a client does not panic"), Ok(200));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
