@@ -12,6 +12,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &["proxy", "engine", "api"]),
     ("routing", &[]),
     ("bench", &["routing"]),
+    ("sim", &["routing", "engine"]),
 ];
 
 /// (crate, the rooms that alone may depend on it).
