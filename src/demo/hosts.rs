@@ -40,7 +40,7 @@ pub(super) struct Hosts {
 
 enum Kind {
     /// Two engines, the second one in a network namespace of its own.
-    TwoEngines(Option<LocalEngines>),
+    TwoEngines(Option<Box<LocalEngines>>),
     /// One engine that publishes on two loopback addresses: all that can be had without root.
     OneEngine,
     /// No engine.
@@ -78,7 +78,7 @@ impl Hosts {
                         failed_text(&format!("two Docker engines: {error}"))
                             .hint("take plain processes: --runtime process")
                     })?;
-                let up = engines.insert(up);
+                let up = engines.insert(Box::new(up));
                 self.machines = vec![up.first().machine(HOST_A), up.second().machine(HOST_B)];
             }
             Kind::OneEngine => {
