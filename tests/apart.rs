@@ -141,8 +141,15 @@ fn an_engine_that_is_killed_after_each_event_of_a_move_is_not_noticed_by_any_cli
 #[test]
 fn an_edge_starts_and_serves_without_an_engine_and_the_engines_return_changes_nothing() {
     let mut apart = Apart::open(QUICK);
+    // The deploy has ended; what the table says of the service from then on comes a moment later.
+    let table = wait_for("the table of after the deploy on the edge's disk", || {
+        let table = std::fs::read(apart.edge.data().join("table")).expect("a table");
+        let now = seen(&apart.shop.server, "edge-1");
+        let is_newest = now["saved"] == true && now["table_version"] == now["newest_version"];
+        let is_at_rest = table.windows(7).any(|bytes| bytes == b"serving");
+        (is_newest && is_at_rest).then_some(table)
+    });
     apart.shop.server.kill();
-    let table = std::fs::read(apart.edge.data().join("table")).expect("a table");
     assert_eq!(apart.edge.stop(), Some(0));
     apart.edge.start();
     wait_for("the edge to serve from its disk", || answers(apart.edge.http()).then_some(()));
