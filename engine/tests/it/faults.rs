@@ -94,7 +94,7 @@ async fn an_undo_that_fails_names_what_is_left_and_it_is_cleared_when_the_machin
         faults.fail.insert("remove", 5);
     });
     let started = bench.start(move_to("host-b")).await;
-    bench.until(&started, "the warm-up", |r| r.phase == peregrine_engine::model::Phase::Warm).await;
+    bench.until(&started, "the warm-up", |r| r.phase == Phase::Warm).await;
     bench.engine.abort(&started.id).await.expect("it is heard");
     let ended = bench.end_of(&started).await;
     assert_eq!(ended.state, RolloutState::NeedsOperator);
