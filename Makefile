@@ -3,7 +3,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 FUZZ_SECONDS ?= 10
 
-.PHONY: demo test bench build format lint tests fuzz-smoke clean
+.PHONY: demo test bench soak build format lint tests fuzz-smoke clean
 
 demo:
 	@scripts/setup demo
@@ -40,3 +40,9 @@ tests:
 
 clean:
 	@$(CARGO) clean
+
+# Half an hour of random moves, kills and faults; prints what grew.
+soak:
+	@scripts/setup test
+	@$(CARGO) build --workspace --bins --quiet
+	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test -p peregrine --test it soak -- --nocapture

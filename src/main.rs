@@ -2,6 +2,8 @@
 
 mod cli;
 mod demo;
+mod edge;
+mod edges;
 mod serve;
 mod telemetry;
 

@@ -21,7 +21,20 @@ use crate::support::wait_for;
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Commands that need no server, or are one.
-const LOCAL: &[&str] = &["serve", "demo", "doctor", "config check", "completion", "man", "version", "help"];
+const LOCAL: &[&str] = &[
+    "serve",
+    "engine",
+    "edge join",
+    "server backup",
+    "server restore",
+    "demo",
+    "doctor",
+    "config check",
+    "completion",
+    "man",
+    "version",
+    "help",
+];
 
 /// Every other command, with arguments that are good as far as the command line can tell.
 const ONLINE: &[(&str, &[&str])] = &[
@@ -49,13 +62,27 @@ const ONLINE: &[(&str, &[&str])] = &[
     ("machines show", &["nothing"]),
     ("machines check", &["nothing"]),
     ("machines remove", &["nothing", "--yes"]),
+    ("edges list", &[]),
+    ("edges invite", &["nothing"]),
+    ("edges remove", &["nothing", "--yes"]),
+    ("audit list", &[]),
+    ("audit verify", &[]),
     ("logs", &["nothing"]),
     ("events", &[]),
 ];
 
 /// What is told of something that is not there is found out by the server: these succeed without it.
-const NAMES_NOTHING: &[&str] =
-    &["moves list", "status", "services list", "machines add", "machines list", "events"];
+const NAMES_NOTHING: &[&str] = &[
+    "moves list",
+    "status",
+    "services list",
+    "machines add",
+    "machines list",
+    "edges list",
+    "audit list",
+    "audit verify",
+    "events",
+];
 
 const SLOW: &str = r#"
 [service.shop.move]

@@ -1,5 +1,6 @@
 //! Black-box stories against the built binary: through the command line, the API and sockets.
 
+mod apart;
 mod bad_input;
 mod cli;
 mod commands;
@@ -7,8 +8,11 @@ mod demo;
 mod direction;
 mod docker_moves;
 mod house;
+mod keeping;
 mod malformed;
 mod moves;
 mod restart;
 mod serve;
+mod soak;
 mod support;
+mod switches;

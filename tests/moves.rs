@@ -9,15 +9,13 @@ use crate::support::traffic::{Traffic, assert_nothing_lost};
 const PROCESS_MOVES: usize = 200;
 /// Longest time from the begin of the drain to the acknowledgement by every core, on a loaded machine.
 const ACKNOWLEDGEMENT_NS: u64 = 500_000_000;
-/// Settings under which a move is all machinery and hardly any waiting. The guard on p95 is off: on two shared cores a
-/// fresh process may be slow for a moment, and rightly be turned back, which is another story (`direction.rs`).
+/// Settings under which a move is all machinery and hardly any waiting. Every guard is on.
 const QUICK: &str = r#"
 [service.shop.move]
 steps = [10, 50, 100]
 step_hold = "30ms"
 step_max = "120ms"
 warm = { probes = 2, interval = "20ms" }
-abort_on = { p95_increase = false }
 "#;
 
 #[test]

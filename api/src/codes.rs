@@ -65,6 +65,9 @@ codes! {
     NO_MOVE = "move.unknown" 404 NotFound false "There is no such move" "list the moves: GET /api/v1/moves";
     NO_INSTANCE = "instance.unknown" 404 NotFound false "There is no such instance" "list the instances: GET /api/v1/instances";
     NOTHING_TO_DO = "move.nothing_to_do" 409 Conflict false "Nothing would change" "look at where the service is: GET /api/v1/status";
+    NO_LINK = "edge.no_link" 404 NotFound false "The server does not listen for edges" "add [link] to its configuration file and start it again; `peregrine engine` always listens";
+    NO_EDGE = "edge.unknown" 404 NotFound false "There is no such edge" "`peregrine edges list` shows the edges";
+    EDGE_NAME = "edge.bad_name" 400 Invalid false "That is no name for an edge" "use 1 to 63 of a-z, 0-9 and hyphens, such as edge-fra-1";
     INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
 }
 
@@ -81,11 +84,17 @@ pub const PASSING: &[&str] = &[
 
 /// Every code that the engine refuses with, or names in the blockers, warnings and problems of plans and moves.
 pub const ENGINE: &[&str] = &[
+    "backup.exists",
+    "backup.no_store",
     "claim.lost",
     "cleanup.incomplete",
     "engine.defect",
     "engine.overtaken",
     "engine.stopped",
+    "file.disk_full",
+    "file.failed",
+    "file.forbidden",
+    "file.missing",
     "guard.failed",
     "health.no_path",
     "idempotency.mismatch",
@@ -122,6 +131,8 @@ pub const ENGINE: &[&str] = &[
     "plan.blocked",
     "plan.changed",
     "replicas.single",
+    "restore.checksum",
+    "restore.not_empty",
     "rollback.nothing",
     "rollback.same_version",
     "rollback.unknown_version",
@@ -142,6 +153,7 @@ pub const ENGINE: &[&str] = &[
     "store.compacted",
     "store.conflict",
     "store.corrupt",
+    "store.fenced",
     "store.full",
     "store.io",
     "store.locked",
@@ -181,6 +193,7 @@ mod tests {
         const EVENTS: &[&str] = &[
             "machine.added",
             "machine.removed",
+            "engine.fenced",
             "service.changed",
             "service.removed",
             "move.created",

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::types::ReadinessCheck;
+use crate::types::{Edge, Invite, ReadinessCheck};
 
 /// Where the API listens unless told otherwise.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7070);
@@ -14,6 +14,36 @@ pub type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Gives what `/readyz` checks besides the API itself; called for each request, must not block.
 pub type ReadinessChecks = Arc<dyn Fn() -> Vec<ReadinessCheck> + Send + Sync>;
+
+/// Edges in other processes, as the API asks for them.
+pub trait Edges: Send + Sync {
+    /// Every edge, by name.
+    fn list(&self) -> Vec<Edge>;
+    /// Makes a token for an edge of this name.
+    ///
+    /// # Errors
+    /// [`EdgesError`].
+    fn invite(&self, name: &str, ttl_ms: u64) -> Result<Invite, EdgesError>;
+    /// Shuts an edge out.
+    ///
+    /// # Errors
+    /// [`EdgesError`].
+    fn remove(&self, name: &str) -> Result<(), EdgesError>;
+}
+
+/// Why nothing was done for an edge.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EdgesError {
+    /// The name is none for an edge.
+    #[error("{0}")]
+    BadName(String),
+    /// There is no such edge.
+    #[error("{0}")]
+    Unknown(String),
+    /// It could not be written down.
+    #[error("{0}")]
+    Failed(String),
+}
 
 /// What the API needs to be told.
 #[derive(Clone)]
@@ -35,6 +65,8 @@ pub struct Config {
     pub metrics: Option<MetricsText>,
     /// What `/readyz` checks; without it the API itself is all.
     pub readiness: Option<ReadinessChecks>,
+    /// Edges in other processes; without it there are none.
+    pub edges: Option<Arc<dyn Edges>>,
 }
 
 impl Config {
@@ -50,6 +82,7 @@ impl Config {
             limits: Limits::default(),
             metrics: None,
             readiness: None,
+            edges: None,
         }
     }
 }

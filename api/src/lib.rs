@@ -17,6 +17,6 @@ mod server;
 mod token;
 pub mod types;
 
-pub use config::{Config, DEFAULT_LISTEN, Limits, MetricsText, ReadinessChecks};
+pub use config::{Config, DEFAULT_LISTEN, Edges, EdgesError, Limits, MetricsText, ReadinessChecks};
 pub use server::{Api, BindError, openapi_json};
 pub use token::{TOKEN_FILE, TOKEN_PREFIX, TokenError, read_token, token_file};

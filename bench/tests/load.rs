@@ -293,3 +293,18 @@ async fn contradictory_options_are_refused_by_name() {
     assert!(refused(|options| options.pace = Pace::Open { per_second: 0 }).contains("pace"));
     assert!(refused(|options| options.host = "a b".to_owned()).contains("host"));
 }
+
+#[tokio::test]
+async fn a_grpc_call_that_ends_with_another_status_or_none_is_a_failure() {
+    let origin = Origin::bind(OriginOptions::named("a")).await.expect("an origin");
+    for (path, ok) in [("/trailers", 5), ("/bytes/10", 0)] {
+        let calls = LoadOptions {
+            path: path.to_owned(),
+            protocol: Protocol::H2c,
+            expect: Expect::Call,
+            ..options(origin.addr(), 5)
+        };
+        let summary = Load::run(calls).await.expect("options are fine");
+        assert_eq!((summary.ok, summary.failed.malformed), (ok, 5 - ok), "{path}: {:?}", summary.failures);
+    }
+}

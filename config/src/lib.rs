@@ -14,6 +14,7 @@
 
 mod api;
 mod edge;
+mod link;
 mod machine;
 mod mistake;
 mod names;
@@ -29,6 +30,7 @@ use std::path::Path;
 use peregrine_engine::model::{MachineKind, MachineSpec, Workload};
 
 pub use api::ApiSettings;
+pub use link::LinkSettings;
 pub use mistake::{MAX_MISTAKES, Mistake, Mistakes};
 pub use service::ServiceEntry;
 pub use source::{MAX_FILE_BYTES, Source};
@@ -42,6 +44,8 @@ pub struct ServerConfig {
     pub edge: peregrine_proxy::Config,
     /// The API.
     pub api: ApiSettings,
+    /// Where edges in other processes connect; `None` if there are none.
+    pub link: Option<LinkSettings>,
     /// Machines, in the order of the file.
     pub machines: Vec<MachineSpec>,
     /// Services, in the order of the file. Each that is run has its machine.
@@ -53,6 +57,7 @@ impl Default for ServerConfig {
         Self {
             edge: edge::default_edge(),
             api: ApiSettings::default(),
+            link: None,
             machines: Vec::new(),
             services: Vec::new(),
         }
@@ -110,11 +115,12 @@ fn read_server(source: &Source) -> (Result<ServerConfig, Mistakes>, Asked) {
     raw::read(source, |fields| {
         let edge = fields.take("edge").map_or_else(edge::default_edge, |node| edge::edge(&node));
         let api = fields.take("api").map(|node| api::api(&node)).unwrap_or_default();
+        let link = fields.take("link").map(|node| link::link(&node));
         let machines = fields.take("machine").map(|node| machine::machines(&node)).unwrap_or_default();
         let mut services = fields.take("service").map(|node| service::services(&node)).unwrap_or_default();
         services.iter_mut().for_each(|service| place(service, &machines));
         let services = services.into_iter().map(|read| read.entry).collect();
-        Some(ServerConfig { edge, api, machines, services })
+        Some(ServerConfig { edge, api, link, machines, services })
     })
 }
 

@@ -63,6 +63,7 @@ fn the_reference_shows_every_default() {
     let edge = peregrine_proxy::Config { access_log: None, ..full.edge.clone() };
     assert_eq!(edge, ServerConfig::default().edge);
     assert_eq!(full.api, ApiSettings::default());
+    assert_eq!(full.link, Some(LinkSettings::default()));
 
     let plain = server(
         "[machine.a]\ndocker = \"unix:///var/run/docker.sock\"\n[service.web]\nimage = \"shop:1.4\"\nport = 3000\n",

@@ -22,6 +22,11 @@ pub type Connect = Arc<dyn Fn(&Machine) -> Arc<dyn Runtime> + Send + Sync>;
 /// The edge's monotonic clock in milliseconds, never 0: ejections are written in it.
 pub type EdgeClock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
+/// Codes of a store that takes nothing, whatever is asked.
+const STORE_TROUBLES: [&str; 3] = ["store.full", "store.io", "store.corrupt"];
+/// Taken by whoever looks whether the store can be written.
+const TRIAL_LEASE: &str = "trial";
+
 /// A runtime, and the machine's record that it was connected by.
 type Connected = (Machine, Arc<dyn Runtime>);
 
@@ -38,6 +43,8 @@ pub(crate) struct Core {
     revision: Latest<u64>,
     commit: tokio::sync::Mutex<()>,
     runtimes: Mutex<HashMap<String, Connected>>,
+    /// Why the store takes nothing, since its last refusal.
+    store_problem: Mutex<Option<EngineError>>,
     /// One at a time acts on an instance: a restart must not meet a removal.
     instances: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -65,6 +72,7 @@ impl Core {
             commit: tokio::sync::Mutex::new(()),
             runtimes: Mutex::default(),
             instances: Mutex::default(),
+            store_problem: Mutex::default(),
         }
     }
 
@@ -110,10 +118,43 @@ impl Core {
         refuse_illegal(&state, &batch)?;
         drop(state); // so that it is changed in place unless somebody reads it
         let writes = batch.writes.clone();
-        let revision = self.store.commit(batch).await.map_err(EngineError::from)?;
+        let stored = self.store.commit(batch).await.map_err(EngineError::from);
+        self.note_store(stored.as_ref().err());
+        let revision = stored?;
         self.apply(&Committed { revision, writes });
         self.events.tell(events);
         Ok(value)
+    }
+
+    /// Why the store takes nothing at present.
+    pub(crate) fn store_problem(&self) -> Option<EngineError> {
+        self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Trouble with the store is told once when it begins, and once when it is over.
+    fn note_store(&self, error: Option<&EngineError>) {
+        let error = error.filter(|error| STORE_TROUBLES.contains(&error.code));
+        let mut known = self.store_problem.lock().unwrap_or_else(PoisonError::into_inner);
+        match (known.as_ref().map(|known| known.code), error) {
+            (None, Some(error)) => {
+                tracing::error!(code = error.code, hint = %error.hint, "nothing new can be stored, so nothing new is done; the edge goes on: {error}");
+            }
+            (Some(_), None) => tracing::info!("the store takes writes again"),
+            _ => {}
+        }
+        metrics::gauge!("peregrine_store_writable").set(if error.is_some() { 0.0 } else { 1.0 });
+        *known = error.cloned();
+    }
+
+    /// Where the store took nothing, looks whether it does again: without work there would be no commit to tell.
+    /// A lease is no commit: it leaves no trace in the log.
+    pub(crate) async fn try_store_again(&self) {
+        if self.store_problem().is_none() {
+            return;
+        }
+        let taken =
+            self.store.lease(TRIAL_LEASE, &self.install(), self.now(), 0).await.map_err(EngineError::from);
+        self.note_store(taken.as_ref().err());
     }
 
     fn apply(&self, committed: &Committed) {

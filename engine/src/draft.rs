@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use serde::Serialize;
 
+use crate::audit::{self, AuditAct, AuditHead, MAX_AUDIT_ENTRIES};
 use crate::journal::{Answered, Install, JournalRecord, ServiceChange};
 use crate::keys;
 use crate::model::{
@@ -26,10 +27,11 @@ pub(crate) struct Draft<'a> {
     last_event: u64,
     last_generation: u64,
     sequences: Vec<(RolloutId, u64)>,
+    audit: AuditHead,
 }
 
 impl<'a> Draft<'a> {
-    pub(crate) const fn new(state: &'a State, now: UnixMs) -> Self {
+    pub(crate) fn new(state: &'a State, now: UnixMs) -> Self {
         Self {
             state,
             now,
@@ -38,6 +40,7 @@ impl<'a> Draft<'a> {
             last_event: state.last_event,
             last_generation: state.last_generation,
             sequences: Vec::new(),
+            audit: state.audit.clone(),
         }
     }
 
@@ -53,6 +56,10 @@ impl<'a> Draft<'a> {
         if self.last_generation != self.state.last_generation {
             let last = self.last_generation;
             self.write(keys::GENERATION.to_owned(), &last);
+        }
+        if self.audit != self.state.audit {
+            let head = self.audit.clone();
+            self.write(keys::AUDIT_HEAD.to_owned(), &head);
         }
         (self.batch, self.events)
     }
@@ -152,6 +159,11 @@ impl<'a> Draft<'a> {
         self.last_generation
     }
 
+    /// Leaves generations out, for those that somebody may have seen already.
+    pub(crate) const fn skip_generations(&mut self, count: u64) {
+        self.last_generation += count;
+    }
+
     pub(crate) fn event(&mut self, service: Option<&str>, rollout: Option<&RolloutId>, body: EventBody) {
         self.last_event += 1;
         let event = Event {
@@ -166,6 +178,18 @@ impl<'a> Draft<'a> {
             self.delete(keys::event(event.id - MAX_STORED_EVENTS));
         }
         self.events.push(event);
+    }
+
+    /// Appends to the audit. The entry must not be there: of two engines on one store, one is told.
+    pub(crate) fn audit(&mut self, service: Option<&str>, rollout: Option<&RolloutId>, act: AuditAct) {
+        let (value, head) = audit::seal(&self.audit, self.now, service, rollout, act);
+        let key = keys::audit(head.number);
+        self.require(Precondition::Absent(key.clone()));
+        self.batch.writes.push(Write::Put(key, value));
+        if head.number > MAX_AUDIT_ENTRIES {
+            self.delete(keys::audit(head.number - MAX_AUDIT_ENTRIES));
+        }
+        self.audit = head;
     }
 
     fn write<T: Serialize>(&mut self, key: String, value: &T) {

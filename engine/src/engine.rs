@@ -14,7 +14,7 @@ use crate::outside::Outside;
 use crate::reconcile;
 use crate::recovery;
 use crate::state::State;
-use crate::store::{Committed, Entry, Store, Write};
+use crate::store::{Committed, Store, StoreError, Survey, Write};
 use crate::table::Table;
 
 /// What the engine has to be told.
@@ -30,6 +30,9 @@ pub struct EngineConfig {
     pub orphan_grace_ms: u64,
     /// Connections that each core of an edge opens to a new copy before its first request; 0 is none.
     pub ready_connections: u16,
+    /// Edges in other processes may have gone on while no engine ran: copies keep their generations over a start, and
+    /// those that were retired before it are waited for until these edges have let go of them.
+    pub edges_elsewhere: bool,
     /// The time of day, ids, and connections of probes.
     pub outside: Outside,
 }
@@ -45,6 +48,7 @@ impl Default for EngineConfig {
             reconcile_interval_ms: 3_000,
             orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
             ready_connections: 2,    // a first step sends few requests at a time to a copy
+            edges_elsewhere: false,
             outside: Outside::default(),
         }
     }
@@ -66,14 +70,18 @@ impl Engine {
         connect: Connect,
         writer: TableWriter,
     ) -> Result<(Self, EngineHandle), EngineError> {
-        let (revision, entries) = store.range("").await?;
-        let state = replay(revision, entries);
+        let survey = store.survey("").await?;
+        refuse_without_meta(&survey)?;
+        let state = replay(survey);
         for (key, reason) in &state.aside {
             tracing::error!(%key, %reason, "a stored record is kept aside; what depends on it is held");
         }
         let core = Arc::new(Core::new(config, store, connect, Table::new(writer), state));
         take_install(&core).await?;
         give_generations(&core).await?;
+        if core.config.edges_elsewhere {
+            adopt_retired(&core);
+        }
         recovery::render_all(&core).await;
         Ok((Self { core: Arc::clone(&core) }, EngineHandle::new(core)))
     }
@@ -90,8 +98,18 @@ impl Engine {
     }
 }
 
-fn replay(revision: u64, entries: Vec<Entry>) -> State {
-    let mut state = State::default();
+/// One damaged record is kept aside; without the records of the installation itself, ids and generations would
+/// be given out twice.
+fn refuse_without_meta(survey: &Survey) -> Result<(), EngineError> {
+    match survey.unsound.iter().find(|(key, _)| key.starts_with("meta/")) {
+        Some((_, why)) => Err(StoreError::Corrupt(why.clone()).into()),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn replay(survey: Survey) -> State {
+    let Survey { revision, entries, unsound } = survey;
+    let mut state = State { aside: unsound.into_iter().collect(), ..State::default() };
     let writes = entries.into_iter().map(|entry| Write::Put(entry.key, entry.value)).collect();
     // What is kept aside is told by the caller, record by record.
     drop(state.apply(&Committed { revision, writes }));
@@ -111,16 +129,29 @@ async fn take_install(core: &Arc<Core>) -> Result<(), EngineError> {
     .await
 }
 
+/// What is inside of a copy that is on its way out did not end with the engine: edges elsewhere carried it on.
+fn adopt_retired(core: &Arc<Core>) {
+    let state = core.state();
+    let leaving = |state: InstanceState| matches!(state, InstanceState::Draining | InstanceState::Releasing);
+    for instance in state.instances.values().filter(|i| leaving(i.state) && i.generation > 0) {
+        if let Some(copy) = crate::render::copy(&state, instance) {
+            core.table.adopt_retired(&copy);
+        }
+    }
+}
+
 /// The edge begins with an empty memory, so every copy in the table begins a new stretch of service.
 async fn give_generations(core: &Arc<Core>) -> Result<(), EngineError> {
     let state = core.state();
     let routed = |state: InstanceState| {
         matches!(state, InstanceState::Started | InstanceState::Serving | InstanceState::Soaking)
     };
+    // An edge elsewhere remembers: for it a copy goes on as the same.
+    let anew = |generation: u64| generation == 0 || !core.config.edges_elsewhere;
     let ids: Vec<_> = state
         .instances
         .values()
-        .filter(|i| routed(i.state) && i.address.is_some())
+        .filter(|i| routed(i.state) && i.address.is_some() && anew(i.generation))
         .map(|i| i.id.clone())
         .collect();
     drop(state);

@@ -80,6 +80,9 @@ impl From<StoreError> for EngineError {
             StoreError::Compacted { .. } => {
                 (ErrorKind::Internal, "store.compacted", "Read from the beginning again.")
             }
+            StoreError::Fenced { .. } => {
+                (ErrorKind::Conflict, "store.fenced", "Ask the engine that leads; this one ends.")
+            }
             StoreError::Locked => {
                 (ErrorKind::Conflict, "store.locked", "Stop the other process, or use another data folder.")
             }
@@ -89,6 +92,8 @@ impl From<StoreError> for EngineError {
     }
 }
 
+/// Code of what a machine refused because it has seen a higher epoch.
+pub(crate) const FENCED_CODE: &str = "runtime.fenced";
 /// Code of an instance that reached its limit on memory.
 pub(crate) const OUT_OF_MEMORY_CODE: &str = "instance.out_of_memory";
 /// What to do about it.
@@ -113,7 +118,7 @@ impl From<&RuntimeError> for Finding {
                 ("instance.exited", "Read its last output; check command, environment and port.")
             }
             RuntimeError::Fenced { .. } => {
-                ("runtime.fenced", "Another control plane of this installation is newer. Run only one.")
+                (FENCED_CODE, "Another control plane of this installation is newer. Run only one.")
             }
             RuntimeError::Unsupported(_) => ("runtime.unsupported", "Choose another machine."),
             RuntimeError::Other { .. } => ("runtime.failed", "See the machine's own log."),

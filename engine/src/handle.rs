@@ -5,6 +5,7 @@ use std::sync::Arc;
 use futures_util::stream::BoxStream;
 
 use crate::asks;
+use crate::audit::{AuditEntry, AuditReport};
 use crate::core::Core;
 use crate::error::EngineError;
 use crate::model::{
@@ -323,6 +324,47 @@ impl EngineHandle {
     #[must_use]
     pub fn sample(&self, id: &RolloutId) -> Option<Sample> {
         self.core.runs.sample(id)
+    }
+
+    /// Stores that late writes of an engine that was replaced were refused.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn tell_fenced(&self, epoch: u64, writes: u64) -> Result<(), EngineError> {
+        self.core.tell(None, None, crate::model::EventBody::EngineFenced { epoch, writes }).await
+    }
+
+    /// Why nothing can be stored at present: a full or failing disk, or damage. Traffic goes on.
+    #[must_use]
+    pub fn store_problem(&self) -> Option<EngineError> {
+        self.core.store_problem()
+    }
+
+    // --- audit
+
+    /// Who asked for what and how it ended, oldest first. An entry that cannot be read is left out: see
+    /// [`EngineHandle::verify_audit`].
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn audit(&self) -> Result<Vec<AuditEntry>, EngineError> {
+        asks::audit::list(&self.core).await
+    }
+
+    /// Looks whether every entry of the audit is the one that was written.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn verify_audit(&self) -> Result<AuditReport, EngineError> {
+        asks::audit::verify(&self.core).await
+    }
+
+    /// Writes down that something was refused because of a higher epoch: `what`, and whose it was.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn note_refusal(&self, service: Option<&str>, what: String) -> Result<(), EngineError> {
+        asks::audit::note_refusal(&self.core, service, what).await
     }
 
     // --- streams

@@ -4,6 +4,8 @@ use crate::model::{InstanceId, RolloutId};
 
 pub(crate) const INSTALL: &str = "meta/install";
 pub(crate) const GENERATION: &str = "meta/generation";
+pub(crate) const AUDIT_HEAD: &str = "meta/audit";
+pub(crate) const AUDIT: &str = "audit/";
 pub(crate) const EVENTS: &str = "events/";
 
 pub(crate) fn machine(name: &str) -> String {
@@ -32,6 +34,10 @@ pub(crate) fn change(id: &RolloutId) -> String {
 
 pub(crate) fn journal(id: &RolloutId, sequence: u64) -> String {
     format!("journal/{id}/{sequence:08}")
+}
+
+pub(crate) fn audit(number: u64) -> String {
+    format!("{AUDIT}{number:020}")
 }
 
 pub(crate) fn event(id: u64) -> String {

@@ -11,6 +11,8 @@
 //! or the command line.
 
 mod asks;
+pub mod audit;
+pub mod backup;
 mod check;
 mod core;
 mod draft;

@@ -116,6 +116,7 @@ impl Reconciler {
 async fn keep_sweeping(core: &Arc<Core>) {
     let mut seen = HashMap::new();
     loop {
+        core.try_store_again().await;
         sweep(core, &mut seen).await;
         tokio::time::sleep(Duration::from_millis(core.config.reconcile_interval_ms)).await;
     }
@@ -257,7 +258,9 @@ async fn sweep(core: &Arc<Core>, seen: &mut Seen) {
         found.extend(list);
     }
     let state = core.state();
-    found.retain(|(_, id)| !state.instances.contains_key(id));
+    // One whose record cannot be read is not unknown.
+    let is_aside = |id: &InstanceId| state.aside.contains_key(&crate::keys::instance(id));
+    found.retain(|(_, id)| !state.instances.contains_key(id) && !is_aside(id));
     seen.retain(|orphan, _| found.contains(orphan));
     for orphan in found {
         let since = *seen.entry(orphan.clone()).or_insert_with(Instant::now);

@@ -127,6 +127,12 @@ fn is_routed(instance: &Instance) -> bool {
     state && instance.generation > 0 && instance.address.is_some()
 }
 
+/// A copy as edges know it.
+pub(crate) fn copy(state: &State, instance: &Instance) -> Option<UpstreamSpec> {
+    let service = state.services.get(&instance.service)?;
+    upstream(instance, protocol(service.spec.traffic.protocol), &HashMap::new())
+}
+
 fn upstream(
     instance: &Instance,
     protocol: routing::UpstreamProtocol,
@@ -199,6 +205,7 @@ fn policy(state: &State, service: &Service, rollout: Option<&Rollout>) -> routin
         response_head_timeout_ms: traffic.response_head_timeout_ms,
         body_idle_timeout_ms: traffic.body_idle_timeout_ms,
         tunnel_idle_timeout_ms: traffic.tunnel_idle_timeout_ms,
+        websocket_close_spread_ms: service.spec.move_settings.drain.websocket_spread_ms(),
         max_request_body_bytes: traffic.max_request_body_bytes,
         slow_start_ms: traffic.slow_start_ms,
         preserve_host: traffic.preserve_host,

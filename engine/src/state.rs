@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
+use crate::audit::{self, AuditHead};
 use crate::journal::{Answered, Install, JournalRecord, ServiceChange};
 use crate::model::{Instance, InstanceId, Machine, Rollout, RolloutId, Service, Version};
 use crate::store::{Committed, Revision, Write};
@@ -42,6 +43,8 @@ pub struct State {
     pub first_event: u64,
     /// Newest stored event; 0 without any.
     pub last_event: u64,
+    /// Newest entry of the audit.
+    pub audit: AuditHead,
     /// Records that could not be read or may not follow, by key, with the reason.
     pub aside: BTreeMap<String, String>,
 }
@@ -68,6 +71,9 @@ enum Change {
     Pending(RolloutId, Option<Box<ServiceChange>>),
     Journal(RolloutId, u64, Option<JournalRecord>),
     Event(u64, bool),
+    /// The hash of what is there; `None` when it is given up.
+    Audit(u64, Option<String>),
+    AuditHead(AuditHead),
     Answered(String, Option<Answered>),
 }
 
@@ -196,6 +202,12 @@ impl State {
                 self.last_event = self.last_event.max(id);
                 self.first_event = if self.first_event == 0 { id } else { self.first_event.min(id) };
             }
+            // What is there counts: a head that is behind it would have its number given out twice.
+            Change::Audit(number, Some(hash)) if number >= self.audit.number => {
+                self.audit = AuditHead { number, hash };
+            }
+            Change::AuditHead(head) if head.number >= self.audit.number => self.audit = head,
+            Change::Audit(..) | Change::AuditHead(_) => {}
             Change::Event(id, false) => self.first_event = self.first_event.max(id + 1),
         }
     }
@@ -241,6 +253,7 @@ fn parse(key: &str, value: Option<&Bytes>) -> Result<Change, String> {
     Ok(match family {
         "meta" => match (rest, value) {
             ("install", Some(value)) => Change::Install(read(value)?),
+            ("audit", Some(value)) => Change::AuditHead(read(value)?),
             ("generation", Some(value)) => Change::Generation(read(value)?),
             _ => return Err("this version does not know it".into()),
         },
@@ -257,6 +270,7 @@ fn parse(key: &str, value: Option<&Bytes>) -> Result<Change, String> {
             let (rollout, sequence) = pair(rest)?;
             Change::Journal(RolloutId(rollout), sequence, value.map(read).transpose()?)
         }
+        "audit" => Change::Audit(number(rest)?, value.map(|value| audit::fingerprint(value))),
         "events" => Change::Event(number(rest)?, value.is_some()),
         "idempotency" => Change::Answered(rest.into(), value.map(read).transpose()?),
         _ => return Err("this version does not know it".into()),

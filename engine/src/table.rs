@@ -1,11 +1,12 @@
 //! The table's one writer, and what the engine remembers of it: upstreams by generation.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peregrine_routing::{Change, Generation, PoolSpec, TableError, TableWriter, Upstream, UpstreamSpec};
 
 use crate::core::Core;
+use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
 use crate::model::{DrainDeadlines, InstanceId, InstanceState, Workload};
 use crate::render::{FixedGeneration, render};
@@ -75,11 +76,6 @@ impl Table {
         inner.leaving.iter().filter(own).cloned().collect()
     }
 
-    /// Generations of a service's fixed upstreams.
-    pub(crate) fn fixed(&self, service: &str) -> Vec<FixedGeneration> {
-        self.lock().fixed.get(service).cloned().unwrap_or_default()
-    }
-
     pub(crate) fn forget(&self, generation: u64) {
         let mut inner = self.lock();
         inner.writer.forget(Generation(generation));
@@ -90,6 +86,11 @@ impl Table {
     /// first publication that gives it traffic ends that.
     pub(crate) fn ask_for_connections(&self, generation: u64, count: u16) {
         self.lock().ready.insert(generation, count);
+    }
+
+    /// Takes in a copy that was retired before this process began, and that edges elsewhere may be inside of.
+    pub(crate) fn adopt_retired(&self, copy: &UpstreamSpec) {
+        self.lock().writer.adopt_retired(copy);
     }
 
     /// Cores of edges.
@@ -138,6 +139,23 @@ impl Table {
     }
 }
 
+/// A generation for each fixed upstream: the one that it has, or a new one. One that goes away and comes back gets a
+/// new one, because its old one was retired.
+fn fixed_generations(draft: &mut Draft<'_>, service: &str) -> BTreeMap<String, u64> {
+    let Some(mut service) = draft.state().services.get(service).cloned() else { return BTreeMap::new() };
+    let Workload::Fixed { upstreams } = &service.spec.workload else { return BTreeMap::new() };
+    let mut generations = BTreeMap::new();
+    for upstream in upstreams {
+        let known = service.fixed_generations.get(&upstream.address).copied();
+        generations.insert(upstream.address.clone(), known.unwrap_or_else(|| draft.generation()));
+    }
+    if generations != service.fixed_generations {
+        service.fixed_generations.clone_from(&generations);
+        draft.put_service(&service);
+    }
+    generations
+}
+
 fn refused(error: &TableError) -> EngineError {
     let hint = match error {
         TableError::RouteTaken { .. } => "Give one of the two services another host or path.",
@@ -179,24 +197,11 @@ impl Core {
             self.table.drop_fixed(service);
             return Ok(());
         };
-        let known = self.table.fixed(service);
-        let missing = wanted.iter().any(|w| !known.iter().any(|(k, _)| k.address == w.address));
-        let first = if missing {
-            let count = wanted.len();
-            self.commit(move |draft| {
-                let first = draft.generation();
-                for _ in 1..count {
-                    draft.generation();
-                }
-                Ok(first)
-            })
-            .await?
-        } else {
-            0
-        };
-        let fixed = wanted.into_iter().zip(first..).map(|(upstream, fresh)| {
-            let old = known.iter().find(|(k, _)| k.address == upstream.address).map(|(_, g)| *g);
-            (upstream, old.unwrap_or(fresh))
+        let name = service.to_owned();
+        let generations = self.commit(move |draft| Ok(fixed_generations(draft, &name))).await?;
+        let fixed = wanted.into_iter().filter_map(|upstream| {
+            let generation = *generations.get(&upstream.address)?;
+            Some((upstream, generation))
         });
         self.table.set_fixed(service, fixed.collect());
         Ok(())

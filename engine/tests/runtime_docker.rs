@@ -608,6 +608,24 @@ async fn two_local_engines_leave_nothing_behind_not_even_after_a_kill() {
 }
 
 #[tokio::test]
+async fn a_start_that_is_given_up_at_any_moment_leaves_nothing_behind() {
+    if !allowed(LocalEngines::check().err().map(|error| error.to_string())) {
+        return;
+    }
+    for given_up_after_ms in [0, 5, 15, 40, 100, 250] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = own_engines();
+        let start = LocalEngines::start(dir.path(), &options);
+        // The moment is what this is about.
+        let given_up = tokio::time::timeout(Duration::from_millis(given_up_after_ms), start).await;
+        drop(given_up);
+        let left: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "after {given_up_after_ms} ms: {left:?}");
+    }
+}
+
+#[tokio::test]
 async fn an_engine_without_an_init_process_runs_containers_all_the_same() {
     if !allowed(LocalEngines::check().err().map(|error| error.to_string())) {
         return;

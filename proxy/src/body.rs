@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use peregrine_routing::TrafficClass;
 
 use crate::error::Reason;
+use crate::grpc::{self, Messages};
 use crate::headers;
-use crate::http1::Http1Conn;
+use crate::http1::{Http1Conn, PolledFrame};
 use crate::inflight::{Flight, FlightGuard, Waits};
 use crate::pool::{Http2Ticket, UpstreamPool};
 
@@ -117,6 +119,13 @@ impl RequestBody {
     pub(crate) fn attempt(self: &Rc<Self>) -> Option<ForwardBody> {
         let whole = !self.taken.get() || self.kept.borrow().is_some();
         whole.then(|| ForwardBody::Stream { shared: Rc::clone(self), replayed: 0 })
+    }
+
+    /// From now on what is taken from the client is kept for another attempt. Too late when something was taken.
+    pub(crate) fn keep(&self) {
+        if !self.taken.get() {
+            self.kept.borrow_mut().get_or_insert_default();
+        }
     }
 
     /// What the client did wrong, if it did.
@@ -323,6 +332,8 @@ pub(crate) struct UpstreamBody {
     /// The class that it gets if it goes on beyond `late_from_ms`; 0 is never.
     pub(crate) late_class: TrafficClass,
     pub(crate) late_from_ms: u64,
+    /// Where the messages of a call end.
+    pub(crate) messages: Option<Messages>,
 }
 
 /// Where an answer's body comes from.
@@ -336,10 +347,22 @@ pub(crate) enum Source {
 struct BrokeOff;
 
 impl Source {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokeOff>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> PolledFrame<BrokeOff> {
         match self {
             Self::Http1(conn, _) => conn.poll_frame(cx).map_err(|_| BrokeOff),
             Self::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(|_| BrokeOff),
+        }
+    }
+
+    /// The next piece of the body past us, if it can go that way.
+    #[inline]
+    fn poll_spliced(&mut self, flight: &Flight, cx: &mut Context<'_>) -> Option<PolledFrame<BrokeOff>> {
+        match self {
+            Self::Http1(conn, _) if !flight.conn.http2.get() => {
+                let spliced = conn.poll_spliced(cx, &flight.core.splicer, &flight.conn.in_pipe)?;
+                Some(spliced.map_err(|_| BrokeOff))
+            }
+            _ => None,
         }
     }
 
@@ -386,6 +409,11 @@ impl Default for Events {
 }
 
 impl Events {
+    /// Of a stream that says that it is encoded: it ends by itself or is cut.
+    pub(crate) fn encoded() -> Self {
+        Self { is_plain: Some(false), ..Self::default() }
+    }
+
     /// Whether the stream may end here.
     const fn is_between(&self) -> bool {
         self.between && !matches!(self.is_plain, Some(false))
@@ -438,14 +466,24 @@ impl ReplyBody {
             end_politely(flight, &mut slot);
             return Poll::Ready(None);
         }
-        match body.source.poll(cx) {
+        let calls_off = flight.is_closing() || flight.is_cut();
+        if let Some(messages) = body.messages.as_ref().filter(|_| calls_off)
+            && (messages.is_between() || flight.is_cut())
+        {
+            end_politely(flight, &mut slot);
+            return Poll::Ready(Some(Ok(Frame::trailers(unavailable()))));
+        }
+        let spliced = if events.is_none() { body.source.poll_spliced(flight, cx) } else { None };
+        match spliced.unwrap_or_else(|| body.source.poll(cx)) {
             Poll::Pending => {
                 if flight.is_expired() {
                     return fail(flight, &mut slot, flight.timeout_reason(), cx);
                 }
                 flight.note_waker(cx);
-                if flight.waits.get() != Waits::Body {
-                    flight.wait(Waits::Body, body.body_idle_ms);
+                // Nothing more is taken from the upstream before the client has taken what is in the pipe.
+                let waits = if flight.conn.in_pipe.is_filled() { Waits::Client } else { Waits::Body };
+                if flight.waits.get() != waits {
+                    flight.wait(waits, body.body_idle_ms);
                 }
                 Poll::Pending
             }
@@ -455,6 +493,13 @@ impl ReplyBody {
                     if let Some(events) = &mut *events {
                         ended = events.pass(data, closing);
                     }
+                    if let Some(messages) = &mut body.messages {
+                        if calls_off {
+                            data.truncate(messages.pass_message(data));
+                        } else {
+                            messages.pass(data);
+                        }
+                    }
                     flight.bytes_out.set(flight.bytes_out.get() + data.len() as u64);
                 }
                 if let Some(trailers) = frame.trailers_mut() {
@@ -463,7 +508,7 @@ impl ReplyBody {
                 drop(events);
                 if ended {
                     end_politely(flight, &mut slot);
-                } else if body.source.is_end() {
+                } else if body.source.is_end() && !(calls_off && body.messages.is_some()) {
                     complete(flight, &mut slot);
                 } else {
                     flight.wait(Waits::Client, body.body_idle_ms);
@@ -499,6 +544,12 @@ fn end_politely(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     flight.complete.set(true);
     // Not given back: the upstream has more to say on this connection.
     *slot = None;
+}
+
+fn unavailable() -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    grpc::say_unavailable(&mut trailers, "the server is being replaced: call again");
+    trailers
 }
 
 /// Lets go of the upstream, and breaks the answer off at the next poll: hyper drops what it holds when
@@ -583,6 +634,13 @@ mod tests {
         ] {
             assert_eq!(closing_in(pieces), None, "{pieces:?}");
         }
+    }
+
+    #[test]
+    fn an_encoded_stream_is_never_ended_early_not_even_before_its_first_byte() {
+        let mut events = Events::encoded();
+        assert!(!events.is_between());
+        assert!(!events.pass(&mut Bytes::from_static(b"data: 1\n\n"), true));
     }
 
     #[test]

@@ -15,10 +15,11 @@ use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::core::ServiceEntry;
+use crate::core::{Core, ServiceEntry};
 use crate::error::Reason;
 use crate::framing::Follower;
 use crate::respond;
+use crate::splice::{InPipe, Splicer};
 use crate::upgrade::Tunnel;
 
 /// Why the core asks a connection's task to end.
@@ -48,6 +49,8 @@ pub(crate) struct ConnState {
     pub(crate) in_flight: Cell<u32>,
     /// When the last request ended, or the connection opened.
     pub(crate) idle_since_ms: Cell<u64>,
+    /// When the client last took something.
+    pub(crate) wrote_ms: Cell<u64>,
     /// When the first byte of an incomplete head came; 0 if there is none.
     pub(crate) head_since_ms: Cell<u64>,
     /// Whether a request was ever complete.
@@ -73,6 +76,8 @@ pub(crate) struct ConnState {
     pub(crate) steady: RefCell<Steady>,
     /// Where the last host led.
     pub(crate) route: RefCell<Option<Remembered>>,
+    /// What of an answer is on its way past us.
+    pub(crate) in_pipe: InPipe,
 }
 
 /// Field lines with what they were made for.
@@ -105,6 +110,7 @@ impl ConnState {
             follower: RefCell::new(Follower::new()),
             in_flight: Cell::new(0),
             idle_since_ms: Cell::new(now_ms),
+            wrote_ms: Cell::new(now_ms),
             head_since_ms: Cell::new(now_ms),
             served: Cell::new(false),
             http2: Cell::new(false),
@@ -119,6 +125,7 @@ impl ConnState {
             before_head: Cell::new(false),
             steady: RefCell::default(),
             route: RefCell::new(None),
+            in_pipe: InPipe::default(),
         })
     }
 
@@ -175,20 +182,23 @@ pub(crate) struct ClientStream {
     clock_ms: Rc<Cell<u64>>,
     /// The core's, to make one piece of a small answer.
     joined: Rc<RefCell<Vec<u8>>>,
+    splicer: Rc<Splicer>,
 }
 
 /// Up to this size the pieces of an answer are copied together: one `send` costs less than one `writev`.
 const MAX_JOINED_BYTES: usize = 2048;
 
 impl ClientStream {
-    pub(crate) const fn new(
-        socket: TcpStream,
-        state: Rc<ConnState>,
-        prefix: Bytes,
-        clock_ms: Rc<Cell<u64>>,
-        joined: Rc<RefCell<Vec<u8>>>,
-    ) -> Self {
-        Self { socket, state, prefix, own_answer: Bytes::new(), clock_ms, joined }
+    pub(crate) fn new(socket: TcpStream, state: Rc<ConnState>, prefix: Bytes, core: &Core) -> Self {
+        Self {
+            socket,
+            state,
+            prefix,
+            own_answer: Bytes::new(),
+            clock_ms: core.clock(),
+            joined: Rc::clone(&core.joined),
+            splicer: Rc::clone(&core.splicer),
+        }
     }
 
     pub(crate) fn into_socket(self) -> (TcpStream, Bytes) {
@@ -235,6 +245,17 @@ impl ClientStream {
         Poll::Ready(Ok(()))
     }
 
+    /// Writes what is in the pipe in the place of its marker.
+    fn poll_splice(&self, cx: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
+        let drained = self.splicer.poll_drain(cx, &self.state.in_pipe, &self.socket, length);
+        let (written, body_waits) = std::task::ready!(drained)?;
+        self.state.wrote_ms.set(self.clock_ms.get());
+        if body_waits {
+            self.state.wake();
+        }
+        Poll::Ready(Ok(written))
+    }
+
     /// Says whether what hyper wants to write is to be replaced, and by what.
     fn before_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<bool>> {
         if !self.own_answer.is_empty() {
@@ -279,7 +300,12 @@ impl AsyncWrite for ClientStream {
         if std::task::ready!(self.before_write(cx, bytes))? {
             return Poll::Ready(Ok(bytes.len()));
         }
-        Pin::new(&mut self.socket).poll_write(cx, bytes)
+        if self.state.in_pipe.is_filled() && self.splicer.is_marker(bytes) {
+            return self.poll_splice(cx, bytes.len());
+        }
+        let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, bytes))?;
+        self.state.wrote_ms.set(self.clock_ms.get());
+        Poll::Ready(Ok(written))
     }
 
     fn poll_write_vectored(
@@ -293,7 +319,18 @@ impl AsyncWrite for ClientStream {
             return Poll::Ready(Ok(total));
         }
         let me = &mut *self;
-        match slices {
+        let (mut slices, mut total) = (slices, total);
+        if me.state.in_pipe.is_filled() {
+            match slices.iter().position(|slice| me.splicer.is_marker(slice)) {
+                Some(0) => return me.poll_splice(cx, slices[0].len()),
+                Some(marker) => {
+                    slices = &slices[..marker];
+                    total = slices.iter().map(|slice| slice.len()).sum();
+                }
+                None => {}
+            }
+        }
+        let written = match slices {
             [one] => Pin::new(&mut me.socket).poll_write(cx, one),
             _ if total <= MAX_JOINED_BYTES => {
                 let mut joined = me.joined.borrow_mut();
@@ -302,7 +339,10 @@ impl AsyncWrite for ClientStream {
                 Pin::new(&mut me.socket).poll_write(cx, &joined)
             }
             _ => Pin::new(&mut me.socket).poll_write_vectored(cx, slices),
-        }
+        };
+        let written = std::task::ready!(written)?;
+        me.state.wrote_ms.set(me.clock_ms.get());
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -323,7 +363,8 @@ impl AsyncWrite for ClientStream {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        std::task::ready!(self.poll_own(cx))?;
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        // The socket is closed right after this, which says the same to the client in one system call instead of
+        // two; where it is not (see `serve::finish_http1`), it is shut down there.
+        self.poll_own(cx)
     }
 }

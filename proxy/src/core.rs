@@ -24,12 +24,13 @@ use crate::access_log::CoreLog;
 use crate::clock::now_ms;
 use crate::config::Config;
 use crate::conn::{ConnState, Kill};
-use crate::http1::HeadLimits;
+use crate::http1::{HeadLimits, SpareBuffers};
 use crate::ids::{IdMaker, Random};
 use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
 use crate::pool::{GenerationHasher, Pools};
 use crate::resolve::Resolver;
+use crate::splice::Splicer;
 
 /// How often the timekeeper looks at deadlines: the precision of every time-out.
 const TICK: Duration = Duration::from_millis(100);
@@ -76,6 +77,10 @@ pub(crate) struct Core {
     clock_ms: Rc<Cell<u64>>,
     /// Room in which small answers are put together.
     pub(crate) joined: Rc<RefCell<Vec<u8>>>,
+    /// Read buffers for answers.
+    pub(crate) spares: SpareBuffers,
+    /// Pipes for large answers.
+    pub(crate) splicer: Rc<Splicer>,
     services: RefCell<ServiceCache>,
 }
 
@@ -139,6 +144,8 @@ impl Core {
             aborting: Cell::new(false),
             clock_ms,
             joined: Rc::default(),
+            spares: SpareBuffers::default(),
+            splicer: Splicer::new(),
             services: RefCell::default(),
             config,
         })
@@ -327,6 +334,7 @@ fn due(conn: &ConnState, now_ms: u64, limits: &crate::config::Limits) -> Option<
     if head_since_ms != 0 && now_ms.saturating_sub(head_since_ms) >= u64::from(limits.head_timeout_ms) {
         return Some(Kill::HeadTimeout);
     }
-    let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
+    // The end of the last answer may still be on its way to a slow client.
+    let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get().max(conn.wrote_ms.get()));
     (head_since_ms == 0 && idle_ms >= u64::from(limits.idle_timeout_ms)).then_some(Kill::Idle)
 }

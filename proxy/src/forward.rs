@@ -17,7 +17,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{
@@ -31,8 +32,8 @@ use peregrine_routing::{
 use tokio::net::TcpStream;
 
 use crate::body::{
-    Broken, ContinueGate, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source, UpstreamBody,
-    first_frame,
+    Broken, ContinueGate, Events, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source,
+    UpstreamBody, first_frame,
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
@@ -40,9 +41,10 @@ use crate::conn::{ConnState, Remembered};
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
 use crate::framing::Framing;
+use crate::grpc::{self, Messages};
 use crate::headers::{self, Added, Owed, Seen, Wishes};
 use crate::http1::{self, Head, Http1Conn, Http1Error};
-use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
+use crate::inflight::{Flight, FlightGuard, HostText, LONG_AFTER_MS, Start, Waits};
 use crate::pool::UpstreamPool;
 use crate::resolve::DialError;
 use crate::respond::{self, Form};
@@ -51,8 +53,6 @@ use crate::upgrade::Tunnel;
 
 /// Attempts for one request, the first one included.
 const MAX_ATTEMPTS: u8 = 3;
-/// After this time a body is a transfer, which a drain gives more time than a request.
-const TRANSFER_AFTER_MS: u64 = 10_000;
 /// Says that a request of any method may be executed twice without harm: the origin sees to it.
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Largest interim response that is passed on; a longer one is only read over.
@@ -107,6 +107,9 @@ pub(crate) async fn handle(
         Ok(found) => found,
         Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
     };
+    if wishes.trailers && parts.version == Version::HTTP_2 {
+        guard.0.grpc.set(grpc::is_grpc(parts.headers.get(CONTENT_TYPE)));
+    }
     entry.service.retry_budget().earn();
     *guard.0.service.borrow_mut() = Some(Rc::clone(&entry));
     let too_large = entry.service.policy().max_request_body_bytes;
@@ -243,7 +246,7 @@ impl Inbound {
                 keep: replayable
                     || entry.service.upstreams().any(|(_, u)| u.protocol() == UpstreamProtocol::H2c),
                 gate: gate.clone(),
-                late_from_ms: flight.started_us / 1_000 + TRANSFER_AFTER_MS,
+                late_from_ms: flight.started_us / 1_000 + LONG_AFTER_MS,
             };
             RequestBody::new(incoming, Rc::clone(flight), limits)
         });
@@ -436,6 +439,7 @@ fn may_retry(core: &Core, entry: &ServiceEntry, flight: &Flight, out: &Outgoing,
     let paid = entry.service.retry_budget().spend(core.coarse_now_ms());
     if let (true, Some(class)) = (paid, class) {
         core.metrics.retry(class);
+        flight.upstream.borrow().iter().for_each(|upstream| upstream.note_retried());
     }
     paid
 }
@@ -448,8 +452,10 @@ fn give_up(error: &ProxyError, form: Form, guard: FlightGuard) -> Response<Reply
         flight.record(Outcome::ClientGone);
         flight.conn.linger.set(true);
     }
-    if error.reason == Reason::UpstreamCut {
+    if error.reason == Reason::UpstreamCut && !flight.is_grpc_stream() {
         flight.cut_lease();
+    } else if error.reason == Reason::UpstreamCut {
+        flight.soft_close_lease();
     }
     if error.reason.blame() == Blame::Upstream {
         let upstream = flight.upstream.borrow().as_ref().map(|upstream| upstream.generation().0);
@@ -491,8 +497,17 @@ async fn attempt_http1(
     loop {
         let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh) {
             Some(conn) => conn,
-            None => Http1Conn::new(Box::pin(connect(core, upstream, policy, flight)).await?),
+            None => {
+                let socket = Box::pin(connect(core, upstream, policy, flight)).await?;
+                Http1Conn::new(socket, core.spares.clone())
+            }
         };
+        if conn.reused
+            && let Some(body) = &out.body
+        {
+            // The upstream may have closed the connection a moment ago.
+            body.keep();
+        }
         let body = out.body().ok_or(Reason::Internal)?;
         if out.body.is_some() {
             flight.wait(Waits::UpstreamReads, policy.body_idle_timeout_ms);
@@ -507,6 +522,11 @@ async fn attempt_http1(
             Ok(Err(Http1Error::Body(reason))) => return Err(reason.into()),
             // The pool's connection had been closed by the upstream: no fault of anybody, take the next.
             Ok(Err(_)) if conn.reused && !conn.wrote() && out.is_whole() => {}
+            Ok(Err(_)) if conn.reused && conn.has_missed() && out.is_whole() => {
+                pool.note_missed(&conn);
+                upstream.note_retried();
+                out.fresh = true;
+            }
             Ok(Err(error)) => return Err(classify(&conn, error)),
             // Time or a cut has ended it: asking again would only take more of what is scarce.
             Err(reason) => return Err(reason.into()),
@@ -552,6 +572,9 @@ fn classify(conn: &Http1Conn, error: Http1Error) -> ProxyError {
     if matches!(error, Http1Error::Malformed(_)) {
         return ProxyError::new(Reason::UpstreamProtocol).because(error);
     }
+    if conn.has_missed() {
+        return ProxyError::with(Reason::UpstreamReset, Evidence::NotProcessed).because(error);
+    }
     // With a byte of an answer it is sure that the upstream has had the request.
     if conn.answered() {
         return ProxyError::new(Reason::UpstreamReset).because(error);
@@ -581,7 +604,7 @@ fn open_gate_in_time(out: &Outgoing) {
 
 /// Ready when the request has to stop waiting for a reason other than bytes.
 fn stopped(flight: &Flight, cx: &Context<'_>) -> Poll<Reason> {
-    if flight.is_cut() {
+    if flight.is_cut() || (flight.is_closing() && flight.grpc.get()) {
         return Poll::Ready(Reason::UpstreamCut);
     }
     if flight.is_expired() {
@@ -717,8 +740,12 @@ fn answer(
     flight.status.set(status.as_u16());
     let policy = entry.service.policy();
     let (class, late_class) = class_of(&headers);
+    let is_call = flight.grpc.get() && grpc::is_grpc(headers.get(CONTENT_TYPE));
     if let Some(class) = class {
         flight.reclassify(class);
+        if class == TrafficClass::Sse && headers.contains_key(CONTENT_ENCODING) {
+            *flight.events.borrow_mut() = Some(Box::new(Events::encoded()));
+        }
     }
     let long = class.is_some() || late_class == TrafficClass::GrpcStream;
     let body = UpstreamBody {
@@ -726,7 +753,8 @@ fn answer(
         // A stream of events may be silent for as long as a tunnel.
         body_idle_ms: if long { policy.tunnel_idle_timeout_ms } else { policy.body_idle_timeout_ms },
         late_class,
-        late_from_ms: if class.is_some() { 0 } else { flight.started_us / 1_000 + TRANSFER_AFTER_MS },
+        late_from_ms: if class.is_some() { 0 } else { flight.started_us / 1_000 + LONG_AFTER_MS },
+        messages: is_call.then(Messages::default),
     };
     let body = if body.source.is_end() {
         flight.complete.set(true);
@@ -779,12 +807,16 @@ fn switch(
     };
     let Some((socket, early)) = upstream.into_socket() else { return unasked(guard) };
     headers.entry(UPGRADE).or_insert_with(|| asked.clone());
+    let agreed =
+        headers.get_all(UPGRADE).iter().all(|agreed| agreed.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    let websocket = agreed && asked.as_bytes().eq_ignore_ascii_case(b"websocket");
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     let flight = &guard.0;
     flight.status.set(101);
     let conn = Rc::clone(&flight.conn);
-    let idle_ms = entry.service.policy().tunnel_idle_timeout_ms;
+    let policy = entry.service.policy();
+    let (idle_ms, close_spread_ms) = (policy.tunnel_idle_timeout_ms, policy.websocket_close_spread_ms);
     flight.wait(Waits::Tunnel, idle_ms);
-    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms });
+    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms, websocket, close_spread_ms });
     Ok(respond::response(StatusCode::SWITCHING_PROTOCOLS, headers, ReplyBody::Page(None, None)))
 }

@@ -100,11 +100,17 @@ pub(crate) struct Flight {
     pub(crate) complete: Cell<bool>,
     pub(crate) waits: Cell<Waits>,
     deadline_ms: Cell<u64>,
+    timeout_ms: Cell<u32>,
     expired: Cell<bool>,
     closing: Cell<bool>,
     cut: Cell<bool>,
+    /// It is a call of gRPC over HTTP/2, whose end can be said in its own terms.
+    pub(crate) grpc: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
+
+/// After this time an exchange is no mere request: a drain gives it more time.
+pub(crate) const LONG_AFTER_MS: u64 = 10_000;
 
 /// Requests that one HTTP/2 client may cancel more than it lets be answered, before its connection ends:
 /// each has cost an upstream a request already (CVE-2023-44487).
@@ -158,9 +164,11 @@ impl Flight {
             complete: Cell::new(false),
             waits: Cell::new(Waits::Connect),
             deadline_ms: Cell::new(0),
+            timeout_ms: Cell::new(0),
             expired: Cell::new(false),
             closing: Cell::new(false),
             cut: Cell::new(false),
+            grpc: Cell::new(false),
             waker: RefCell::new(None),
         });
         core.set_now(flight.started_us / 1_000);
@@ -175,6 +183,7 @@ impl Flight {
     pub(crate) fn wait(&self, waits: Waits, timeout_ms: u32) {
         self.waits.set(waits);
         self.expired.set(false);
+        self.timeout_ms.set(timeout_ms);
         self.deadline_ms.set(self.core.coarse_now_ms() + u64::from(timeout_ms));
     }
 
@@ -224,6 +233,14 @@ impl Flight {
         if deadline_ms == 0 || now_ms < deadline_ms || self.expired.get() {
             return;
         }
+        if self.waits.get() == Waits::Client && !self.conn.http2.get() {
+            // One piece of a body may take a slow client far longer than this; what counts is that bytes flow.
+            let extended_ms = self.conn.wrote_ms.get() + u64::from(self.timeout_ms.get());
+            if extended_ms > now_ms {
+                self.deadline_ms.set(extended_ms);
+                return;
+            }
+        }
         self.expired.set(true);
         if self.waits.get() == Waits::Client {
             self.let_go_of_upstream(Reason::ClientStalled);
@@ -239,9 +256,9 @@ impl Flight {
 
     fn cut_now(&self) {
         self.cut.set(true);
+        let stalled = self.waits.get() == Waits::Client;
         let in_body = self.body.borrow().is_some();
-        if in_body {
-            let stalled = self.waits.get() == Waits::Client;
+        if in_body && (stalled || !self.grpc.get()) {
             self.cut_lease();
             self.let_go_of_upstream(Reason::UpstreamCut);
             if stalled && !self.conn.http2.get() {
@@ -275,6 +292,8 @@ impl Flight {
     // --- the lease ------------------------------------------------------------------------------------
 
     pub(crate) fn take_lease(&self, lease: Lease) {
+        // What was asked of it at another upstream is over.
+        self.closing.set(false);
         *self.upstream.borrow_mut() = Some(Arc::clone(lease.upstream()));
         *self.lease.borrow_mut() = Some(lease);
     }
@@ -321,6 +340,18 @@ impl Flight {
         if let Some(lease) = self.lease.borrow_mut().take() {
             lease.add_bytes(self.bytes_in.get(), self.bytes_out.get());
         }
+    }
+
+    /// Whether it is a call that counts as a stream.
+    pub(crate) fn is_grpc_stream(&self) -> bool {
+        let lease = self.lease.borrow();
+        self.grpc.get() && lease.as_ref().is_some_and(|lease| lease.class() == TrafficClass::GrpcStream)
+    }
+
+    /// A call that has gone on for longer than a request should is a stream, also when nothing passes by which
+    /// that could have been noticed.
+    fn is_silent_stream(&self, now_ms: u64) -> bool {
+        self.grpc.get() && now_ms > self.started_us / 1_000 + LONG_AFTER_MS
     }
 
     /// Whether it holds a lease of this class at this upstream.
@@ -439,15 +470,30 @@ impl Flights {
 
     /// Asks the flights of a class at an upstream to end politely.
     pub(crate) fn close(&self, generation: Generation, class: TrafficClass) {
-        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
+        for flight in self.due(generation, class) {
             flight.close_now();
         }
     }
 
     /// Ends the flights of a class at an upstream.
     pub(crate) fn cut(&self, generation: Generation, class: TrafficClass) {
-        for flight in self.snapshot(|flight| flight.is_of(generation, class)) {
+        for flight in self.due(generation, class) {
             flight.cut_now();
         }
+    }
+
+    /// The flights of a class at an upstream. Those that turn out to be of another are moved there.
+    fn due(&self, generation: Generation, class: TrafficClass) -> Vec<Rc<Flight>> {
+        let mut due = self.snapshot(|flight| flight.is_of(generation, class));
+        if class == TrafficClass::Request {
+            due.retain(|flight| {
+                let is_stream = flight.is_silent_stream(flight.core.coarse_now_ms());
+                if is_stream {
+                    flight.reclassify(TrafficClass::GrpcStream);
+                }
+                !is_stream
+            });
+        }
+        due
     }
 }

@@ -33,6 +33,7 @@ mod forward;
 mod framing;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod grpc;
 mod headers;
 mod http1;
 mod ids;
@@ -45,6 +46,7 @@ mod resolve;
 mod respond;
 mod route;
 mod serve;
+mod splice;
 mod upgrade;
 
 pub use access_log::LogError;

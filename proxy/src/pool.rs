@@ -21,7 +21,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
-use peregrine_routing::{Generation, ServicePolicy, Upstream, UpstreamProtocol};
+use peregrine_routing::{Address, Generation, ServicePolicy, Upstream, UpstreamProtocol};
 use tokio::net::TcpStream;
 
 use crate::body::ForwardBody;
@@ -31,6 +31,10 @@ use crate::http1::Http1Conn;
 /// Streams that one core has on one HTTP/2 connection before it opens another; the upstream's own
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
+
+/// How long a connection to an upstream that has a name is used: where the name leads may have changed since, and
+/// while connections are at hand nobody asks.
+const NAMED_MAX_AGE_MS: u64 = 30_000;
 
 /// Connections that one core opens ahead to one upstream at a time.
 const MAX_DIALS_AHEAD: usize = 8;
@@ -61,6 +65,7 @@ struct Http2Conn {
     max_streams: Rc<Cell<usize>>,
     streams: Rc<Cell<usize>>,
     idle_since_ms: Rc<Cell<u64>>,
+    opened_ms: u64,
     ahead: Cell<Option<Ahead>>,
 }
 
@@ -81,6 +86,7 @@ impl Drop for Http2Ticket {
 
 /// The connections of one core to one generation.
 pub(crate) struct UpstreamPool {
+    upstream: Arc<Upstream>,
     #[expect(
         clippy::vec_box,
         reason = "connections go in and out with every request: a pointer moves, not 500 bytes"
@@ -92,20 +98,28 @@ pub(crate) struct UpstreamPool {
     http2: RefCell<Vec<Http2Conn>>,
     retired: Cell<bool>,
     max_idle: usize,
+    max_age_ms: Option<u64>,
     idle_timeout_ms: u64,
     connect_timeout_ms: u32,
     clock_ms: Rc<Cell<u64>>,
 }
 
 impl UpstreamPool {
-    fn new(policy: &ServicePolicy, retired: bool, clock_ms: Rc<Cell<u64>>) -> Rc<Self> {
+    fn new(
+        upstream: &Arc<Upstream>,
+        policy: &ServicePolicy,
+        retired: bool,
+        clock_ms: Rc<Cell<u64>>,
+    ) -> Rc<Self> {
         Rc::new(Self {
+            upstream: Arc::clone(upstream),
             idle: RefCell::new(Vec::new()),
             ahead: RefCell::new(Vec::new()),
             opening: Cell::new(false),
             http2: RefCell::new(Vec::new()),
             retired: Cell::new(retired),
             max_idle: policy.max_idle_connections_per_upstream as usize,
+            max_age_ms: matches!(upstream.address(), Address::Name { .. }).then_some(NAMED_MAX_AGE_MS),
             idle_timeout_ms: u64::from(policy.upstream_idle_timeout_ms),
             connect_timeout_ms: policy.connect_timeout_ms,
             clock_ms,
@@ -113,8 +127,8 @@ impl UpstreamPool {
     }
 
     /// The connection that was used last, if it is fit, or else one that was opened ahead. A request that
-    /// must not be sent twice gets none that has been idle for half of its time: the upstream may be about to
-    /// close it.
+    /// must not be sent twice gets none that has been idle for half of the time that the upstream is known to keep
+    /// connections, nor for half of ours: the upstream may be about to close it.
     pub(crate) fn checkout(&self, replayable: bool) -> Option<Box<Http1Conn>> {
         let used = self.take_fit(&mut self.idle.borrow_mut(), replayable, |conn| conn);
         used.or_else(|| {
@@ -130,15 +144,22 @@ impl UpstreamPool {
         conn: impl Fn(&mut T) -> &mut Box<Http1Conn>,
     ) -> Option<T> {
         let now_ms = self.clock_ms.get();
-        let max_age_ms = if replayable { self.idle_timeout_ms } else { self.idle_timeout_ms / 2 };
+        let max_age_ms = if replayable {
+            self.idle_timeout_ms
+        } else {
+            self.upstream.trusted_idle_ms(now_ms).min(self.idle_timeout_ms / 2)
+        };
         loop {
             let age_ms = now_ms.saturating_sub(conn(from.last_mut()?).idle_since_ms);
             if age_ms >= max_age_ms && age_ms < self.idle_timeout_ms {
                 return None;
             }
             let mut taken = from.pop()?;
-            if age_ms < max_age_ms && conn(&mut taken).is_open() {
-                return Some(taken);
+            if age_ms < max_age_ms {
+                if conn(&mut taken).is_open() {
+                    return Some(taken);
+                }
+                self.upstream.note_idle_closed(age_ms, now_ms);
             }
         }
     }
@@ -162,9 +183,21 @@ impl UpstreamPool {
         });
     }
 
+    /// Learns from a connection that the upstream had closed before the request came to it.
+    pub(crate) fn note_missed(&self, conn: &Http1Conn) {
+        let now_ms = self.clock_ms.get();
+        self.upstream.note_idle_closed(now_ms.saturating_sub(conn.idle_since_ms), now_ms);
+    }
+
     fn keep(&self, mut conn: Box<Http1Conn>) {
+        if let Some(announced_ms) = conn.take_announced_ms() {
+            self.upstream.note_idle_announced(announced_ms);
+        }
+        if conn.opened_ms == 0 {
+            conn.opened_ms = self.clock_ms.get();
+        }
         let mut idle = self.idle.borrow_mut();
-        if self.retired.get() || idle.len() >= self.max_idle {
+        if self.retired.get() || idle.len() >= self.max_idle || self.is_old(conn.opened_ms) {
             return;
         }
         conn.reused = true;
@@ -172,10 +205,15 @@ impl UpstreamPool {
         idle.push(conn);
     }
 
-    /// A place on an HTTP/2 connection that is open.
+    /// Whether a connection that was opened then is to be used no more.
+    fn is_old(&self, opened_ms: u64) -> bool {
+        self.max_age_ms.is_some_and(|max_age_ms| self.clock_ms.get().saturating_sub(opened_ms) >= max_age_ms)
+    }
+
+    /// A place on an HTTP/2 connection that is open. One that is too old goes when its streams have.
     pub(crate) fn join_http2(&self) -> Option<Http2Ticket> {
         let mut conns = self.http2.borrow_mut();
-        conns.retain(|conn| !conn.sender.is_closed());
+        conns.retain(|conn| !conn.sender.is_closed() && !self.is_old(conn.opened_ms));
         let limit = |conn: &Http2Conn| conn.max_streams.get().clamp(1, MAX_STREAMS_PER_CONNECTION);
         let conn =
             conns.iter().filter(|conn| conn.streams.get() < limit(conn)).min_by_key(|c| c.streams.get())?;
@@ -230,6 +268,7 @@ impl UpstreamPool {
             max_streams,
             streams: Rc::new(Cell::new(0)),
             idle_since_ms: Rc::new(Cell::new(self.clock_ms.get())),
+            opened_ms: self.clock_ms.get(),
             ahead: Cell::new(None),
         })
     }
@@ -268,7 +307,7 @@ impl UpstreamPool {
             let sockets: Vec<TcpStream> = dialled.into_iter().flatten().collect();
             let failed = sockets.len() < missing;
             for socket in sockets {
-                let mut conn = Http1Conn::new(socket);
+                let mut conn = Http1Conn::new(socket, core.spares.clone());
                 // The upstream may close it at any time, as one that has served: that is nobody's fault.
                 conn.reused = true;
                 conn.idle_since_ms = self.clock_ms.get();
@@ -319,11 +358,22 @@ impl UpstreamPool {
     /// Closes what the upstream has closed, and what was idle for too long.
     fn sweep(&self) {
         let now_ms = self.clock_ms.get();
-        let keeps = |conn: &mut Http1Conn| {
-            now_ms.saturating_sub(conn.idle_since_ms) < self.idle_timeout_ms && conn.is_open()
+        let mut longest_ms = 0;
+        let mut keeps = |conn: &mut Http1Conn| {
+            let idle_ms = now_ms.saturating_sub(conn.idle_since_ms);
+            let is_open = conn.is_open();
+            if is_open {
+                longest_ms = longest_ms.max(idle_ms);
+            } else {
+                self.upstream.note_idle_closed(idle_ms, now_ms);
+            }
+            is_open && idle_ms < self.idle_timeout_ms
         };
         self.idle.borrow_mut().retain_mut(|conn| keeps(conn));
         self.ahead.borrow_mut().retain_mut(|(conn, _)| keeps(conn));
+        if longest_ms > 0 {
+            self.upstream.note_idle_open(longest_ms);
+        }
         self.http2.borrow_mut().retain(|conn| {
             let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
             !conn.sender.is_closed() && (conn.streams.get() > 0 || idle_ms < self.idle_timeout_ms)
@@ -357,7 +407,7 @@ impl Pools {
             return Rc::clone(&keyed.pool);
         }
         let retired = upstream.is_retired();
-        let pool = UpstreamPool::new(policy, retired, Rc::clone(&self.clock_ms));
+        let pool = UpstreamPool::new(upstream, policy, retired, Rc::clone(&self.clock_ms));
         if !retired {
             let keyed = Keyed { upstream: Arc::clone(upstream), pool: Rc::clone(&pool) };
             self.by_generation.borrow_mut().insert(upstream.generation(), keyed);
@@ -403,5 +453,53 @@ impl Hasher for GenerationHasher {
     }
     fn write_usize(&mut self, number: usize) {
         self.write_u64(number as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use peregrine_routing::{Balance, Change, PoolSpec, ServiceSpec, UpstreamSpec};
+
+    use super::*;
+    use crate::http1::SpareBuffers;
+
+    /// How many connections a pool holds after one was given back at once, taken out, and given back again later.
+    async fn kept(address: Address, later_ms: u64) -> usize {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let copy = UpstreamSpec {
+            generation: Generation(1),
+            name: "copy".into(),
+            address,
+            protocol: UpstreamProtocol::Http1,
+            weight: 1,
+            ready_connections: 0,
+        };
+        let pool = PoolSpec { name: "main".into(), weight: 1, standby: false, upstreams: vec![copy] };
+        let service = ServiceSpec {
+            name: "web".into(),
+            routes: Vec::new(),
+            pools: vec![pool],
+            balance: Balance::default(),
+            policy: ServicePolicy::default(),
+        };
+        let (mut writer, _reader) = peregrine_routing::table();
+        writer.apply(&[Change::Put(service)]).unwrap();
+        let upstream = writer.upstream(Generation(1)).unwrap();
+        let clock_ms = Rc::new(Cell::new(1));
+        let pool = UpstreamPool::new(upstream, &ServicePolicy::default(), false, Rc::clone(&clock_ms));
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        pool.keep(Http1Conn::new(socket, SpareBuffers::default()));
+        let conn = pool.checkout(true).expect("it is kept");
+        clock_ms.set(1 + later_ms);
+        pool.keep(conn);
+        pool.idle.borrow().len()
+    }
+
+    #[tokio::test]
+    async fn a_connection_to_a_name_is_used_for_a_while_only_and_one_to_an_address_for_ever() {
+        let name = || Address::Name { host: "backend.test".into(), port: 80 };
+        assert_eq!(kept(name(), NAMED_MAX_AGE_MS - 1).await, 1);
+        assert_eq!(kept(name(), NAMED_MAX_AGE_MS).await, 0);
+        assert_eq!(kept(Address::Socket(([127, 0, 0, 1], 80).into()), 10 * NAMED_MAX_AGE_MS).await, 1);
     }
 }

@@ -117,7 +117,7 @@ async fn probe_on(upstream: Arc<Upstream>, check: HealthCheck, resolver: Resolve
 }
 
 fn tell(upstream: &Upstream, health: Health, cause: Option<&Bad>) {
-    if upstream.health() != health {
+    if upstream.health_here() != health {
         let cause = cause.map(ToString::to_string);
         tracing::info!(upstream = %upstream.name(), generation = %upstream.generation(), ?health, cause, "health has changed");
     }

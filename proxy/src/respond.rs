@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use crate::body::ReplyBody;
 use crate::error::{Blame, Reason};
+use crate::grpc;
 use crate::headers::{X_PEREGRINE_REASON, X_REQUEST_ID};
 use crate::inflight::FlightGuard;
 
@@ -47,6 +48,9 @@ pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response
     flight.status.set(reason.status_code());
     flight.complete.set(true);
     flight.conn.before_head.set(false);
+    if flight.grpc.get() && reason.status().is_server_error() {
+        return grpc_answer(reason, guard);
+    }
     let request_id = flight.ids.request.clone();
     let page = page(reason, form, request_id.to_str().unwrap_or("-"));
     let http2 = flight.conn.http2.get();
@@ -69,6 +73,16 @@ pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
+}
+
+/// The answer to a call: its client reads the status of gRPC, and takes another one of HTTP for a fault in between.
+fn grpc_answer(reason: Reason, guard: FlightGuard) -> Response<ReplyBody> {
+    let mut headers = HeaderMap::new();
+    headers.insert(X_PEREGRINE_REASON, HeaderValue::from_static(reason.as_str()));
+    headers.insert(CONTENT_TYPE, grpc::CONTENT_TYPE);
+    headers.insert(X_REQUEST_ID, guard.0.ids.request.clone());
+    grpc::say_unavailable(&mut headers, detail(reason));
+    response(StatusCode::OK, headers, ReplyBody::Empty(guard))
 }
 
 const fn closes(reason: Reason) -> bool {

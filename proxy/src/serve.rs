@@ -2,13 +2,14 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::Request;
 use http_body::Body;
 use hyper::body::Incoming;
@@ -27,8 +28,8 @@ use crate::framing::Framing;
 use crate::respond;
 use crate::upgrade;
 
-/// What is read to find the protocol.
-const FIRST_READ_BYTES: usize = 8 * 1024;
+/// What is read at once to find the protocol: most heads fit.
+const FIRST_READ_BYTES: usize = 2 * 1024;
 /// How long, and how much, a client that has been refused may go on sending.
 const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 1024 * 1024;
@@ -78,12 +79,9 @@ pub(crate) fn serve(
 }
 
 async fn run(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, state: Rc<ConnState>) {
-    if socket.set_nodelay(true).is_err() {
-        return;
-    }
     let mut socket = socket;
     let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
-    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core.clock(), Rc::clone(&core.joined));
+    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, &core);
     match protocol {
         Detected::Http2 => serve_http2(&core, &servers, state, stream).await,
         _ => serve_http1(&core, &servers, state, stream).await,
@@ -92,16 +90,20 @@ async fn run(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, state: Rc<
 
 /// Reads until the protocol is known. `None` if the client leaves or takes too long.
 async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes, Detected)> {
-    let mut read = BytesMut::with_capacity(FIRST_READ_BYTES);
+    let mut read = Bytes::new();
     loop {
         let got = poll_fn(|cx| {
             if state.asked(cx) != Kill::No {
                 return Poll::Ready(Ok(0));
             }
-            let mut chunk = [0; 1024];
-            let mut buffer = ReadBuf::new(&mut chunk);
+            let mut chunk = [MaybeUninit::uninit(); FIRST_READ_BYTES];
+            let mut buffer = ReadBuf::uninit(&mut chunk);
             ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer))?;
-            read.extend_from_slice(buffer.filled());
+            read = if read.is_empty() {
+                Bytes::copy_from_slice(buffer.filled())
+            } else {
+                [&read, buffer.filled()].concat().into()
+            };
             Poll::Ready(io::Result::Ok(buffer.filled().len()))
         });
         if got.await.unwrap_or(0) == 0 {
@@ -109,7 +111,7 @@ async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes
         }
         match detect(&read) {
             Detected::Unclear => {}
-            found => return Some((read.freeze(), found)),
+            found => return Some((read, found)),
         }
     }
 }
@@ -165,8 +167,8 @@ async fn finish_http1(core: &Core, state: &ConnState, mut socket: TcpStream, end
         }
         End::Asked(_) | End::Http(_) => {}
     }
-    drop(socket.shutdown().await);
     if state.linger.get() {
+        drop(socket.shutdown().await);
         let _ = tokio::time::timeout(LINGER, read_on(&mut socket)).await;
     }
 }

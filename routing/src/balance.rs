@@ -130,7 +130,7 @@ impl Members {
     }
 
     fn is_less_busy(&self, one: usize, other: usize, draw: Draw) -> bool {
-        let load = |index: usize| u128::from(self.upstreams[index].in_flight());
+        let load = |index: usize| u128::from(self.upstreams[index].in_flight_here());
         let capacity = |index: usize| u128::from(self.capacity(index, draw));
         load(one) * capacity(other) < load(other) * capacity(one)
     }
@@ -146,7 +146,7 @@ impl Members {
         #[expect(clippy::cast_precision_loss)]
         let cost = |index: usize, estimate: f64| {
             let mean_capacity = self.total() as f64 * 1_000.0 / self.upstreams.len() as f64;
-            let load = self.upstreams[index].in_flight() as f64;
+            let load = self.upstreams[index].in_flight_here() as f64;
             estimate.max(1.0) * (1.0 + load * mean_capacity / self.capacity(index, draw) as f64)
         };
         cost(one, mine) < cost(other, theirs)

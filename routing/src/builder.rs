@@ -109,6 +109,16 @@ impl Builder {
         }
     }
 
+    /// Takes in an upstream that is retired already.
+    pub(crate) fn adopt(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
+        if let Some(known) = self.upstream(spec.generation) {
+            return Arc::clone(known);
+        }
+        let upstream = self.live(spec, None);
+        upstream.retire();
+        upstream
+    }
+
     /// Applies changes, all or none; returns the upstreams that have lost their place.
     pub(crate) fn apply(&mut self, changes: &[Change]) -> Result<Vec<Arc<Upstream>>, TableError> {
         let plan = self.check(changes)?;
@@ -243,7 +253,8 @@ impl Builder {
             return None;
         };
         let previous = touched.before.as_ref().map(|(_, service)| &**service);
-        let service = Arc::new(Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream)));
+        let service =
+            Arc::new(Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream, previous)));
         if service.ready_upstreams().next().is_some() {
             self.table.ready.push(Arc::clone(&service));
         }
@@ -252,11 +263,12 @@ impl Builder {
         Some(slot)
     }
 
-    fn live(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
+    fn live(&mut self, spec: &UpstreamSpec, previous: Option<&Service>) -> Arc<Upstream> {
         if let Some(known) = self.upstream(spec.generation) {
             return Arc::clone(known);
         }
         let fresh = Arc::new(Upstream::new(spec));
+        previous.into_iter().flat_map(Service::upstreams).for_each(|(_, other)| fresh.inherit(other));
         self.upstreams.insert(&spec.generation, Arc::clone(&fresh));
         fresh
     }

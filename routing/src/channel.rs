@@ -7,9 +7,10 @@ use arc_swap::{ArcSwap, Cache};
 use event_listener::Event;
 
 use crate::builder::{Builder, TableError};
-use crate::spec::{Change, ServiceSpec};
+use crate::remote::{RemoteEdge, Seat};
+use crate::spec::{Change, ServiceSpec, UpstreamSpec};
 use crate::table::RoutingTable;
-use crate::upstream::{Generation, Upstream};
+use crate::upstream::{EdgeId, Generation, Upstream};
 
 /// Makes an empty table with its one writer and a first reader.
 #[must_use]
@@ -20,6 +21,7 @@ pub fn table() -> (TableWriter, TableReader) {
         published: Event::new(),
         acknowledged: Event::new(),
         edges: Mutex::new(Vec::new()),
+        remote: Mutex::new(Vec::new()),
     });
     (
         TableWriter { builder: Builder::default(), channel: Arc::clone(&shared) },
@@ -35,7 +37,17 @@ struct Channel {
     published: Event,
     acknowledged: Event,
     /// Last version acknowledged by each living edge core. Not on the request path.
-    edges: Mutex<Vec<Weak<AtomicU64>>>,
+    edges: Mutex<Vec<Registered>>,
+    /// Edges in other processes. Locked over each publication, so that an edge has either joined before it or finds
+    /// it in the table.
+    remote: Mutex<Vec<Arc<Seat>>>,
+}
+
+/// Who is waited for.
+#[derive(Debug)]
+struct Registered {
+    reached: Weak<AtomicU64>,
+    cores: usize,
 }
 
 /// The only way to change the table. Purposefully not `Clone`: that there is one writer is a fact of the type.
@@ -65,7 +77,12 @@ impl TableWriter {
     /// [`TableError`]; nothing was changed then.
     pub fn apply(&mut self, changes: &[Change]) -> Result<Applied, TableError> {
         let retired = self.builder.apply(changes)?;
+        let remote = self.channel.remote();
+        if !remote.is_empty() {
+            self.tell(&remote, changes, &retired);
+        }
         self.channel.current.store(Arc::new(self.builder.table().clone()));
+        drop(remote);
         // After the store: whoever is refused from here on finds the new table when looking again.
         for upstream in &retired {
             upstream.retire();
@@ -73,6 +90,31 @@ impl TableWriter {
         self.channel.settled.store(self.builder.table().version(), Ordering::Release);
         self.channel.published.notify(usize::MAX);
         Ok(Applied { version: self.builder.table().version(), retired })
+    }
+
+    /// Every edge elsewhere is expected inside of what is named, before anybody can see that it is named.
+    fn tell(&self, remote: &[Arc<Seat>], changes: &[Change], retired: &[Arc<Upstream>]) {
+        let shared: Arc<[Change]> = changes.into();
+        let put = changes.iter().filter_map(|change| match change {
+            Change::Put(spec) => Some(spec),
+            Change::Remove(_) => None,
+        });
+        let specs = put.flat_map(|spec| spec.pools.iter().flat_map(|pool| &pool.upstreams));
+        let named: Vec<_> = specs.filter_map(|spec| self.upstream(spec.generation).cloned()).collect();
+        for seat in remote {
+            seat.push(self.version(), &shared, &named, retired);
+        }
+    }
+
+    /// Takes in an upstream that was retired by an earlier writer, and that edges in other processes may still be
+    /// inside of: it is closed, and empty when all of those that have joined before say so. One that is known
+    /// already stays as it is.
+    pub fn adopt_retired(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
+        let upstream = self.builder.adopt(spec);
+        for seat in self.channel.remote().iter() {
+            seat.expect(&upstream, Some(self.version()));
+        }
+        upstream
     }
 
     /// The service as it was last put.
@@ -98,10 +140,10 @@ impl TableWriter {
         self.builder.table().version()
     }
 
-    /// Edge cores that are registered and alive.
+    /// Edge cores that are registered and alive, those in other processes among them.
     #[must_use]
     pub fn edges(&self) -> usize {
-        self.channel.living_edges().len()
+        self.channel.living_edges().iter().map(|edge| edge.cores).sum()
     }
 
     /// A future that waits until every living edge core has acknowledged `version`: it has let go of its
@@ -123,13 +165,18 @@ impl TableWriter {
 impl Channel {
     fn all_reached(&self, version: u64) -> bool {
         let edges = self.living_edges();
-        edges.iter().filter_map(Weak::upgrade).all(|edge| edge.load(Ordering::Acquire) >= version)
+        let mut reached = edges.iter().filter_map(|edge| edge.reached.upgrade());
+        reached.all(|reached| reached.load(Ordering::Acquire) >= version)
     }
 
-    fn living_edges(&self) -> MutexGuard<'_, Vec<Weak<AtomicU64>>> {
+    fn living_edges(&self) -> MutexGuard<'_, Vec<Registered>> {
         let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
-        edges.retain(|edge| edge.strong_count() > 0);
+        edges.retain(|edge| edge.reached.strong_count() > 0);
         edges
+    }
+
+    fn remote(&self) -> MutexGuard<'_, Vec<Arc<Seat>>> {
+        self.remote.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -175,8 +222,37 @@ impl TableReader {
         // first load.
         let mut edges = self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner);
         let reached = Arc::new(AtomicU64::new(self.channel.current.load().version()));
-        edges.push(Arc::downgrade(&reached));
+        edges.push(Registered { reached: Arc::downgrade(&reached), cores: 1 });
         Acknowledger { channel: Arc::clone(&self.channel), reached }
+    }
+
+    /// Lets an edge in another process take part: publications wait for it until it is dropped, and every upstream
+    /// of the table counts it as inside until it says otherwise. `cores` is how many it has.
+    #[must_use]
+    pub fn join(&self, id: EdgeId, name: &Arc<str>, cores: usize) -> RemoteEdge {
+        RemoteEdge::new(self, id, name, cores)
+    }
+
+    pub(crate) fn seat(&self, seat: &Arc<Seat>, reached: Arc<AtomicU64>, cores: usize) -> Acknowledger {
+        let mut remote = self.channel.remote();
+        self.load().for_each_service(|service| {
+            service.upstreams().for_each(|(_, upstream)| seat.expect(upstream, None));
+        });
+        remote.push(Arc::clone(seat));
+        drop(remote);
+        let mut edges = self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        edges.push(Registered { reached: Arc::downgrade(&reached), cores });
+        Acknowledger { channel: Arc::clone(&self.channel), reached }
+    }
+
+    /// Runs while nothing is published.
+    pub(crate) fn between_publications<T>(&self, work: impl FnOnce(&Self) -> T) -> T {
+        let _no_publication = self.channel.remote();
+        work(self)
+    }
+
+    pub(crate) fn unseat(&self, seat: &Arc<Seat>) {
+        self.channel.remote().retain(|other| !Arc::ptr_eq(other, seat));
     }
 }
 
@@ -211,6 +287,10 @@ pub struct Acknowledger {
 }
 
 impl Acknowledger {
+    pub(crate) fn reached(&self) -> u64 {
+        self.reached.load(Ordering::Acquire)
+    }
+
     /// Says that this core uses table `version` and keeps nothing of what it retired.
     pub fn acknowledge(&self, version: u64) {
         self.reached.fetch_max(version, Ordering::AcqRel);

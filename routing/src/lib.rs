@@ -28,6 +28,7 @@ mod keyed;
 mod outcome;
 mod path;
 mod radix;
+mod remote;
 mod retry;
 mod service;
 mod spec;
@@ -43,6 +44,7 @@ pub use hash::stable_hash;
 pub use host::{HostError, HostPattern, MAX_HOST_BYTES, MAX_LABEL_BYTES, canonical_host};
 pub use outcome::{Failure, LatencyBuckets, Outcome, OutcomeCounts};
 pub use path::PathError;
+pub use remote::{Publication, RemoteEdge};
 pub use retry::{Evidence, RetryBudget, RetryClass};
 pub use service::{Enter, NoUpstream, Service};
 pub use spec::{
@@ -50,4 +52,4 @@ pub use spec::{
     Sticky, UpstreamProtocol, UpstreamSpec,
 };
 pub use table::{Match, RoutingTable};
-pub use upstream::{DrainReceipt, Draining, Generation, Health, Lease, Upstream};
+pub use upstream::{DrainReceipt, Draining, EdgeId, Generation, Health, Lease, LostEdge, Tally, Upstream};

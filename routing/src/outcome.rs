@@ -77,6 +77,25 @@ impl LatencyBuckets {
         None
     }
 
+    /// The buckets that are not empty, with their numbers: most are, so this is the form to send it in.
+    pub fn filled(&self) -> impl Iterator<Item = (u16, u64)> {
+        #[expect(clippy::cast_possible_truncation, reason = "there are a few hundred buckets")]
+        let numbered = self.counts.iter().enumerate().map(|(bucket, count)| (bucket as u16, *count));
+        numbered.filter(|(_, count)| *count > 0)
+    }
+
+    /// What [`LatencyBuckets::filled`] has said; a bucket that does not exist is left out.
+    #[must_use]
+    pub fn from_filled(filled: impl IntoIterator<Item = (u16, u64)>) -> Self {
+        let mut buckets = Self::default();
+        for (bucket, count) in filled {
+            if let Some(here) = buckets.counts.get_mut(usize::from(bucket)) {
+                *here = count;
+            }
+        }
+        buckets
+    }
+
     /// What was recorded since `earlier`.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {

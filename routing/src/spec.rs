@@ -119,6 +119,9 @@ pub struct ServicePolicy {
     pub body_idle_timeout_ms: u32,
     /// Longest time without a byte in an upgraded connection.
     pub tunnel_idle_timeout_ms: u32,
+    /// Time over which an edge spreads the closing of WebSockets whose upstream leaves, so that their clients
+    /// do not all come back at once; 0 is none.
+    pub websocket_close_spread_ms: u32,
     /// Largest request body; 0 is no limit.
     pub max_request_body_bytes: u64,
     /// Idle connections that one core keeps to one upstream.
@@ -144,6 +147,7 @@ impl Default for ServicePolicy {
             response_head_timeout_ms: 60_000,  // what nginx and HAProxy guides use; slow reports still pass
             body_idle_timeout_ms: 60_000,      // progress, not duration: a long download is fine
             tunnel_idle_timeout_ms: 3_600_000, // an hour: WebSocket libraries ping far more often
+            websocket_close_spread_ms: 5_000,  // a thousand clients come back at 200 a second
             max_request_body_bytes: 0,         // streaming costs no memory, so no limit unless asked for
             max_idle_connections_per_upstream: 256,
             upstream_idle_timeout_ms: 4_000, // below the 5 s after which Node.js closes idle connections

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use peregrine_engine::model::{
-    BalanceSpec, Control, DrainDeadlines, Guards, HealthKind, HealthSpec, InstanceState, MachineKind,
-    MachineSpec, MoveSettings, Resources, RolloutState, Route, ServiceSpec, TrafficPolicy, WarmSettings,
-    Workload,
+    BalanceSpec, Control, DrainDeadlines, Guards, HealthKind, HealthSpec, HoldThen, InstanceState,
+    MachineKind, MachineSpec, MoveSettings, Resources, RolloutState, Route, ServiceSpec, TrafficPolicy,
+    WarmSettings, Workload,
 };
 use peregrine_engine::{Ask, EngineHandle, MoveOverrides, State};
 use peregrine_routing::table;
@@ -482,6 +482,9 @@ fn shop(world: &World) -> ServiceSpec {
             step_hold_ms: u32::try_from(world.between(20, 200)).unwrap_or(20),
             step_min_samples: 2,
             step_max_ms: 300,
+            // Nobody is there to decide.
+            hold_max_ms: 3_000,
+            hold_then: if world.one_in(2) { HoldThen::GoOn } else { HoldThen::GoBack },
             guards: Guards { p95_increase: None, ..Guards::default() },
             warm: WarmSettings { probes: 2, probe_interval_ms: 20, paths: Vec::new() },
             start_timeout_ms: 2_000,

@@ -90,6 +90,8 @@ pub(crate) const DEFAULT_API: &str = "http://127.0.0.1:7070";
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Serve(ServeArgs),
+    Engine(EngineArgs),
+    Edge(EdgeArgs),
     Demo(DemoArgs),
     Deploy(command::deploy::Deploy),
     Move(command::move_service::Move),
@@ -100,8 +102,11 @@ pub(crate) enum Command {
     Services(command::services::Services),
     Instances(command::instances::Instances),
     Machines(command::machines::Machines),
+    Edges(command::edges::Edges),
     Logs(command::logs::Logs),
     Events(command::events::Events),
+    Audit(command::audit::Audit),
+    Server(command::server::Server),
     Doctor(command::doctor::Doctor),
     Config(command::config::Config),
     Completion(command::completion::Completion),
@@ -128,6 +133,81 @@ pub(crate) struct ServeArgs {
     /// Data folder: the global `--data`, with its default filled in.
     #[arg(skip)]
     pub(crate) data: PathBuf,
+}
+
+/// Run the engine and the API, without an edge
+///
+/// As `serve`, for installations whose edges run in processes of their own: it listens for them at `[link]`. Edges go
+/// on serving while it is stopped, restarted or replaced.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EngineArgs {
+    /// Configuration: API, link, machines and services; its [edge] is not used
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: PathBuf,
+
+    /// Wait until no other engine leads on this data folder, then take over
+    #[arg(long)]
+    pub(crate) standby: bool,
+
+    /// Form of the log on standard error [default: text on a terminal, else json]
+    #[arg(long, value_enum, value_name = "FORM")]
+    pub(crate) log_format: Option<LogFormat>,
+
+    /// Data folder: the global `--data`, with its default filled in.
+    #[arg(skip)]
+    pub(crate) data: PathBuf,
+}
+
+/// Run an edge, without an engine; `edge join` makes it one of an installation
+///
+/// Takes its table from an engine and keeps it on its disk: without the engine it starts from there and serves for as
+/// long as it takes. It holds a key for that one stream, and no other credential.
+#[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct EdgeArgs {
+    #[command(subcommand)]
+    pub(crate) action: Option<EdgeAction>,
+
+    /// Configuration: its [edge] says where to listen; the rest is not used
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Address to listen on instead of those of the configuration; may be repeated
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) http: Vec<std::net::SocketAddr>,
+
+    /// Engine, HOST:PORT, instead of the one that it joined with; may be repeated: they are asked in turn
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) engine: Vec<String>,
+
+    /// Form of the log on standard error [default: text on a terminal, else json]
+    #[arg(long, value_enum, value_name = "FORM")]
+    pub(crate) log_format: Option<LogFormat>,
+
+    /// Data folder: the global `--data`, with its default filled in.
+    #[arg(skip)]
+    pub(crate) data: PathBuf,
+}
+
+/// What to do with an edge besides running it.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum EdgeAction {
+    Join(EdgeJoinArgs),
+}
+
+/// Make this data folder that of an edge of an installation
+///
+/// Uses up a token of `peregrine edges invite`, gets a certificate and writes both into the data folder. The token also
+/// tells the real engine from a false one.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EdgeJoinArgs {
+    /// Engine, HOST:PORT
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) engine: String,
+
+    /// File with the token, `-` for standard input: arguments can be seen by other users of this machine
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) join_token_file: PathBuf,
 }
 
 /// Form of a log.

@@ -14,7 +14,7 @@ mod endpoint;
 pub(crate) mod exit;
 pub(crate) mod failure;
 mod human;
-mod output;
+pub(crate) mod output;
 mod parse;
 mod prompt;
 mod render;
@@ -61,6 +61,8 @@ fn run(arguments: &[OsString], out: Output) -> Result {
     let environment = Environment::of_this_process();
     match &mut command {
         Command::Serve(args) => args.data = connect::data_folder(&global, &environment),
+        Command::Engine(args) => args.data = connect::data_folder(&global, &environment),
+        Command::Edge(args) => args.data = connect::data_folder(&global, &environment),
         Command::Demo(args) if given_as_option(&matches, "data") => args.data.clone_from(&global.data),
         _ => {}
     }
@@ -79,6 +81,8 @@ impl Call {
         let out = &self.out;
         match command {
             Command::Serve(args) => crate::serve::run(&args),
+            Command::Engine(args) => crate::serve::run_engine(&args),
+            Command::Edge(args) => crate::edge::run(&args, *out),
             Command::Demo(args) => crate::demo::run(&args),
             Command::Deploy(deploy) => self.online(async |session| deploy.run(session).await),
             Command::Move(to) => self.online(async |session| to.run(session).await),
@@ -89,8 +93,13 @@ impl Call {
             Command::Services(services) => self.online(async |session| services.run(session).await),
             Command::Instances(instances) => self.online(async |session| instances.run(session).await),
             Command::Machines(machines) => self.online(async |session| machines.run(session).await),
+            Command::Edges(edges) => self.online(async |session| edges.run(session).await),
             Command::Logs(logs) => self.online(async |session| logs.run(session).await),
             Command::Events(events) => self.online(async |session| events.run(session).await),
+            Command::Audit(audit) => self.online(async |session| audit.run(session).await),
+            Command::Server(server) => {
+                server.run(&connect::data_folder(&self.global, &self.environment), out)
+            }
             Command::Doctor(doctor) => session::block_on(doctor.run(&self.global, &self.environment, out)),
             Command::Config(config) => config.run(out),
             Command::Completion(completion) => completion.run(out),

@@ -22,6 +22,8 @@ const CHANGING: &[&str] = &[
     "services remove",
     "machines add",
     "machines remove",
+    "server backup",
+    "server restore",
 ];
 
 /// The command line as a document.

@@ -22,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cli::args::DemoArgs;
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
-use crate::serve::{Server, block_on};
+use crate::serve::{Rooms, Server, block_on};
 use hosts::Hosts;
 use screen::Screen;
 
@@ -87,7 +87,7 @@ impl Running {
         let hosts = self.hosts.insert(Hosts::find(args.runtime)?);
         hosts.bring_up(data, screen).await?;
         let config = config();
-        let server = self.server.insert(Server::start(config, data).await?);
+        let server = self.server.insert(Server::start(config, data, Rooms::WithEdge).await?);
         for machine in hosts.machines() {
             server.engine().add_machine(machine).await.map_err(|error| refused(&error))?;
         }

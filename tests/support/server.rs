@@ -17,6 +17,8 @@ pub(crate) struct Peregrine {
     child: Option<Child>,
     /// Levels of its log, unless the tests themselves are told others.
     levels: &'static str,
+    /// The command that it is run by: `serve`, or `engine` with edges elsewhere.
+    command: &'static str,
 }
 
 /// What a command said.
@@ -53,9 +55,18 @@ impl Peregrine {
 
     /// The same with other levels of its log.
     pub(crate) fn start_logging(more: &str, levels: &'static str) -> Self {
+        Self::start_as("serve", more, levels)
+    }
+
+    /// Starts `peregrine engine`; its edges are for the test to start.
+    pub(crate) fn start_engine(more: &str) -> Self {
+        Self::start_as("engine", more, "info")
+    }
+
+    fn start_as(command: &'static str, more: &str, levels: &'static str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-test-").tempdir().expect("a scratch folder");
         let (edge, api) = (free_address(), free_address());
-        let mut server = Self { dir, edge, api, child: None, levels };
+        let mut server = Self { dir, edge, api, child: None, levels, command };
         server.configure(more);
         server.start_again();
         server
@@ -78,7 +89,7 @@ impl Peregrine {
         assert!(self.child.is_none(), "it runs already");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("log file");
         let child = Command::new(env!("CARGO_BIN_EXE_peregrine"))
-            .args(["serve", "--log-format", "text", "--config"])
+            .args([self.command, "--log-format", "text", "--config"])
             .arg(self.dir.path().join("server.toml"))
             .arg("--data")
             .arg(self.data())
@@ -104,6 +115,22 @@ impl Peregrine {
         let mut child = self.child.take().expect("it runs");
         child.kill().expect("it can be killed");
         child.wait().expect("it is gone");
+    }
+
+    /// The process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// Waits until the server ends by itself; its exit code.
+    pub(crate) fn wait(&mut self) -> Option<i32> {
+        let mut child = self.child.take().expect("it runs");
+        let mut ended = None;
+        wait_for("the server to end by itself", || {
+            ended = child.try_wait().expect("a child can be asked");
+            ended
+        });
+        ended.and_then(|status| status.code())
     }
 
     /// Ends the server politely and returns its exit code.

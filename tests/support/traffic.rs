@@ -33,6 +33,11 @@ impl Traffic {
         self.loads.iter().map(|load| load.live().ok).sum()
     }
 
+    /// Requests so far that had no complete answer.
+    pub(crate) fn failed(&self) -> u64 {
+        self.loads.iter().map(|load| load.live().failed).sum()
+    }
+
     /// Ends it politely, and tells what came of it.
     pub(crate) fn stop(self) -> Vec<Summary> {
         let Self { runtime, loads } = self;

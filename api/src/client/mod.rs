@@ -20,9 +20,9 @@ pub use transport::{BODY_TIMEOUT_MS, CONNECT_TIMEOUT_MS, HEAD_TIMEOUT_MS, MAX_AN
 use transport::{Call, Transport};
 
 use crate::types::{
-    Applied, DeployRequest, Deployment, DryRun, Instance, Machine, MachineCheck, MachineSpec, Move,
-    MoveRequest, MoveState, Page, Plan, Readiness, Receipt, RollbackRequest, ScaleRequest, Service,
-    ServiceSpec, Status, Version,
+    Applied, AuditEntry, AuditReport, DeployRequest, Deployment, DryRun, Edge, Instance, Invite,
+    InviteRequest, Machine, MachineCheck, MachineSpec, Move, MoveRequest, MoveState, Page, Plan, Readiness,
+    Receipt, RollbackRequest, ScaleRequest, Service, ServiceSpec, Status, Version,
 };
 
 /// A stream on which nothing came for so long is broken; the server gives a sign of life every 10 s.
@@ -206,6 +206,23 @@ impl Client {
         self.post(&["machines", name, "check"], &Submit::default(), |call| call).await
     }
 
+    // --- edges
+
+    /// All edges in other processes, by name.
+    pub async fn edges(&self) -> Result<Vec<Edge>, ClientError> {
+        self.all(&["edges"], |call| call).await
+    }
+
+    /// Makes a token for an edge. It is not asked for with a key: the token is shown once, and kept nowhere.
+    pub async fn invite_edge(&self, request: &InviteRequest) -> Result<Invite, ClientError> {
+        self.post(&["edges", "invites"], &Submit::default(), |call| call.json(request)).await
+    }
+
+    /// Shuts an edge out.
+    pub async fn remove_edge(&self, name: &str) -> Result<(), ClientError> {
+        self.transport.status(v1(Method::DELETE, &["edges", name])).await.map(drop)
+    }
+
     // --- services
 
     /// All services, by name.
@@ -361,6 +378,22 @@ impl Client {
     pub fn move_events(&self, id: &str, after: Option<u64>) -> EventStream {
         let segments = ["api", "v1", "moves", id, "events"];
         EventStream::new(self.transport.clone(), &segments, None, Some(id.to_owned()), after)
+    }
+
+    // --- audit
+
+    /// The newest entries of the audit, or those before a cursor.
+    pub async fn audit(
+        &self,
+        limit: Option<u32>,
+        cursor: Option<String>,
+    ) -> Result<Page<AuditEntry>, ClientError> {
+        self.transport.json(v1(Method::GET, &["audit"]).query("limit", limit).query("cursor", cursor)).await
+    }
+
+    /// Whether every entry of the audit is the one that was written.
+    pub async fn verify_audit(&self) -> Result<AuditReport, ClientError> {
+        self.get(&["audit", "verify"]).await
     }
 
     // --- instances, events, logs

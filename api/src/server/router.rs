@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 
 use super::context::Context;
 use super::error::ApiError;
-use super::routes::{events, instances, logs, machines, moves, services, system};
+use super::routes::{audit, edges, events, instances, logs, machines, moves, services, system};
 use super::{access, idempotency, outer};
 use crate::codes;
 use crate::types::Problem;
@@ -34,9 +34,11 @@ use crate::types::Problem;
         (name = "moves", description = "Every rollout: deploy, move, rollback, scale"),
         (name = "services", description = "What is to run, and its versions"),
         (name = "machines", description = "Where it runs"),
+        (name = "edges", description = "Edges in other processes"),
         (name = "instances", description = "Running copies"),
         (name = "events", description = "What happens, as it happens"),
         (name = "logs", description = "What instances write"),
+        (name = "audit", description = "Who asked for what, and how it ended, sealed"),
         (name = "system", description = "The server itself"),
     )
 )]
@@ -48,6 +50,9 @@ fn documented() -> (Router<Context>, utoipa::openapi::OpenApi) {
         .routes(routes!(machines::list_machines, machines::add_machine))
         .routes(routes!(machines::get_machine, machines::remove_machine))
         .routes(routes!(machines::check_machine))
+        .routes(routes!(edges::list_edges))
+        .routes(routes!(edges::invite_edge))
+        .routes(routes!(edges::remove_edge))
         .routes(routes!(services::list_services))
         .routes(routes!(services::get_service, services::put_service, services::remove_service))
         .routes(routes!(services::list_deployments, services::deploy))
@@ -69,6 +74,8 @@ fn documented() -> (Router<Context>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::list_instances))
         .routes(routes!(instances::get_instance))
         .routes(routes!(logs::instance_logs))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(audit::verify_audit))
         .routes(routes!(system::status))
         .routes(routes!(system::version))
         .routes(routes!(system::openapi))

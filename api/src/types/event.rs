@@ -41,6 +41,14 @@ pub enum EventBody {
         /// Machine.
         machine: String,
     },
+    /// An engine that was replaced while it stood still went on, and its late writes were refused.
+    #[serde(rename = "engine.fenced")]
+    EngineFenced {
+        /// Its epoch.
+        epoch: u64,
+        /// Batches that it tried to write.
+        writes: u64,
+    },
     /// A service was created or its settings changed.
     #[serde(rename = "service.changed")]
     ServiceChanged {},
@@ -166,6 +174,7 @@ impl EventBody {
         match self {
             Self::MachineAdded { .. } => "machine.added",
             Self::MachineRemoved { .. } => "machine.removed",
+            Self::EngineFenced { .. } => "engine.fenced",
             Self::ServiceChanged {} => "service.changed",
             Self::ServiceRemoved {} => "service.removed",
             Self::MoveCreated { .. } => "move.created",
@@ -206,6 +215,7 @@ impl From<&engine::EventBody> for EventBody {
         match body {
             Told::MachineAdded { machine } => Self::MachineAdded { machine: machine.clone() },
             Told::MachineRemoved { machine } => Self::MachineRemoved { machine: machine.clone() },
+            Told::EngineFenced { epoch, writes } => Self::EngineFenced { epoch: *epoch, writes: *writes },
             Told::ServiceChanged {} => Self::ServiceChanged {},
             Told::ServiceRemoved {} => Self::ServiceRemoved {},
             Told::RolloutCreated { kind } => Self::MoveCreated { kind: (*kind).into() },
@@ -251,6 +261,7 @@ mod tests {
         vec![
             B::MachineAdded { machine: "a".into() },
             B::MachineRemoved { machine: "a".into() },
+            B::EngineFenced { epoch: 7, writes: 2 },
             B::ServiceChanged {},
             B::ServiceRemoved {},
             B::RolloutCreated { kind: engine::RolloutKind::Scale },

@@ -5,6 +5,8 @@
 //! whose unit is the end of the name (`_ms`, `_us`), ids are strings. A reader ignores fields that it does
 //! not know; the server refuses them in requests (`server/extract.rs`).
 
+mod audit;
+mod edge;
 mod event;
 mod instance;
 mod logs;
@@ -21,6 +23,8 @@ mod status;
 mod system;
 mod time;
 
+pub use audit::{AuditBreak, AuditEntry, AuditReport};
+pub use edge::{Edge, EdgeState, Invite, InviteRequest};
 pub use event::{Event, EventBody};
 pub use instance::{Instance, InstanceHealth, InstanceState, InstanceUsage};
 pub use logs::{LogLine, LogSource};
@@ -36,7 +40,8 @@ pub use rollout::{
 };
 pub use service::{Deployment, FixedUpstream, REDACTED, Route, Service, ServiceSpec, ServiceState, Workload};
 pub use settings::{
-    Balance, DrainDeadlines, Guards, Health, MoveSettings, Probe, Protocol, Resources, Traffic, Warm,
+    Balance, DrainDeadlines, Guards, Health, HoldThen, MoveSettings, Probe, Protocol, Resources, Traffic,
+    Warm,
 };
 pub use status::{MachineStatus, PlaceStatus, ServiceStatus, Status};
 pub use system::{Readiness, ReadinessCheck, Version};

@@ -1,5 +1,7 @@
 //! Receipts.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use peregrine_engine::model as engine;
 use serde::{Deserialize, Serialize};
@@ -41,6 +43,9 @@ pub struct Receipt {
     pub instances: Vec<InstanceReceipt>,
     /// Ids of requests that were cut at a hard deadline.
     pub hard_cut: Vec<String>,
+    /// The same by the name of their traffic class: `request`, `transfer`, `sse`, `grpc_stream`, `websocket`, `held`.
+    #[serde(default)]
+    pub hard_cut_by_class: BTreeMap<String, Vec<String>>,
     /// What could not be measured, said plainly.
     pub notes: Vec<String>,
 }
@@ -114,6 +119,7 @@ impl Receipt {
             transferred_bytes: receipt.transferred_bytes,
             instances: receipt.instances.iter().map(Into::into).collect(),
             hard_cut: receipt.hard_cut.clone(),
+            hard_cut_by_class: receipt.hard_cut_by_class.clone(),
             notes: receipt.notes.clone(),
         }
     }

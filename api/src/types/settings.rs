@@ -122,6 +122,10 @@ pub struct MoveSettings {
     pub step_max_ms: u32,
     /// When a step is judged to have failed.
     pub guards: Guards,
+    /// Longest time that a step is held because something speaks against the new copies and it may be chance.
+    pub hold_max_ms: u64,
+    /// What happens then.
+    pub hold_then: HoldThen,
     /// What a new copy has to show before it gets traffic.
     pub warm: Warm,
     /// Longest time from start to the first good probe.
@@ -132,6 +136,18 @@ pub struct MoveSettings {
     pub drain: DrainDeadlines,
     /// Grace between SIGTERM and SIGKILL when an instance is stopped.
     pub stop_grace_ms: u32,
+}
+
+/// What happens to a step that was held for as long as it may be, without a verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HoldThen {
+    /// The move is paused at the present weights: a person decides.
+    Pause,
+    /// It goes on.
+    GoOn,
+    /// It goes back.
+    GoBack,
 }
 
 /// When a shift is stopped.
@@ -329,6 +345,12 @@ impl From<&engine::MoveSettings> for MoveSettings {
             step_min_samples: settings.step_min_samples,
             step_max_ms: settings.step_max_ms,
             guards: (&settings.guards).into(),
+            hold_max_ms: settings.hold_max_ms,
+            hold_then: match settings.hold_then {
+                engine::HoldThen::Pause => HoldThen::Pause,
+                engine::HoldThen::GoOn => HoldThen::GoOn,
+                engine::HoldThen::GoBack => HoldThen::GoBack,
+            },
             warm: (&settings.warm).into(),
             start_timeout_ms: settings.start_timeout_ms,
             soak_ms: settings.soak_ms,
@@ -348,6 +370,12 @@ impl From<&MoveSettings> for engine::MoveSettings {
             guards: engine::Guards {
                 error_ratio_increase: settings.guards.error_ratio_increase,
                 p95_increase: settings.guards.p95_increase,
+            },
+            hold_max_ms: settings.hold_max_ms,
+            hold_then: match settings.hold_then {
+                HoldThen::Pause => engine::HoldThen::Pause,
+                HoldThen::GoOn => engine::HoldThen::GoOn,
+                HoldThen::GoBack => engine::HoldThen::GoBack,
             },
             warm: engine::WarmSettings {
                 probes: settings.warm.probes,

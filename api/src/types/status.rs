@@ -248,6 +248,7 @@ mod tests {
             epoch: 1,
             rollout: None,
             from_config: false,
+            fixed_generations: BTreeMap::new(),
             created_at: 0,
         }
     }

@@ -18,6 +18,8 @@ use super::options::{Expect, Protocol};
 use super::tally::{FailureKind, Outcome};
 use crate::origin::{INSTANCE_HEADER, REQUEST_ID_HEADER, pattern_matches};
 
+/// What a gRPC call came to.
+const GRPC_STATUS: &str = "grpc-status";
 /// How much of a non-2xx answer's body goes into its failure, in bytes.
 const MAX_DETAIL_BYTES: usize = 200;
 /// Receive window of an HTTP/2 stream, and of its connection, in bytes: the client must not be what slows an answer.
@@ -180,18 +182,24 @@ struct Taken {
     expect: Expect,
     len: u64,
     differs_at: Option<u64>,
+    /// What the trailers say of a gRPC call.
+    status: Option<HeaderValue>,
     beginning: Vec<u8>,
 }
 
 impl Taken {
     const fn new(expect: Expect) -> Self {
-        Self { expect, len: 0, differs_at: None, beginning: Vec::new() }
+        Self { expect, len: 0, differs_at: None, status: None, beginning: Vec::new() }
     }
 
     async fn take_all(&mut self, mut body: Incoming) -> hyper::Result<()> {
         while let Some(frame) = body.frame().await {
-            if let Some(data) = frame?.data_ref() {
+            let frame = frame?;
+            if let Some(data) = frame.data_ref() {
                 self.take(data);
+            }
+            if let Some(trailers) = frame.trailers_ref() {
+                self.status = trailers.get(GRPC_STATUS).cloned();
             }
         }
         Ok(())
@@ -213,6 +221,9 @@ impl Taken {
             (_, Some(at)) => Err(format!("wrong content in the piece at byte {at}")),
             (Expect::Length(len) | Expect::Pattern(len), None) if len != self.len => {
                 Err(format!("{} body bytes instead of {len}", self.len))
+            }
+            (Expect::Call, None) if self.status.as_ref().is_none_or(|status| status != "0") => {
+                Err(format!("a gRPC call that ended with status {:?}", self.status))
             }
             _ => Ok(()),
         }

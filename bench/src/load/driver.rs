@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_TYPE, HOST};
+use http::header::{CONNECTION, CONTENT_TYPE, HOST, TE};
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -12,13 +12,16 @@ use tokio::time::MissedTickBehavior;
 
 use super::connection::{Connection, RequestBody};
 use super::idle::IdleConnections;
-use super::options::{LoadError, LoadOptions, Protocol};
+use super::options::{Expect, LoadError, LoadOptions, Protocol};
 use super::pacer::{Pacer, Ticket};
 use super::tally::{FailureKind, Outcome, Sample, Summary, Tally};
 use crate::origin::REQUEST_ID_HEADER;
 
 /// Pause of a worker that got no connection, in milliseconds: a dead target must not be hammered.
 const CONNECT_PAUSE_MS: u64 = 20;
+
+/// A gRPC message without content: one byte "not compressed", four bytes length.
+const EMPTY_MESSAGE: &[u8] = &[0; 5];
 
 /// What the tasks of one run share.
 #[derive(Debug)]
@@ -95,6 +98,12 @@ impl Shared {
             *request.method_mut() = Method::POST;
             request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             *request.body_mut() = RequestBody::new(post_body.clone());
+        }
+        if self.options.expect == Expect::Call {
+            *request.method_mut() = Method::POST;
+            request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+            *request.body_mut() = RequestBody::new(Bytes::from_static(EMPTY_MESSAGE));
         }
         if self.options.connection_per_request && self.options.protocol == Protocol::Http1 {
             request.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

@@ -49,6 +49,8 @@ pub enum Expect {
     Length(u64),
     /// This many bytes of the origin's `/bytes/N`, each compared.
     Pattern(u64),
+    /// A gRPC call: every request is one (POST, one empty message), and its answer ends with `grpc-status: 0`.
+    Call,
 }
 
 /// What a run does.
@@ -152,6 +154,9 @@ impl LoadOptions {
         }
         if [self.tick_us, self.sample_ms, self.request_timeout_ms, self.connect_timeout_ms].contains(&0) {
             return wrong("tick_us, sample_ms, request_timeout_ms, connect_timeout_ms", "must be above 0");
+        }
+        if self.expect == Expect::Call && self.protocol == Protocol::Http1 {
+            return wrong("expect", "gRPC calls need HTTP/2");
         }
         if self.connection_per_request && self.protocol == Protocol::H2c && self.streams_per_connection != 1 {
             return wrong("connection_per_request", "over HTTP/2 needs streams_per_connection = 1");

@@ -1,6 +1,6 @@
 //! `[service.NAME.move]`: how a rollout goes about a service.
 
-use peregrine_engine::model::{DrainDeadlines, Guards, MoveSettings, WarmSettings};
+use peregrine_engine::model::{DrainDeadlines, Guards, HoldThen, MoveSettings, WarmSettings};
 
 use crate::names;
 use crate::raw::Node;
@@ -32,6 +32,8 @@ pub(super) fn move_settings(node: &Node<'_>) -> MoveSettings {
             "a step is held at least for step_hold and waits at most for step_max: write a longer step_max",
         );
     }
+    fields.set_duration("hold_max", &mut settings.hold_max_ms, 0..=DAY_MS);
+    fields.set("hold_then", &mut settings.hold_then, hold_then);
     fields.set_duration("start_timeout", &mut settings.start_timeout_ms, 1..=DAY_MS);
     fields.set_duration("soak", &mut settings.soak_ms, 0..=30 * DAY_MS);
     fields.set_duration("stop_grace", &mut settings.stop_grace_ms, 0..=HOUR_MS);
@@ -65,6 +67,10 @@ fn steps(node: &Node<'_>) -> Option<Vec<u8>> {
         "write percentages that rise, the last one 100, such as [1, 10, 50, 100]",
     );
     None
+}
+
+fn hold_then(node: &Node<'_>) -> Option<HoldThen> {
+    node.word(&[("pause", HoldThen::Pause), ("go_on", HoldThen::GoOn), ("go_back", HoldThen::GoBack)])
 }
 
 fn guards(node: &Node<'_>) -> Option<Guards> {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::rollouts;
+use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, IdempotencyKey, MoveOverrides};
@@ -71,6 +72,7 @@ async fn steer(core: &Arc<Core>, id: &RolloutId, control: Control) -> Result<Rol
         rollout.control = control;
         rollout.state = if control == Control::Pause { RolloutState::Paused } else { RolloutState::Running };
         draft.put_rollout(&rollout);
+        draft.audit(Some(&rollout.plan.service), Some(&id), AuditAct::Steered { control });
         Ok(rollout)
     })
     .await
@@ -178,6 +180,8 @@ async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, Engin
                 rollout.leftovers = left;
                 draft.put_rollout(&rollout);
             }
+            let left = rollout.leftovers.len();
+            draft.audit(Some(&rollout.plan.service), Some(&id), AuditAct::CleanedUp { left });
             Ok(rollout)
         })
         .await?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::observe::{ANSWER_LIMIT_MS, no_answer};
+use crate::audit::AuditAct;
 use crate::check;
 use crate::core::Core;
 use crate::error::{EngineError, ErrorKind};
@@ -34,6 +35,7 @@ pub(crate) async fn add(
         if known != Some(&machine) {
             draft.put_machine(&machine);
             draft.event(None, None, EventBody::MachineAdded { machine: machine.spec.name.clone() });
+            draft.audit(None, None, AuditAct::MachineAdded { machine: machine.spec.name.clone() });
         }
         Ok(machine)
     })
@@ -51,6 +53,7 @@ pub(crate) async fn remove(core: &Arc<Core>, name: &str) -> Result<(), EngineErr
             return Err(in_use(&name, "cannot be removed"));
         }
         draft.delete_machine(&name);
+        draft.audit(None, None, AuditAct::MachineRemoved { machine: name.clone() });
         draft.event(None, None, EventBody::MachineRemoved { machine: name });
         Ok(())
     })

@@ -1,5 +1,6 @@
 //! What the engine answers to: one file per noun, behind [`crate::EngineHandle`].
 
+pub(crate) mod audit;
 pub(crate) mod config;
 pub(crate) mod control;
 pub(crate) mod machines;

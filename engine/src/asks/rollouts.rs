@@ -5,6 +5,7 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 use super::observe::observe;
+use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
@@ -182,6 +183,7 @@ fn settings(draft: &mut Draft<'_>, spec: &ServiceSpec, from_config: bool) -> Acc
     service.from_config = from_config;
     draft.put_service(&service);
     draft.event(Some(&spec.name), None, EventBody::ServiceChanged {});
+    draft.audit(Some(&spec.name), None, AuditAct::SettingsChanged {});
     Accepted::Settings(spec.name.clone())
 }
 
@@ -194,6 +196,7 @@ fn new_service(spec: &ServiceSpec, created_at: u64) -> Service {
         epoch: 0,
         rollout: None,
         from_config: false,
+        fixed_generations: std::collections::BTreeMap::new(),
         created_at,
     }
 }
@@ -260,6 +263,8 @@ pub(super) fn accept(
     };
     draft.put_rollout(&rollout);
     draft.event(Some(&name), Some(id), EventBody::RolloutCreated { kind: rollout.plan.kind });
+    let (kind, reason, plan) = (rollout.plan.kind, rollout.reason.clone(), rollout.plan.hash.clone());
+    draft.audit(Some(&name), Some(id), AuditAct::Asked { kind, reason, plan });
     rollout
 }
 

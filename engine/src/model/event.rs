@@ -35,6 +35,14 @@ pub enum EventBody {
         /// Machine.
         machine: String,
     },
+    /// An engine that was replaced while it stood still went on, and its late writes were refused.
+    #[serde(rename = "engine.fenced")]
+    EngineFenced {
+        /// Its epoch.
+        epoch: u64,
+        /// Batches that it tried to write.
+        writes: u64,
+    },
     /// A service was created or its settings changed.
     #[serde(rename = "service.changed")]
     ServiceChanged {},

@@ -21,8 +21,8 @@ pub use receipt::{ClassCounts, InstanceReceipt, PhaseTime, Receipt};
 pub use rollout::{Control, Phase, Rollout, RolloutState, Sample, SideSample, Totals};
 pub use service::{
     BalanceSpec, CAPABILITIES, DrainDeadlines, FixedUpstream, Guards, HashBy, HealthKind, HealthSpec,
-    MoveSettings, Protocol, Resources, Route, Service, ServiceSpec, TrafficPolicy, Version, WarmSettings,
-    Workload,
+    HoldThen, MoveSettings, Protocol, Resources, Route, Service, ServiceSpec, TrafficPolicy, Version,
+    WarmSettings, Workload,
 };
 
 /// Milliseconds since the Unix epoch. Wall time is for people and deadlines in the store, never for order.

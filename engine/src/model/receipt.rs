@@ -1,5 +1,7 @@
 //! Receipts: what a rollout amounted to, as measured.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::{InstanceId, Phase, UnixMs};
@@ -33,6 +35,9 @@ pub struct Receipt {
     pub instances: Vec<InstanceReceipt>,
     /// Ids of requests that were cut at a hard deadline.
     pub hard_cut: Vec<String>,
+    /// The same by the name of their traffic class.
+    #[serde(default)]
+    pub hard_cut_by_class: BTreeMap<String, Vec<String>>,
     /// What could not be measured, said plainly (for example after a crash of the engine).
     pub notes: Vec<String>,
 }

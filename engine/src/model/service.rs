@@ -286,6 +286,12 @@ pub struct MoveSettings {
     pub step_max_ms: u32,
     /// When a step is judged to have failed.
     pub guards: Guards,
+    /// Longest time that a step is held because something speaks against the new copies and it may be chance.
+    #[serde(default = "default_hold_max_ms")]
+    pub hold_max_ms: u64,
+    /// What happens then.
+    #[serde(default)]
+    pub hold_then: HoldThen,
     /// Before any traffic.
     pub warm: WarmSettings,
     /// Longest time from start to the first good probe.
@@ -306,6 +312,8 @@ impl Default for MoveSettings {
             step_min_samples: 20,
             step_max_ms: 500,
             guards: Guards::default(),
+            hold_max_ms: default_hold_max_ms(),
+            hold_then: HoldThen::default(),
             warm: WarmSettings::default(),
             start_timeout_ms: 60_000,
             soak_ms: 0,
@@ -313,6 +321,23 @@ impl Default for MoveSettings {
             stop_grace_ms: 10_000,
         }
     }
+}
+
+const fn default_hold_max_ms() -> u64 {
+    60_000 // at a few requests per second this is enough to tell chance from fault
+}
+
+/// What happens to a step that was held for as long as it may be, without a verdict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HoldThen {
+    /// The rollout is paused at the present weights and says so: a person decides.
+    #[default]
+    Pause,
+    /// It goes on.
+    GoOn,
+    /// It goes back.
+    GoBack,
 }
 
 /// When a shift is stopped.
@@ -374,6 +399,18 @@ impl Default for DrainDeadlines {
     }
 }
 
+/// Longest time over which edges spread the closing of WebSockets.
+const MAX_WEBSOCKET_SPREAD_MS: u32 = 10_000;
+
+impl DrainDeadlines {
+    /// Time over which edges spread the closing of WebSockets from their deadline on: a tenth of what they had,
+    /// so that a short drain stays short.
+    #[must_use]
+    pub fn websocket_spread_ms(&self) -> u32 {
+        u32::try_from(self.websocket_ms / 10).unwrap_or(u32::MAX).min(MAX_WEBSOCKET_SPREAD_MS)
+    }
+}
+
 /// An immutable version of a service's workload. A deploy makes one; a rollback goes to an earlier one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Version {
@@ -413,6 +450,9 @@ pub struct Service {
     /// It came from the configuration file of `serve`.
     #[serde(default)]
     pub from_config: bool,
+    /// Routing generations of its fixed upstreams, by address: edges in other processes know them by these.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fixed_generations: BTreeMap<String, u64>,
     /// When it was first seen.
     pub created_at: UnixMs,
 }

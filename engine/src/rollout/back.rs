@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Run;
-use super::executor::{begin, defect, finish, pause_for_store};
+use super::executor::{begin, defect, finish, note_refusal, pause_for_store};
 use super::supervisor::Signals;
 use crate::core::Core;
 use crate::journal::{Direction, JournalRecord};
@@ -140,6 +140,9 @@ async fn settle(core: &Arc<Core>, run: &Run, intent: u64, result: Result<String,
     let stored = core.commit(move |draft| {
         let at = draft.now();
         let Some(rollout) = draft.state().rollouts.get(&id) else { return Ok(()) };
+        if let (Err((problem, _)), Some(rollout)) = (&result, draft.state().rollouts.get(&id).cloned()) {
+            note_refusal(draft, &rollout, problem);
+        }
         if let Err((problem, true)) = &result {
             let mut rollout = rollout.clone();
             rollout.leftovers.push(problem.message.clone());

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use super::supervisor::Signals;
 use super::{Run, back};
+use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::draft::Draft;
-use crate::error::{EngineError, ErrorKind};
+use crate::error::{EngineError, ErrorKind, FENCED_CODE};
 use crate::journal::{Direction, JournalRecord, ServiceChange};
 use crate::model::{
     Control, EventBody, Finding, PLAN_FORMAT, Phase, Plan, Rollout, RolloutState, Service, Step,
@@ -308,6 +309,7 @@ async fn leave_over(core: &Arc<Core>, run: &Run, intent: u64, index: usize, prob
         let mut rollout = rollout.clone();
         rollout.step = index + 1;
         rollout.leftovers.push(problem.message.clone());
+        note_refusal(draft, &rollout, &problem);
         let at = draft.now();
         draft.journal(&id, &JournalRecord::Settled { at, intent, output: None, error: Some(problem) });
         draft.put_rollout(&rollout);
@@ -333,6 +335,7 @@ pub(super) async fn turn_back(core: &Arc<Core>, run: &Run, why: Finding) -> bool
         let at = draft.now();
         draft.journal(&id, &JournalRecord::Turn { at, direction: Direction::Back, why: why.clone() });
         draft.put_rollout(&rollout);
+        note_refusal(draft, &rollout, &why);
         draft.event(Some(&rollout.plan.service), Some(&id), EventBody::TurnedBack { problem: why });
         Ok(())
     });
@@ -340,6 +343,14 @@ pub(super) async fn turn_back(core: &Arc<Core>, run: &Run, why: Finding) -> bool
         pause_for_store().await;
     }
     core.stop.is_cancelled()
+}
+
+/// What a machine refused because somebody with a higher epoch was there before is told in the audit.
+pub(super) fn note_refusal(draft: &mut Draft<'_>, rollout: &Rollout, problem: &Finding) {
+    if problem.code == FENCED_CODE {
+        let what = problem.message.clone();
+        draft.audit(Some(&rollout.plan.service), Some(&rollout.id), AuditAct::Refused { what });
+    }
 }
 
 pub(super) async fn pause_for_store() {
@@ -401,6 +412,12 @@ fn end_rollout(
     draft.put_rollout(&rollout);
     draft.close_rollout(id);
     prune(draft);
+    let act = AuditAct::Ended {
+        state: end,
+        problem: rollout.problem.as_ref().map(|problem| problem.code.clone()),
+        receipt: rollout.receipt.map(Box::new),
+    };
+    draft.audit(Some(&name), Some(id), act);
     draft.event(Some(&name), Some(id), EventBody::Done { state: end, problem: rollout.problem });
     Ok(name)
 }

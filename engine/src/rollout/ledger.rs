@@ -4,6 +4,7 @@
 //! stretch of service (generation) is an entry of its own. Counts live in the edge's memory: after a crash the
 //! ledger begins anew, and the receipt says so.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peregrine_routing::{DrainReceipt, OutcomeCounts, PerClass, TrafficClass, Upstream};
@@ -170,7 +171,8 @@ impl Ledger {
             transferred_bytes: rollout.transferred_bytes,
             instances: Vec::new(),
             hard_cut: Vec::new(),
-            notes: notes(rollout, inner.resumed),
+            hard_cut_by_class: BTreeMap::new(),
+            notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
         };
         for part in &inner.parts {
             add_part(&mut receipt, part);
@@ -199,7 +201,12 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     receipt.held += completed.held;
     receipt.bytes_to_upstream += now.bytes_to_upstream.saturating_sub(base.bytes_to_upstream);
     receipt.bytes_to_client += now.bytes_to_client.saturating_sub(base.bytes_to_client);
-    receipt.hard_cut.extend(now.hard_cut.iter().skip(base.hard_cut.len()).cloned());
+    receipt.retried += now.retried.saturating_sub(base.retried);
+    let cut = now.hard_cut_classes.iter().zip(&now.hard_cut).skip(base.hard_cut.len());
+    for (class, id) in cut {
+        receipt.hard_cut.push(id.clone());
+        receipt.hard_cut_by_class.entry(class.name().to_owned()).or_default().push(id.clone());
+    }
     match receipt.instances.iter_mut().find(|entry| entry.instance == part.instance) {
         Some(entry) => {
             entry.started += started;
@@ -219,7 +226,16 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     }
 }
 
-fn notes(rollout: &Rollout, resumed: bool) -> Vec<String> {
+/// Edges that were given up while they may have been inside of a copy of this rollout, with what they had out.
+fn lost_edges(parts: &[Part]) -> BTreeMap<Arc<str>, u64> {
+    let mut lost = BTreeMap::new();
+    for one in parts.iter().flat_map(|part| part.upstream.receipt().lost) {
+        *lost.entry(one.edge).or_default() += one.in_flight;
+    }
+    lost
+}
+
+fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>) -> Vec<String> {
     let mut notes = Vec::new();
     if resumed {
         notes.push(
@@ -227,12 +243,14 @@ fn notes(rollout: &Rollout, resumed: bool) -> Vec<String> {
                 .to_owned(),
         );
     }
+    for (edge, in_flight) in lost {
+        notes.push(format!(
+            "Edge {edge} was not heard of until its lease ended: {in_flight} requests were under way there when it was last heard of, and neither their end nor anything that it did later is counted here."
+        ));
+    }
     if rollout.plan.retire.is_empty() && rollout.plan.keep.is_empty() {
         notes.push("First deploy: there was no copy to compare the new one with.".to_owned());
     }
-    notes.push(
-        "Retried attempts are counted by the edge for all of its services, not for one rollout.".to_owned(),
-    );
     notes
 }
 
@@ -252,9 +270,12 @@ fn zero(receipt: &DrainReceipt) -> DrainReceipt {
         completed: PerClass::default(),
         soft_closed: PerClass::default(),
         hard_cut: Vec::new(),
+        hard_cut_classes: Vec::new(),
+        retried: 0,
         in_flight: PerClass::default(),
         bytes_to_upstream: 0,
         bytes_to_client: 0,
+        lost: Vec::new(),
     }
 }
 

@@ -11,19 +11,19 @@
 mod back;
 mod copy;
 mod executor;
-mod guards;
+mod judge;
 mod ledger;
 mod supervisor;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::core::Core;
 use crate::latest::Latest;
 use crate::model::{RolloutId, Sample};
 
 pub(crate) use executor::{adopt, defect, is_past_return, restore};
-pub(crate) use guards::{Compared, more_errors, slower};
+pub(crate) use judge::{Judge, Reading, Terms, Verdict};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::Signals;
 
@@ -41,6 +41,20 @@ pub(crate) struct Run {
     pub(crate) sample: Mutex<Option<Sample>>,
     /// Asks the supervisor for a reading right now: the weights have changed.
     pub(crate) sample_now: tokio::sync::Notify,
+    /// What the shift has shown so far, over all of its steps.
+    judge: Mutex<Judge>,
+    begun: tokio::time::Instant,
+}
+
+impl Run {
+    pub(crate) fn judge(&self) -> MutexGuard<'_, Judge> {
+        self.judge.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since this process took the rollout up.
+    pub(crate) fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 impl Runs {
@@ -60,6 +74,8 @@ impl Runs {
             signals: Latest::new(Signals::default()),
             sample: Mutex::default(),
             sample_now: tokio::sync::Notify::new(),
+            judge: Mutex::default(),
+            begun: tokio::time::Instant::now(),
         });
         runs.insert(id.clone(), Arc::clone(&run));
         Some(run)

@@ -4,12 +4,14 @@
 //! decides nothing: it makes real what it is told, and tells what is there.
 
 mod docker;
+mod leading;
 pub mod local_engines;
 mod process;
 mod refusing;
 mod transfer;
 
 pub use docker::DockerRuntime;
+pub use leading::{LeadUntil, while_leading};
 pub use process::ProcessRuntime;
 pub use transfer::transfer_image;
 

@@ -112,7 +112,8 @@ pub(crate) async fn drain_one(upstream: &Upstream, deadlines: &DrainDeadlines, b
 fn timetable(deadlines: &DrainDeadlines) -> Vec<(u64, Due, TrafficClass)> {
     let of_class = |class: TrafficClass| {
         let close_ms = deadline_ms(class, deadlines);
-        [(close_ms, Due::Close, class), (close_ms.saturating_add(grace_ms(class)), Due::Cut, class)]
+        let grace_ms = grace_ms(class, deadlines);
+        [(close_ms, Due::Close, class), (close_ms.saturating_add(grace_ms), Due::Cut, class)]
     };
     let mut timetable: Vec<_> = TrafficClass::ALL.into_iter().flat_map(of_class).collect();
     timetable.sort_unstable();
@@ -130,11 +131,13 @@ const fn deadline_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
 }
 
 /// Time between the polite end of a class and the hard one, for those that have a polite end.
-const fn grace_ms(class: TrafficClass) -> u64 {
+fn grace_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
     match class {
         TrafficClass::Request | TrafficClass::Held | TrafficClass::Transfer => 0,
         TrafficClass::Sse | TrafficClass::GrpcStream => 1_000,
-        TrafficClass::WebSocket => 5_000, // the other side's close frame comes over the client's network
+        // Each is closed somewhere in the window, and its answer is awaited by the edge; the rest is for those
+        // whose clients take nothing.
+        TrafficClass::WebSocket => u64::from(deadlines.websocket_spread_ms()) + 6_000,
     }
 }
 
@@ -172,10 +175,10 @@ mod tests {
             (1_400, Due::Cut, "grpc_stream"),
             (2_000, Due::Close, "transfer"),
             (2_000, Due::Cut, "transfer"),
-            (5_500, Due::Cut, "websocket"),
+            (6_550, Due::Cut, "websocket"),
         ];
         assert_eq!(due(&deadlines), expected);
-        assert_eq!(longest_ms(&deadlines), 5_500);
+        assert_eq!(longest_ms(&deadlines), 6_550);
     }
 
     #[test]

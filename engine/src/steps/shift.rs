@@ -1,47 +1,38 @@
 //! Shift: the new copies get their share, and are judged while they have it. Back: the old ones get all of it.
+//!
+//! A step passes, fails (the rollout goes back) or is held. What holds it is a suspicion, which more requests
+//! clear or confirm, or probes that are bad where there is too little traffic to judge by. A hold ends: after
+//! `hold_max_ms` the plan's rule decides.
 
 use std::time::Duration;
 
-use peregrine_routing::OutcomeCounts;
 use tokio::time::Instant;
 
-use super::{Done, Problem, StepContext, drain};
+use super::{Done, Problem, StepContext, drain, warm};
 use crate::draft::Draft;
 use crate::error::EngineError;
-use crate::model::{Control, EventBody, Finding, InstanceState, Plan, Rollout};
+use crate::model::{Control, EventBody, Finding, HoldThen, InstanceState, Plan, Rollout, RolloutState};
 use crate::order::Vital;
-use crate::rollout::{Compared, Side, more_errors, slower};
+use crate::rollout::{Reading, Side, Terms, Verdict};
 
 /// How often a step is judged while it is held.
 const JUDGE_INTERVAL_MS: u64 = 25;
-/// Stretch of time that has to confirm that the new copies are slow.
-const CONFIRM_SLOW_MS: u64 = 200;
-/// So many pauses in one step are not pauses any more.
-const MAX_SUSPICIONS: u32 = 3;
+/// Between two rounds of probes in a step that has too little traffic, while they are bad.
+const PROBE_INTERVAL_MS: u64 = 200;
 
 pub(super) async fn forward(context: &StepContext, percent: u8) -> Result<Done, Problem> {
     let mut percent = percent;
     if old_is_lost(context) {
         percent = 100; // there is no better place for the rest
     }
-    let (base, old_before) = (readings(context), context.run.ledger.outcomes(Side::Old));
+    let judged = Judged { context, percent };
+    judged.begin();
     set_weight(context, percent).await?;
     let first = context.plan.retire.is_empty() && context.plan.keep.is_empty();
     if first {
         return Ok(Done::new("the first copy serves"));
     }
-    judge_step(context, percent, &base, &old_before).await
-}
-
-/// Outcomes of both sides when the step begins.
-struct Base {
-    new: OutcomeCounts,
-    old: OutcomeCounts,
-}
-
-fn readings(context: &StepContext) -> Base {
-    let ledger = &context.run.ledger;
-    Base { new: ledger.outcomes(Side::New), old: ledger.outcomes(Side::Old) }
+    judged.judge().await
 }
 
 fn old_is_lost(context: &StepContext) -> bool {
@@ -101,121 +92,167 @@ fn serve(draft: &mut Draft<'_>, plan: &Plan) {
     }
 }
 
-async fn judge_step(
-    context: &StepContext,
+/// A step that is being judged.
+struct Judged<'a> {
+    context: &'a StepContext,
     percent: u8,
-    base: &Base,
-    old_before: &OutcomeCounts,
-) -> Result<Done, Problem> {
-    let settings = &context.plan.settings;
-    let begun = Instant::now();
-    let hold = Duration::from_millis(u64::from(settings.step_hold_ms));
-    let longest = Duration::from_millis(u64::from(settings.step_max_ms.max(settings.step_hold_ms)));
-    let min_samples = u64::from(settings.step_min_samples);
-    let mut signals = context.run.signals.subscribe();
-    let mut suspicion = Suspicion::default();
-    loop {
-        let now = signals.borrow_and_update().clone();
-        let compared = compare(context, percent, base, old_before);
-        if old_is_lost(context) {
-            if percent < 100 {
-                set_weight(context, 100).await?;
-            }
-            return Ok(verdict(
-                "pass",
-                percent,
-                &compared,
-                &format!("the old copies are lost: {}", now.old_why),
-            ));
-        }
-        let worse = more_errors(&compared, &settings.guards);
-        // At 100 % the old copies get nothing: there is no latency of the same time to compare with.
-        let slow = if percent < 100 { suspicion.look(context, percent, &compared) } else { None };
-        if let Some(why) = worse.or(slow) {
-            return Err(guard_failed(context, percent, why).await);
-        }
-        let held = now.control == Control::Pause || suspicion.is_open();
-        if now.control == Control::Promote {
-            return Ok(verdict("pass", percent, &compared, "promoted by the operator"));
-        }
-        let samples = compared.new.samples();
-        if !held && begun.elapsed() >= hold && samples >= min_samples {
-            return Ok(verdict("pass", percent, &compared, "nothing speaks against the new copies"));
-        }
-        if !held && begun.elapsed() >= longest {
-            // Too little traffic for a verdict: the probes, which are good or this would not go on, decide.
-            return Ok(verdict("inconclusive", percent, &compared, "too few requests; the probes are good"));
-        }
-        tokio::select! {
-            biased;
-            () = signals.changed() => {}
-            () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
-        }
-    }
 }
 
-/// The suspicion that the new copies are slow. It is believed when a fresh stretch of time says the same, or
-/// when it comes up again and again: one pause of a copy is no verdict.
-#[derive(Default)]
-struct Suspicion {
-    open: Option<(Instant, Base)>,
-    /// What came before is told off: it was a pause.
-    since: Option<Base>,
-    times: u32,
+/// Why a step is held, and since when.
+struct Held {
+    since: Instant,
+    why: String,
 }
 
-impl Suspicion {
-    const fn is_open(&self) -> bool {
-        self.open.is_some()
+impl Judged<'_> {
+    fn begin(&self) {
+        self.context.run.judge().begin_step(self.context.run.elapsed_ms(), self.reading());
     }
 
-    fn look(&mut self, context: &StepContext, percent: u8, whole: &Compared) -> Option<String> {
-        let settings = &context.plan.settings;
-        let min_samples = u64::from(settings.step_min_samples);
-        let is_slower = |compared: &Compared| slower(compared, &settings.guards, min_samples);
-        let over = |base: &Base| compare(context, percent, base, &OutcomeCounts::default());
-        match &self.open {
-            None => {
-                let found =
-                    self.since.as_ref().map_or_else(|| is_slower(whole), |base| is_slower(&over(base)));
-                found.as_ref()?;
-                self.times += 1;
-                if self.times > MAX_SUSPICIONS {
-                    return found;
+    fn reading(&self) -> Reading {
+        let ledger = &self.context.run.ledger;
+        Reading { new: ledger.outcomes(Side::New), old: ledger.outcomes(Side::Old) }
+    }
+
+    /// One look: takes in what was measured, and says what is to be thought of it.
+    fn look(&self, now: &Reading) -> Verdict {
+        let settings = &self.context.plan.settings;
+        let terms = Terms {
+            guards: &settings.guards,
+            min_samples: u64::from(settings.step_min_samples),
+            // At 100 % the old copies get nothing: there is nothing of the same time to compare with.
+            side_by_side: self.percent < 100,
+        };
+        let mut judge = self.context.run.judge();
+        judge.look(self.context.run.elapsed_ms(), now, &settings.guards);
+        judge.verdict(now, terms)
+    }
+
+    async fn judge(&self) -> Result<Done, Problem> {
+        let settings = &self.context.plan.settings;
+        let begun = Instant::now();
+        let shortest = Duration::from_millis(u64::from(settings.step_hold_ms));
+        let longest = Duration::from_millis(u64::from(settings.step_max_ms.max(settings.step_hold_ms)));
+        let mut signals = self.context.run.signals.subscribe();
+        let mut held: Option<Held> = None;
+        loop {
+            let signal = signals.borrow_and_update().clone();
+            let now = self.reading();
+            if old_is_lost(self.context) {
+                if self.percent < 100 {
+                    set_weight(self.context, 100).await?;
                 }
-                self.open = Some((Instant::now(), readings(context)));
-                None
+                return Ok(self.done("pass", &now, &format!("the old copies are lost: {}", signal.old_why)));
             }
-            Some((since, _)) if since.elapsed() < Duration::from_millis(CONFIRM_SLOW_MS) => None,
-            Some((_, base)) => {
-                let confirmed = is_slower(&over(base));
-                self.open = None;
-                self.since = Some(readings(context));
-                confirmed
+            let verdict = self.look(&now);
+            if let Verdict::Fail(why) = verdict {
+                return Err(guard_failed(self.context, self.percent, why).await);
+            }
+            if signal.control == Control::Promote {
+                return Ok(self.done("pass", &now, "promoted by the operator"));
+            }
+            if signal.control == Control::Pause {
+                held = None; // the operator has it in hand, for as long as it takes
+            } else {
+                let why = match verdict {
+                    Verdict::Pass if begun.elapsed() >= shortest => {
+                        return Ok(self.done("pass", &now, "nothing speaks against the new copies"));
+                    }
+                    Verdict::TooFew if begun.elapsed() >= longest => match self.probe().await {
+                        Ok(good) => return Ok(self.done("inconclusive", &now, &good)),
+                        Err(bad) => Some(bad),
+                    },
+                    Verdict::Suspicion(why) => Some(why),
+                    _ => None,
+                };
+                held = match why {
+                    Some(why) if begun.elapsed() >= shortest => Some(self.hold(held, why).await),
+                    _ => None,
+                };
+                if let Some(done) = self.end_hold(held.as_ref(), &now).await? {
+                    return Ok(done);
+                }
+            }
+            tokio::select! {
+                biased;
+                () = signals.changed() => {}
+                () = tokio::time::sleep(Duration::from_millis(JUDGE_INTERVAL_MS)) => {}
             }
         }
     }
-}
 
-/// Both sides over this step. Where the old side gets nothing any more, what it did earlier in this
-/// rollout is the measure.
-fn compare(context: &StepContext, percent: u8, base: &Base, old_before: &OutcomeCounts) -> Compared {
-    let ledger = &context.run.ledger;
-    let new = ledger.outcomes(Side::New).since(&base.new);
-    let old = if percent == 100 { old_before.clone() } else { ledger.outcomes(Side::Old).since(&base.old) };
-    Compared { new, old }
-}
+    /// Where there is too little traffic, the engine's own requests show whether the new copies still work. They
+    /// are no traffic: what follows from them is no verdict.
+    async fn probe(&self) -> Result<String, String> {
+        let good = warm::probe_new_copies(self.context).await;
+        if good.is_err() {
+            tokio::time::sleep(Duration::from_millis(PROBE_INTERVAL_MS)).await;
+        }
+        good.map(|count| format!("too few requests; {count} probes of the new copies were good"))
+    }
 
-fn verdict(verdict: &str, percent: u8, compared: &Compared, why: &str) -> Done {
-    let (new, old) = (&compared.new, &compared.old);
-    let message = format!(
-        "{percent} %: new {} requests, {} failed; old {} requests, {} failed: {why}",
-        new.samples(),
-        new.errors(),
-        old.samples(),
-        old.errors()
-    );
-    Done { output: message.clone(), events: vec![EventBody::Guard { verdict: verdict.to_owned(), message }] }
+    /// Begins or prolongs a hold; tells at its beginning.
+    async fn hold(&self, held: Option<Held>, why: String) -> Held {
+        if let Some(held) = held {
+            return Held { why, ..held };
+        }
+        self.context.waiting_for(Some(format!("a verdict at {} %: {why}", self.percent))).await;
+        Held { since: Instant::now(), why }
+    }
+
+    /// When a hold has lasted long enough, the plan's rule decides.
+    async fn end_hold(&self, held: Option<&Held>, now: &Reading) -> Result<Option<Done>, Problem> {
+        let settings = &self.context.plan.settings;
+        let limit = Duration::from_millis(settings.hold_max_ms);
+        let Some(held) = held.filter(|held| held.since.elapsed() >= limit) else { return Ok(None) };
+        let why = format!("held for {} s without a verdict: {}", limit.as_secs(), held.why);
+        match settings.hold_then {
+            HoldThen::Pause => {
+                self.pause(now, &why).await?;
+                Ok(None)
+            }
+            HoldThen::GoOn => Ok(Some(self.done("inconclusive", now, &why))),
+            HoldThen::GoBack => Err(guard_failed(self.context, self.percent, why).await),
+        }
+    }
+
+    /// Stays at these weights until somebody decides, and says so.
+    async fn pause(&self, now: &Reading, why: &str) -> Result<(), EngineError> {
+        let message = self.message(now, why);
+        tracing::warn!(rollout = %self.context.id(), %message, "a move is paused");
+        let service = self.context.plan.service.clone();
+        self.context
+            .commit(move |draft, rollout| {
+                let mut rollout = rollout.clone();
+                rollout.control = Control::Pause;
+                rollout.state = RolloutState::Paused;
+                rollout.waiting_for = Some(format!("a decision (resume, promote or abort); {message}"));
+                draft.put_rollout(&rollout);
+                let body = EventBody::Guard { verdict: "inconclusive".to_owned(), message };
+                draft.event(Some(&service), Some(&rollout.id), body);
+                Ok(())
+            })
+            .await?;
+        // The supervisor passes it on; until then this step would pause again at every look.
+        let mut signals = self.context.run.signals.subscribe();
+        // The sender lives as long as the run, of which this step is a part.
+        while signals.borrow_and_update().control == Control::Run {
+            signals.changed().await;
+        }
+        Ok(())
+    }
+
+    fn message(&self, now: &Reading, why: &str) -> String {
+        format!("{} %: {}: {why}", self.percent, self.context.run.judge().step_numbers(now))
+    }
+
+    fn done(&self, verdict: &str, now: &Reading, why: &str) -> Done {
+        let message = self.message(now, why);
+        Done {
+            output: message.clone(),
+            events: vec![EventBody::Guard { verdict: verdict.to_owned(), message }],
+        }
+    }
 }
 
 async fn guard_failed(context: &StepContext, percent: u8, why: String) -> Problem {

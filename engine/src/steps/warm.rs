@@ -130,6 +130,25 @@ async fn warm_one(context: &StepContext, id: &InstanceId) -> Result<Option<Pace>
     Ok(pace)
 }
 
+/// Asks every new copy as often as it was asked before its first request; how many good answers there were, or
+/// what was wrong with one.
+pub(super) async fn probe_new_copies(context: &StepContext) -> Result<u32, String> {
+    let (probes, mut good) = (context.plan.settings.warm.probes.max(1), 0);
+    for id in context.new_ids() {
+        let state = context.core.state();
+        let found = state.instances.get(&id).and_then(|instance| probe_of(context, instance));
+        let Some(probe) = found else { return Err(format!("copy {id} is not there")) };
+        for _ in 0..probes {
+            probe
+                .once()
+                .await
+                .map_err(|why| format!("too few requests, and a probe of {id} was bad: {why}"))?;
+            good += 1;
+        }
+    }
+    Ok(good)
+}
+
 /// Waits for good probes in a row.
 async fn get_healthy(
     context: &StepContext,
@@ -194,16 +213,7 @@ fn subject(context: &StepContext, id: &InstanceId) -> Result<(Instance, Probe), 
     let state = context.core.state();
     let found = || {
         let instance = state.instances.get(id)?;
-        let change = state.changes.get(context.id()).and_then(|change| change.after.as_deref());
-        let spec = change.or_else(|| state.services.get(&instance.service).map(|service| &service.spec))?;
-        let probe = Probe {
-            address: instance.address?,
-            protocol: spec.traffic.protocol,
-            host: render::probe_host(spec),
-            health: state.version(&instance.service, instance.version)?.health.clone(),
-            dial: context.core.config.outside.dial.clone(),
-        };
-        Some((instance.clone(), probe))
+        Some((instance.clone(), probe_of(context, instance)?))
     };
     found().ok_or_else(|| {
         Problem::Failed(Finding {
@@ -211,6 +221,20 @@ fn subject(context: &StepContext, id: &InstanceId) -> Result<(Instance, Probe), 
             message: format!("there is no running copy {id}"),
             hint: "Start the rollout again.".to_owned(),
         })
+    })
+}
+
+/// How a new copy is asked.
+fn probe_of(context: &StepContext, instance: &Instance) -> Option<Probe> {
+    let state = context.core.state();
+    let change = state.changes.get(context.id()).and_then(|change| change.after.as_deref());
+    let spec = change.or_else(|| state.services.get(&instance.service).map(|service| &service.spec))?;
+    Some(Probe {
+        address: instance.address?,
+        protocol: spec.traffic.protocol,
+        host: render::probe_host(spec),
+        health: state.version(&instance.service, instance.version)?.health.clone(),
+        dial: context.core.config.outside.dial.clone(),
     })
 }
 

@@ -7,9 +7,12 @@
 pub mod record;
 mod sqlite;
 
-pub use sqlite::SqliteStore;
+pub(crate) use sqlite::{FILE as STORE_FILE, LOCK_FILE, check as check_file, copy as copy_file, lock};
+
+pub use sqlite::{RefusedWrites, SqliteStore};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
@@ -119,6 +122,17 @@ pub struct Committed {
     pub writes: Vec<Write>,
 }
 
+/// Everything with a prefix, sound or not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// The revision that it is of.
+    pub revision: Revision,
+    /// What is sound, in order of keys.
+    pub entries: Vec<Entry>,
+    /// Keys of what is not, with the reason.
+    pub unsound: Vec<(String, String)>,
+}
+
 /// A lease that was given, or who has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseGrant {
@@ -173,6 +187,16 @@ pub enum StoreError {
     /// Reading or writing failed.
     #[error("the store cannot be read or written")]
     Io(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Another process has taken over: this one writes nothing any more.
+    #[error(
+        "another engine leads (epoch {theirs}), this one (epoch {ours}) was replaced while it stood still"
+    )]
+    Fenced {
+        /// Our epoch.
+        ours: u64,
+        /// The epoch of who leads.
+        theirs: u64,
+    },
     /// Another process has it open.
     #[error("the data folder is in use by another process")]
     Locked,
@@ -186,6 +210,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// Every entry whose key begins with `prefix`, in order of keys, and the revision they are of.
     fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>>;
+
+    /// As [`Store::range`], but an entry that cannot be trusted is named, and does not hide the others. A store
+    /// that cannot tell one from the other fails as a whole.
+    fn survey(&self, prefix: &str) -> BoxFuture<'_, Result<Survey, StoreError>> {
+        let range = self.range(prefix);
+        async move {
+            let (revision, entries) = range.await?;
+            Ok(Survey { revision, entries, unsound: Vec::new() })
+        }
+        .boxed()
+    }
 
     /// Every commit after `after`, in order and without a gap, for ever. History may be compacted: a
     /// watch from before the oldest kept commit, or from a revision that does not exist yet, ends with

@@ -1,13 +1,18 @@
 //! The engine's promises, shown on real HTTP instances in the test process.
 
+mod audit;
+mod backup;
 mod control;
 mod crash;
 mod direction;
 mod events;
 mod faults;
+mod hangs;
 mod moves;
 mod planner;
+mod previous;
 mod receipts;
 mod steps;
 mod support;
+mod verdicts;
 mod warming;

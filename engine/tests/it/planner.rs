@@ -36,6 +36,7 @@ fn service(spec: &ServiceSpec, version: u32, previous: Option<u32>) -> Service {
         epoch: 1,
         rollout: None,
         from_config: false,
+        fixed_generations: BTreeMap::new(),
         created_at: 1,
     }
 }

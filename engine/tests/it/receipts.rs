@@ -91,6 +91,7 @@ async fn a_request_that_outlives_its_deadline_is_cut_and_named() {
     cutter.await.expect("it was cut");
     let receipt = ended.receipt.expect("a receipt");
     assert_eq!(receipt.hard_cut, ["r-late"]);
+    assert_eq!(receipt.hard_cut_by_class["request"], ["r-late"]);
     assert!(receipt.instances.iter().any(|entry| entry.instance == old && entry.drained));
 }
 

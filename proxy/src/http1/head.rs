@@ -14,6 +14,18 @@ use crate::headers::{self, Seen};
 /// Most fields of an answer, whatever is configured: room on the stack.
 const MAX_FIELDS: usize = 256;
 
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+
+/// Reads `timeout=5, max=100`: seconds that an idle connection is kept.
+fn announced_ms(value: &[u8]) -> Option<u32> {
+    let mut parameters = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    let (_, seconds) = parameters.find_map(|parameter| {
+        parameter.split_at_checked(8).filter(|(name, _)| name.eq_ignore_ascii_case(b"timeout="))
+    })?;
+    let seconds: u32 = std::str::from_utf8(seconds).ok()?.parse().ok()?;
+    Some(seconds.saturating_mul(1_000))
+}
+
 /// Largest head of an answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HeadLimits {
@@ -28,6 +40,8 @@ pub(super) struct Parsed {
     /// `None` is a body that ends with the connection.
     pub(super) framing: Option<Framing>,
     pub(super) keep_alive: bool,
+    /// What the upstream says of idle connections (`Keep-Alive: timeout`).
+    pub(super) announced_ms: Option<u32>,
     /// The bytes of the head.
     pub(super) raw: Bytes,
     /// What was read beyond it.
@@ -112,6 +126,7 @@ fn read(
         length: None,
         close: false,
         stays: false,
+        announced_ms: None,
         nominates: false,
     };
     fields.headers.clear();
@@ -121,6 +136,7 @@ fn read(
     }
     let framing = fields.framing()?;
     let keep_alive = if fields.http10 { fields.stays && !fields.close } else { !fields.close };
+    let announced_ms = fields.announced_ms;
     let mut headers = fields.headers;
     if fields.nominates {
         headers::strip_nominated(&mut headers);
@@ -131,6 +147,7 @@ fn read(
         headers,
         framing,
         keep_alive,
+        announced_ms,
         raw: whole.slice(..length),
         rest: whole.slice(length..),
     })
@@ -146,6 +163,7 @@ struct Fields {
     length: Option<u64>,
     close: bool,
     stays: bool,
+    announced_ms: Option<u32>,
     nominates: bool,
 }
 
@@ -168,6 +186,10 @@ impl Fields {
             }
             // Says which protocol was agreed to; otherwise it is an offer to the edge.
             Seen::UPGRADE if !self.switching => return Ok(()),
+            Seen::HOP if name == KEEP_ALIVE => {
+                self.announced_ms = announced_ms(&value);
+                return Ok(());
+            }
             Seen::HOP | Seen::TE | Seen::REASON => return Ok(()),
             _ => {}
         }

@@ -9,10 +9,13 @@
 //! It never waits by itself and never retries. Whatever is ambiguous in an answer's framing is an error: an
 //! answer that two readers may cut differently is not passed on.
 
+mod arrived;
 mod chunks;
 mod head;
 
+use std::cell::RefCell;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -29,16 +32,22 @@ pub(crate) use self::head::{HeadLimits, clean_interim, write_field, write_reques
 use crate::body::ForwardBody;
 use crate::error::Reason;
 use crate::framing::Framing;
+use crate::splice::{InPipe, MIN_SPLICED_BYTES, Splicer};
 
 /// First size of a read.
-const READ_BYTES: usize = 8 * 1024;
+const READ_BYTES: usize = 16 * 1024;
 /// Largest read, for answers that fill the smaller ones.
 const MAX_READ_BYTES: usize = 256 * 1024;
-/// Largest read buffer that an idle connection keeps.
-const MAX_IDLE_BYTES: usize = 16 * 1024;
+/// Largest size that the first read for an answer has.
+const MAX_FIRST_READ_BYTES: usize = 16 * 1024;
+/// Read buffers that a core keeps for the next answers.
+const MAX_SPARE_BUFFERS: usize = 8;
 /// Up to this size, what is to be written is collected; larger pieces of a body are written from where
 /// they are.
 const COLLECTED_BYTES: usize = 16 * 1024;
+
+/// What a body says when it is asked for its next frame.
+pub(crate) type PolledFrame<E> = Poll<Option<Result<Frame<Bytes>, E>>>;
 
 /// Why an exchange failed.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +69,25 @@ pub(crate) struct Head {
     pub(crate) headers: HeaderMap,
 }
 
+/// A core's read buffers that nobody uses now. An idle connection and one that waits for its answer have none:
+/// the last one that was used, which is still in the processor's cache, is for whoever reads next.
+#[derive(Clone, Default)]
+pub(crate) struct SpareBuffers(Rc<RefCell<Vec<BytesMut>>>);
+
+impl SpareBuffers {
+    fn take(&self) -> BytesMut {
+        self.0.borrow_mut().pop().unwrap_or_default()
+    }
+
+    /// What was cut off the buffer may still be in use: whoever takes it next sees whether its room is free.
+    fn give(&self, buffer: BytesMut) {
+        let mut spare = self.0.borrow_mut();
+        if spare.len() < MAX_SPARE_BUFFERS {
+            spare.push(buffer);
+        }
+    }
+}
+
 /// One HTTP/1.1 connection to an upstream.
 pub(crate) struct Http1Conn {
     reader: Reader,
@@ -70,7 +98,17 @@ pub(crate) struct Http1Conn {
     keep_alive: bool,
     /// A byte of the answer has come.
     answered: bool,
+    /// The body goes past us, and is not at its end.
+    spliced: bool,
+    /// The upstream has ended the connection in its direction.
+    ended: bool,
+    /// Bytes that had been written before this request.
+    written_before: u64,
+    /// How long the upstream says that it keeps the connection when it is idle.
+    announced_ms: Option<u32>,
     pub(crate) idle_since_ms: u64,
+    /// When its pool first saw it; 0 is not yet.
+    pub(crate) opened_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
 }
@@ -79,8 +117,10 @@ struct Reader {
     half: OwnedReadHalf,
     /// What came with the head and belongs to the body.
     early: Bytes,
+    /// Without room of its own while nothing is to be read.
     input: BytesMut,
     read_bytes: usize,
+    spares: SpareBuffers,
 }
 
 /// The request on its way out.
@@ -103,6 +143,8 @@ struct Upload {
     after_piece: &'static [u8],
     body: Option<(ForwardBody, Left)>,
     wrote: bool,
+    /// Bytes that were written to the connection since it was opened.
+    written: u64,
 }
 
 /// What of a request body is left.
@@ -121,7 +163,7 @@ enum Decode {
 }
 
 impl Http1Conn {
-    pub(crate) fn new(socket: TcpStream) -> Box<Self> {
+    pub(crate) fn new(socket: TcpStream, spares: SpareBuffers) -> Box<Self> {
         let (read, write) = socket.into_split();
         let upload = Upload {
             half: write,
@@ -131,6 +173,7 @@ impl Http1Conn {
             after_piece: b"",
             body: None,
             wrote: false,
+            written: 0,
         };
         Box::new(Self {
             reader: Reader {
@@ -138,12 +181,18 @@ impl Http1Conn {
                 early: Bytes::new(),
                 input: BytesMut::new(),
                 read_bytes: READ_BYTES,
+                spares,
             },
             writer: Writer::Here(upload),
             decode: Decode::Done,
             keep_alive: true,
             answered: false,
+            spliced: false,
+            ended: false,
+            written_before: 0,
+            announced_ms: None,
             idle_since_ms: 0,
+            opened_ms: 0,
             reused: false,
         })
     }
@@ -158,10 +207,11 @@ impl Http1Conn {
         write_head: impl FnOnce(&mut Vec<u8>),
     ) {
         let Writer::Here(upload) = &mut self.writer else { return };
-        self.answered = false;
+        (self.answered, self.spliced) = (false, false);
         upload.output.clear();
         upload.sent = 0;
         upload.wrote = false;
+        self.written_before = upload.written;
         write_head(&mut upload.output);
         upload.body = framing.map(|framing| match framing {
             Framing::Length(length) => (body, Left::Bytes(length)),
@@ -180,6 +230,20 @@ impl Http1Conn {
     /// Whether a byte of an answer has come.
     pub(crate) const fn answered(&self) -> bool {
         self.answered
+    }
+
+    /// Whether the upstream had closed the connection before a byte of the request came to it: then it has not
+    /// processed any of it, whatever it is.
+    pub(crate) fn has_missed(&self) -> bool {
+        let here = matches!(self.writer, Writer::Here(_) | Writer::Broken);
+        here && self.ended
+            && !self.answered
+            && !arrived::beyond(self.reader.half.as_ref(), self.written_before)
+    }
+
+    /// How long the upstream says that it keeps this connection when it is idle.
+    pub(crate) const fn take_announced_ms(&mut self) -> Option<u32> {
+        self.announced_ms.take()
     }
 
     /// Sends the request and waits for the head of its answer, with `headers` as the map to put it into.
@@ -216,7 +280,10 @@ impl Http1Conn {
                     return Poll::Pending;
                 }
                 Poll::Pending => return failed.map_or(Poll::Pending, |error| Poll::Ready(Err(error))),
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(failed.unwrap_or(Http1Error::Closed))),
+                Poll::Ready(Ok(0)) => {
+                    self.ended = true;
+                    return Poll::Ready(Err(failed.unwrap_or(Http1Error::Closed)));
+                }
                 Poll::Ready(Ok(_)) => self.answered = true,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(failed.unwrap_or(error))),
             }
@@ -225,6 +292,7 @@ impl Http1Conn {
 
     fn begin_answer(&mut self, method: &Method, parsed: head::Parsed) -> Result<Head, Http1Error> {
         self.keep_alive = parsed.keep_alive;
+        self.announced_ms = parsed.announced_ms;
         self.reader.early = parsed.rest;
         let none = *method == Method::HEAD
             || parsed.status == StatusCode::NO_CONTENT
@@ -288,10 +356,7 @@ impl Http1Conn {
     }
 
     /// The next frame of the answer's body; `None` at its end.
-    pub(crate) fn poll_frame(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Http1Error>>> {
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> PolledFrame<Http1Error> {
         loop {
             match self.decode.next(&mut self.reader) {
                 Ok(Next::Frame(frame)) => return Poll::Ready(Some(Ok(frame))),
@@ -306,6 +371,30 @@ impl Http1Conn {
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
+    }
+
+    /// The next piece of a large body of known length, past us: its marker. `None` if it is to be read.
+    pub(crate) fn poll_spliced(
+        &mut self,
+        cx: &mut Context<'_>,
+        splicer: &Splicer,
+        into: &InPipe,
+    ) -> Option<PolledFrame<Http1Error>> {
+        let Decode::Length(left) = self.decode else { return None };
+        if (left < MIN_SPLICED_BYTES && !self.spliced) || !self.reader.peek().is_empty() {
+            return None;
+        }
+        let marker = match splicer.poll_fill(cx, self.reader.half.as_ref(), into, left)? {
+            Poll::Pending => return Some(Poll::Pending),
+            Poll::Ready(Ok(marker)) if marker.is_empty() => Err(Http1Error::Closed),
+            Poll::Ready(marker) => marker.map_err(Into::into),
+        };
+        if let Ok(marker) = &marker {
+            let left = left - marker.len() as u64;
+            self.spliced = left > 0;
+            self.decode = if left > 0 { Decode::Length(left) } else { Decode::Done };
+        }
+        Some(Poll::Ready(Some(marker.map(Frame::data))))
     }
 
     // --- between two requests -----------------------------------------------------------------------
@@ -328,10 +417,8 @@ impl Http1Conn {
         }
         self.reader.early = Bytes::new();
         // What the last answer needed, the next one will.
-        self.reader.read_bytes = self.reader.read_bytes.min(MAX_IDLE_BYTES);
-        if self.reader.input.capacity() > MAX_IDLE_BYTES {
-            self.reader.input = BytesMut::new();
-        }
+        self.reader.read_bytes = self.reader.read_bytes.min(MAX_FIRST_READ_BYTES);
+        self.reader.put_buffer_back();
         true
     }
 
@@ -361,16 +448,32 @@ impl Http1Conn {
 impl Reader {
     /// Reads more. Ready with 0 at the end of the connection.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Http1Error>> {
+        if self.input.is_empty() {
+            // While there is nothing to read, the buffer is another's.
+            ready!(self.half.as_ref().poll_read_ready(cx))?;
+            if self.input.capacity() == 0 {
+                self.input = self.spares.take();
+            }
+        }
         let room = self.input.capacity() - self.input.len();
         if room < self.read_bytes / 2 {
             self.input.reserve(self.read_bytes);
         }
         let room = self.input.capacity() - self.input.len();
-        let read = ready!(poll_read_buf(Pin::new(&mut self.half), cx, &mut self.input))?;
+        let Poll::Ready(read) = poll_read_buf(Pin::new(&mut self.half), cx, &mut self.input)? else {
+            self.put_buffer_back();
+            return Poll::Pending;
+        };
         if read >= room {
             self.read_bytes = (self.read_bytes * 2).min(MAX_READ_BYTES);
         }
         Poll::Ready(Ok(read))
+    }
+
+    fn put_buffer_back(&mut self) {
+        if self.input.is_empty() {
+            self.spares.give(std::mem::take(&mut self.input));
+        }
     }
 
     fn peek(&self) -> &[u8] {
@@ -532,6 +635,7 @@ impl Upload {
                 return Poll::Ready(Err(std::io::Error::from(std::io::ErrorKind::WriteZero).into()));
             }
             self.wrote = true;
+            self.written += written as u64;
             let of_head = written.min(head.len());
             self.sent += of_head;
             self.piece.advance(written - of_head);
@@ -540,5 +644,74 @@ impl Upload {
         self.sent = 0;
         self.output.extend_from_slice(std::mem::take(&mut self.after_piece));
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits { bytes: 8192, fields: 64 };
+
+    async fn exchange(conn: &mut Http1Conn) -> Result<Head, Http1Error> {
+        conn.begin(ForwardBody::Empty, None, |out| {
+            out.extend_from_slice(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n")
+        });
+        let (method, mut headers) = (Method::POST, HeaderMap::new());
+        std::future::poll_fn(|cx| conn.poll_head(cx, (&method, &mut headers), LIMITS, |_, _| {})).await
+    }
+
+    /// Whether a connection to such a peer says, behind `before` good exchanges, that the peer has missed the next.
+    /// What it does when a request is there (`reads`) is its own matter.
+    fn missed(before: usize, reads: bool, resets: bool) -> bool {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
+        let address = listener.local_addr().expect("address");
+        let (closed, wait) = std::sync::mpsc::channel();
+        let peer = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("accepts");
+            let mut chunk = [0; 1024];
+            for _ in 0..before {
+                assert!(socket.read(&mut chunk).expect("a request") > 0);
+                socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").expect("is taken");
+            }
+            if reads {
+                closed.send(()).expect("somebody waits");
+                assert!(socket.read(&mut chunk).expect("a request") > 0);
+            }
+            if resets {
+                socket2::SockRef::from(&socket).set_linger(Some(std::time::Duration::ZERO)).expect("linger");
+            }
+            drop(socket);
+            // Nobody waits for it a second time.
+            let _ = closed.send(());
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let missed = runtime.block_on(async {
+            let mut conn =
+                Http1Conn::new(TcpStream::connect(address).await.expect("connects"), SpareBuffers::default());
+            for _ in 0..before {
+                exchange(&mut conn).await.expect("an answer");
+            }
+            // Without a look at the socket: as if the end came while the request is being written.
+            wait.recv().expect("the peer goes on");
+            exchange(&mut conn).await.expect_err("there is no answer");
+            conn.has_missed()
+        });
+        peer.join().expect("no panic");
+        missed
+    }
+
+    #[test]
+    fn a_peer_that_had_closed_before_the_request_came_has_missed_it() {
+        assert!(missed(0, false, false), "a new connection");
+        assert!(missed(3, false, false), "one that has served");
+    }
+
+    #[test]
+    fn a_peer_that_may_have_read_the_request_has_not_missed_it() {
+        assert!(!missed(0, true, false) && !missed(3, true, false), "read, and closed");
+        assert!(!missed(0, true, true) && !missed(3, true, true), "read, and reset");
     }
 }

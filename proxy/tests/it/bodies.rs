@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
-use super::support::{Client, Origin, TestEdge, block_on, h2c, service, until, upstream};
+use super::support::{Client, Origin, TestEdge, block_on, h2c, service, until, until_trusted, upstream};
 
 /// An HTTP/2 origin (prior knowledge) in a thread of its own.
 pub(crate) fn h2_origin<F, R>(answer: F) -> std::net::SocketAddr
@@ -81,13 +81,15 @@ fn large_bodies_pass_both_ways_byte_by_byte() {
             conn.write(&seen.body);
         }
     });
-    let edge = TestEdge::before(&origin);
+    let (edge, upstream) = TestEdge::with_upstream(&origin);
     let body: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).take(3_000_000).collect();
     let mut client = edge.client();
     for _ in 0..2 {
         client.send(format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len()));
         client.send(&body);
         assert!(client.answer().body == body);
+        until_trusted(&upstream);
+        assert_eq!(client.get("/").status, 200);
     }
     assert_eq!(origin.connections(), 1);
 }

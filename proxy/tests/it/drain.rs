@@ -144,7 +144,7 @@ fn a_cut_ends_the_lease_also_when_the_client_reads_nothing() {
 
 // --- by class ---------------------------------------------------------------------------------------------
 
-/// An origin of everything: `/ws` is a tunnel that echoes, `/events` and what begins so is a stream that begins
+/// An origin of everything: `/ws` is a tunnel of no known protocol that echoes, `/events` and what begins so is a stream that begins
 /// with what the test says, the rest hangs until the test says how it goes on.
 struct Everything {
     origin: Origin,
@@ -172,7 +172,7 @@ impl Everything {
 }
 
 fn echo(conn: &mut OriginConn) {
-    conn.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n");
+    conn.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: tunnel/1\r\n\r\n");
     while conn.more().is_some() {
         let bytes = std::mem::take(&mut conn.unread);
         conn.write(&bytes);
@@ -188,7 +188,7 @@ fn ask(edge: &TestEdge, path: &str, id: &str) -> Client {
 fn ask_tunnel(edge: &TestEdge, id: &str) -> Client {
     let mut client = edge.client();
     client.send(format!(
-        "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Request-Id: {id}\r\n\r\n"
+        "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: tunnel/1\r\nX-Request-Id: {id}\r\n\r\n"
     ));
     assert!(client.head().starts_with("HTTP/1.1 101"));
     client
@@ -249,6 +249,7 @@ fn requests_are_cut_at_the_deadline_of_their_class_while_a_tunnel_lives_on() {
     let mut receipt = inside.receipt();
     receipt.hard_cut.sort_unstable();
     assert_eq!(receipt.hard_cut, ["hangs-1", "hangs-2"]);
+    assert_eq!(receipt.hard_cut_classes, [TrafficClass::Request; 2]);
     assert_eq!(receipt.in_flight[TrafficClass::WebSocket], 1);
     inside.cut_class(TrafficClass::WebSocket);
     assert!(tunnel.is_closed());

@@ -6,7 +6,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use peregrine_proxy::Config;
 use peregrine_routing::{HostPattern, RouteSpec, ServicePolicy};
 
-use super::support::{Origin, TestEdge, block_on, config, service, upstream};
+use super::support::{Origin, TestEdge, block_on, config, service, until_trusted, upstream};
 
 type H2<B> = hyper::client::conn::http2::SendRequest<B>;
 
@@ -244,8 +244,10 @@ fn connection_fields_in_http2_are_refused() {
 #[test]
 fn a_client_keeps_its_connection_and_so_does_the_upstream() {
     let origin = Origin::ok();
-    let edge = TestEdge::before(&origin);
+    let (edge, upstream) = TestEdge::with_upstream(&origin);
     let mut client = edge.client();
+    assert_eq!(client.get("/").status, 200);
+    until_trusted(&upstream);
     for _ in 0..50 {
         assert_eq!(client.get("/").status, 200);
         assert_eq!(client.post("/", "x").status, 200);

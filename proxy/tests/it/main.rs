@@ -1,16 +1,22 @@
 //! The edge from outside: real sockets, scripted clients and scripted origins.
 
+mod apart;
 mod bodies;
 mod drain;
 mod forwarding;
 mod goaway;
+mod grpc;
 mod health;
+mod large;
 mod limits;
 mod malformed;
 mod names;
 mod observe;
+mod outage;
 mod ready;
 mod retries;
 mod shutdown;
+mod stale;
 mod support;
 mod tunnels;
+mod websockets;

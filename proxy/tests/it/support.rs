@@ -27,6 +27,12 @@ pub(crate) fn until(what: &str, mut reached: impl FnMut() -> bool) {
     }
 }
 
+/// Waits until a connection that was idle for as long as a busy machine pauses is trusted with requests that must
+/// not be sent twice. Those that are idle now are older than that.
+pub(crate) fn until_trusted(upstream: &Upstream) {
+    until("idle connections are trusted", || upstream.trusted_idle_ms(peregrine_proxy::now_ms()) >= 1_000);
+}
+
 // --- services -------------------------------------------------------------------------------------------
 
 static GENERATIONS: AtomicU64 = AtomicU64::new(1);
@@ -97,6 +103,14 @@ impl TestEdge {
     /// An edge in front of one origin.
     pub(crate) fn before(origin: &Origin) -> Self {
         Self::start(service(vec![upstream(origin.addr)]))
+    }
+
+    /// An edge in front of one origin, with the origin's upstream.
+    pub(crate) fn with_upstream(origin: &Origin) -> (Self, Arc<Upstream>) {
+        let spec = upstream(origin.addr);
+        let edge = Self::start(service(vec![spec.clone()]));
+        let upstream = edge.upstream(&spec);
+        (edge, upstream)
     }
 
     pub(crate) fn client(&self) -> Client {

@@ -84,7 +84,7 @@ impl Lease {
     pub fn cut(&mut self, request_id: &str) {
         if self.end != LeaseEnd::Cut {
             self.end = LeaseEnd::Cut;
-            self.upstream.list_cut(request_id);
+            self.upstream.list_cut(self.class, request_id);
         }
     }
 }

@@ -2,7 +2,9 @@
 
 mod deadlines;
 mod gate;
+mod keep_alive;
 mod lease;
+mod remote;
 mod vitals;
 
 use std::sync::atomic::{
@@ -20,7 +22,10 @@ use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
 
 use deadlines::Deadlines;
 use gate::Gate;
+use keep_alive::KeepAlive;
 pub use lease::Lease;
+use remote::Remote;
+pub use remote::{EdgeId, LostEdge, Tally};
 use vitals::Vitals;
 
 /// Identity of one stretch of service of one copy. Given out by the engine, never used twice.
@@ -39,9 +44,10 @@ impl std::fmt::Display for Generation {
 pub struct Draining(pub Generation);
 
 /// What active probes say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Health {
     /// Not probed yet, or not probed at all. Usable.
+    #[default]
     Unknown,
     /// The last probes were good.
     Healthy,
@@ -65,7 +71,8 @@ pub struct Upstream {
     started: AtomicU64,
     bytes_to_upstream: AtomicU64,
     bytes_to_client: AtomicU64,
-    hard_cut: Mutex<Vec<String>>,
+    hard_cut: Mutex<Vec<(TrafficClass, String)>>,
+    retried: AtomicU64,
     deadlines: Deadlines,
     /// Connections that edges have opened ahead and not used yet.
     ready: AtomicI64,
@@ -73,7 +80,10 @@ pub struct Upstream {
     /// and when connections were opened ahead.
     turned: Event,
     vitals: Vitals,
+    keep_alive: KeepAlive,
     outcomes: OutcomeCounters,
+    /// What edges in other processes say. Last, so that what requests touch lies together.
+    remote: Remote,
 }
 
 /// What an upstream's stretch of service amounted to. `hard_cut` empty is what zero downtime means.
@@ -91,12 +101,18 @@ pub struct DrainReceipt {
     pub soft_closed: PerClass<u64>,
     /// Ids of the requests that were cut at the hard deadline.
     pub hard_cut: Vec<String>,
+    /// The class of each of them, in the same order.
+    pub hard_cut_classes: Vec<TrafficClass>,
+    /// Attempts that failed here and were made again without the client noticing.
+    pub retried: u64,
     /// Leases still out, by class.
     pub in_flight: PerClass<u64>,
     /// Body bytes sent to the upstream.
     pub bytes_to_upstream: u64,
     /// Body bytes sent to clients.
     pub bytes_to_client: u64,
+    /// Edges that were given up while they may have been inside: what they did after their last word is in no count.
+    pub lost: Vec<LostEdge>,
 }
 
 impl Upstream {
@@ -115,11 +131,14 @@ impl Upstream {
             bytes_to_upstream: AtomicU64::new(0),
             bytes_to_client: AtomicU64::new(0),
             hard_cut: Mutex::new(Vec::new()),
+            retried: AtomicU64::new(0),
             deadlines: Deadlines::default(),
             ready: AtomicI64::new(0),
             turned: Event::new(),
             vitals: Vitals::default(),
+            keep_alive: KeepAlive::default(),
             outcomes: OutcomeCounters::default(),
+            remote: Remote::default(),
         }
     }
 
@@ -184,16 +203,23 @@ impl Upstream {
         self.gate.state().retired
     }
 
-    /// Leases out, all classes.
+    /// Leases out, all classes, at every edge.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
+        let elsewhere = self.remote.sum().map_or(0, |sum| sum.tally.in_flight.total());
+        self.in_flight_here() + elsewhere
+    }
+
+    /// Leases out at the edge in this process: one load, for the request path.
+    pub(crate) fn in_flight_here(&self) -> u64 {
         self.gate.state().inside
     }
 
-    /// Whether the gate is closed and nobody is inside. Once true, it stays so.
+    /// Whether the gate is closed and nobody is inside, at no edge. Once true, it stays so, unless an edge that was
+    /// given up comes back.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.gate.state().is_drained()
+        self.gate.state().is_drained() && self.remote.is_empty()
     }
 
     /// Waits until the upstream is retired and empty. Needs no runtime.
@@ -267,9 +293,14 @@ impl Upstream {
         self.turned.notify(usize::MAX);
     }
 
-    /// Connections that are open ahead and were not used yet, over all cores.
+    /// Connections that are open ahead and were not used yet, over all cores of all edges.
     #[must_use]
     pub fn ready_connections(&self) -> u64 {
+        let elsewhere = self.remote.sum().map_or(0, |sum| sum.tally.ready_connections);
+        self.ready_here() + elsewhere
+    }
+
+    fn ready_here(&self) -> u64 {
         u64::try_from(self.ready.load(Acquire)).unwrap_or(0)
     }
 
@@ -304,36 +335,69 @@ impl Upstream {
         }
     }
 
-    fn list_cut(&self, request_id: &str) {
-        self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).push(request_id.to_owned());
+    fn list_cut(&self, class: TrafficClass, request_id: &str) {
+        let mut cut = self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner);
+        cut.push((class, request_id.to_owned()));
     }
 
-    /// What this stretch of service amounts to so far.
+    /// Counts an attempt that failed here and is made again.
+    pub fn note_retried(&self) {
+        self.retried.fetch_add(1, Relaxed);
+    }
+
+    /// What this stretch of service amounts to so far, over all edges.
     #[must_use]
     pub fn receipt(&self) -> DrainReceipt {
+        let mut receipt = self.receipt_here();
+        let Some(sum) = self.remote.sum() else { return receipt };
+        receipt.empty = self.is_empty();
+        receipt.started += sum.tally.started;
+        receipt.completed.add(&sum.tally.completed);
+        receipt.soft_closed.add(&sum.tally.soft_closed);
+        receipt.in_flight.add(&sum.tally.in_flight);
+        receipt.bytes_to_upstream += sum.tally.bytes_to_upstream;
+        receipt.bytes_to_client += sum.tally.bytes_to_client;
+        receipt.hard_cut.extend(sum.tally.hard_cut);
+        receipt.lost = sum.lost;
+        receipt
+    }
+
+    fn receipt_here(&self) -> DrainReceipt {
         // The gate is read first: what is counted after it can only be more complete.
         let gate = self.gate.state();
         let mut in_flight = PerClass(std::array::from_fn(|i| u64::from(self.in_flight[i].load(Acquire))));
         let others = in_flight.total();
         in_flight[TrafficClass::Request] = gate.inside.saturating_sub(others);
+        let cut = self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (hard_cut_classes, hard_cut) = cut.into_iter().unzip();
         DrainReceipt {
             generation: self.generation,
             empty: gate.is_drained(),
             started: self.started.load(Acquire),
             completed: PerClass(std::array::from_fn(|i| self.completed[i].load(Acquire))),
             soft_closed: PerClass(std::array::from_fn(|i| self.soft_closed[i].load(Acquire))),
-            hard_cut: self.hard_cut.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            hard_cut,
+            hard_cut_classes,
+            retried: self.retried.load(Acquire),
             in_flight,
             bytes_to_upstream: self.bytes_to_upstream.load(Acquire),
             bytes_to_client: self.bytes_to_client.load(Acquire),
+            lost: Vec::new(),
         }
     }
 
     // --- health -----------------------------------------------------------------------------------
 
-    /// What active probes say.
+    /// What active probes say: the worst of what any edge has found.
     #[must_use]
     pub fn health(&self) -> Health {
+        let elsewhere = self.remote.sum().map_or(Health::Unknown, |sum| sum.tally.health);
+        remote::worse(self.health_here(), elsewhere)
+    }
+
+    /// What the probes of the edge in this process say.
+    #[must_use]
+    pub fn health_here(&self) -> Health {
         self.vitals.health()
     }
 
@@ -342,10 +406,11 @@ impl Upstream {
         self.vitals.set_health(health, now_ms);
     }
 
-    /// Time of the last good probe, in microseconds; 0 before the first.
+    /// Time of the last good probe, in microseconds; 0 before the first. Of several edges the longest.
     #[must_use]
     pub fn probe_latency_us(&self) -> u64 {
-        self.vitals.probe_latency_us.load(Relaxed)
+        let elsewhere = self.remote.sum().map_or(0, |sum| sum.tally.probe_latency_us);
+        self.vitals.probe_latency_us.load(Relaxed).max(elsewhere)
     }
 
     /// Records how long a good probe took.
@@ -353,10 +418,11 @@ impl Upstream {
         self.vitals.probe_latency_us.store(latency_us, Relaxed);
     }
 
-    /// Until when the upstream is ejected by passive observation; in the past or 0 if it is not.
+    /// Until when the upstream is ejected by passive observation, at any edge; in the past or 0 if it is not.
     #[must_use]
     pub fn ejected_until_ms(&self) -> u64 {
-        self.vitals.ejected_until_ms.load(Relaxed)
+        let elsewhere = self.remote.sum().map_or(0, |sum| sum.tally.ejected_until_ms);
+        self.vitals.ejected_until_ms.load(Relaxed).max(elsewhere)
     }
 
     /// Whether a request should be sent here at all, if there is a choice.
@@ -370,12 +436,45 @@ impl Upstream {
         self.vitals.ramp_permille(now_ms, slow_start_ms)
     }
 
+    // --- idle connections -------------------------------------------------------------------------
+
+    /// Says that a connection was seen open after it had been idle for so long.
+    pub fn note_idle_open(&self, idle_ms: u64) {
+        self.keep_alive.note_open(idle_ms);
+    }
+
+    /// Says that a connection was found closed by the upstream after it had been idle for so long.
+    pub fn note_idle_closed(&self, idle_ms: u64, now_ms: u64) {
+        self.keep_alive.note_closed(idle_ms, now_ms);
+    }
+
+    /// Says how long the upstream promises to keep an idle connection (`Keep-Alive: timeout`).
+    pub fn note_idle_announced(&self, timeout_ms: u32) {
+        self.keep_alive.note_announced(timeout_ms);
+    }
+
+    /// Idle time below which a connection may be trusted with a request that must not be sent twice: half of
+    /// what the upstream is known to keep connections for, 0 while nothing is known.
+    #[must_use]
+    pub fn trusted_idle_ms(&self, now_ms: u64) -> u64 {
+        self.keep_alive.trusted_ms(now_ms)
+    }
+
+    /// Takes over what is known of another copy of the same service.
+    pub(crate) fn inherit(&self, other: &Self) {
+        self.keep_alive.inherit(&other.keep_alive);
+    }
+
     // --- outcomes ---------------------------------------------------------------------------------
 
-    /// A reading of the counters.
+    /// A reading of the counters, over all edges.
     #[must_use]
     pub fn outcomes(&self) -> OutcomeCounts {
-        self.outcomes.read()
+        let mut outcomes = self.outcomes.read();
+        if let Some(sum) = self.remote.sum() {
+            outcomes.add(&sum.tally.outcomes);
+        }
+        outcomes
     }
 
     /// Counts an outcome, learns the latency and ejects the upstream if it keeps failing.
@@ -404,5 +503,47 @@ impl Upstream {
     #[must_use]
     pub fn latency_estimate_us(&self, now_ms: u64) -> f64 {
         self.vitals.latency_estimate_us(now_ms)
+    }
+
+    // --- edges in other processes -----------------------------------------------------------------
+
+    /// What the edge in this process has to say of it to the engine in another.
+    #[must_use]
+    pub fn tally(&self) -> Tally {
+        let receipt = self.receipt_here();
+        Tally {
+            started: receipt.started,
+            completed: receipt.completed,
+            soft_closed: receipt.soft_closed,
+            in_flight: receipt.in_flight,
+            bytes_to_upstream: receipt.bytes_to_upstream,
+            bytes_to_client: receipt.bytes_to_client,
+            hard_cut: receipt.hard_cut,
+            outcomes: self.outcomes.read(),
+            ready_connections: self.ready_here(),
+            health: self.health_here(),
+            ejected_until_ms: self.vitals.ejected_until_ms.load(Relaxed),
+            probe_latency_us: self.vitals.probe_latency_us.load(Relaxed),
+        }
+    }
+
+    pub(crate) fn expect_edge(&self, id: EdgeId, name: &Arc<str>) {
+        self.remote.expect(id, name);
+    }
+
+    pub(crate) fn report_of(&self, id: EdgeId, tally: Tally, from_before: bool) {
+        if self.remote.report(id, tally, from_before) {
+            self.turned.notify(usize::MAX);
+        }
+    }
+
+    pub(crate) fn let_go_of(&self, id: EdgeId) {
+        self.remote.let_go(id);
+        self.turned.notify(usize::MAX);
+    }
+
+    pub(crate) fn lose_edge(&self, id: EdgeId) {
+        self.remote.lose(id);
+        self.turned.notify(usize::MAX);
     }
 }

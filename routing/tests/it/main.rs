@@ -7,6 +7,7 @@ mod drain;
 mod health;
 mod matching;
 mod ready;
+mod remote;
 mod shares;
 mod sticky;
 mod support;

@@ -1,6 +1,8 @@
 //! The handlers, one file for each noun. Each is documented where it is written, and `router.rs` cannot take
 //! one that is not.
 
+pub(super) mod audit;
+pub(super) mod edges;
 pub(super) mod events;
 pub(super) mod instances;
 pub(super) mod logs;

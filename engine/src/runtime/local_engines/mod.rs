@@ -19,7 +19,7 @@ mod host;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -262,8 +262,18 @@ struct Ledger {
     dir: PathBuf,
     entries: Entries,
     children: Vec<std::process::Child>,
+    making: Arc<Mutex<Making>>,
     /// `None` once everything is taken away.
     lock: Option<std::fs::File>,
+}
+
+/// What is being made in a thread of its own, which goes on when nobody waits for it any more: whoever takes
+/// things away waits for it, and gets what it has made.
+#[derive(Debug, Default)]
+struct Making {
+    /// Nothing more is to be made.
+    over: bool,
+    made: Vec<(Made, std::process::Child)>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -286,7 +296,13 @@ impl Ledger {
             Err(error) => return Err(file(error)),
             Ok(text) => serde_json::from_slice(&text).map_err(|error| file(error.into()))?,
         };
-        let mut ledger = Self { dir: dir.to_owned(), entries, children: Vec::new(), lock: Some(lock) };
+        let mut ledger = Self {
+            dir: dir.to_owned(),
+            entries,
+            children: Vec::new(),
+            making: Arc::default(),
+            lock: Some(lock),
+        };
         ledger.clear()?;
         Ok(ledger)
     }
@@ -300,19 +316,37 @@ impl Ledger {
         let made = Made::plan(&self.dir, id, letter)?;
         self.entries.made.push(made.clone());
         self.save()?;
-        let arguments = arguments.to_vec();
-        let begun = tokio::task::spawn_blocking(move || made.make(&arguments)).await;
-        let (made, child) = begun.map_err(|error| LocalEnginesError::Command {
+        let (arguments, making, plan) = (arguments.to_vec(), Arc::clone(&self.making), made.clone());
+        let begun = tokio::task::spawn_blocking(move || {
+            let mut making = making.lock().unwrap_or_else(PoisonError::into_inner);
+            if !making.over {
+                let made = plan.make(&arguments)?;
+                making.made.push(made);
+            }
+            Ok(())
+        });
+        begun.await.map_err(|error| LocalEnginesError::Command {
             what: "starting an engine".to_owned(),
             detail: error.to_string(),
         })??;
-        self.children.push(child);
+        self.take_in_made(false);
+        let made = self.entries.made.last().cloned().unwrap_or(made);
         let started = Started { made: Arc::new(made.clone()), ..Started::of(&made) };
-        if let Some(last) = self.entries.made.last_mut() {
-            *last = made;
-        }
         self.save()?;
         Ok(started)
+    }
+
+    /// Waits for what is being made, and writes down what came of it.
+    fn take_in_made(&mut self, over: bool) {
+        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        making.over |= over;
+        for (made, child) in making.made.drain(..) {
+            self.children.push(child);
+            let planned = self.entries.made.iter_mut().find(|planned| planned.namespace == made.namespace);
+            if let Some(planned) = planned {
+                *planned = made;
+            }
+        }
     }
 
     fn save(&self) -> Result<(), LocalEnginesError> {
@@ -327,6 +361,7 @@ impl Ledger {
         if self.lock.is_none() {
             return Ok(());
         }
+        self.take_in_made(true);
         self.clear()?;
         self.lock = None;
         host::remove_file(&self.dir.join(LOCK))

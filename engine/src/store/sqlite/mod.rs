@@ -6,18 +6,25 @@
 //! ```
 //!
 //! What is acknowledged is on the disk (`synchronous=FULL`). A second process is turned away at once, by a
-//! lock that the kernel gives back however the first one ends. No two processes ever write.
+//! lock that the kernel gives back however the first one ends; one that stands by takes over from a process that stands
+//! still (see `leader`), which then writes nothing any more. No two processes ever write.
 
+mod backup;
 mod fault;
+mod leader;
 mod reader;
 mod schema;
 mod watch;
 mod writer;
 
+pub(crate) use self::backup::{check, copy};
+pub(crate) use self::schema::{FILE, LOCK_FILE, lock};
+
 use std::fs::File;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -25,16 +32,19 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::fault::{closed, file_error};
+pub use self::leader::RefusedWrites;
 use self::reader::Query;
 use self::watch::Watch;
 use self::writer::{History, Job, LeaseAsk, Writer};
 use super::{
     Batch, Committed, Entry, LeaseGrant, MAX_BATCH_BYTES, MAX_BATCH_WRITES, MAX_KEY_BYTES, MAX_VALUE_BYTES,
-    Precondition, Revision, Store, StoreError,
+    Precondition, Revision, Store, StoreError, Survey,
 };
 
 /// Most jobs that wait for each thread; who comes later waits for room.
 const MAX_QUEUED_JOBS: usize = 256;
+/// Looks at who leads within the patience of who stands by.
+const LOOKS_PER_PATIENCE: u32 = 20;
 /// Commits that a watch may be behind before it goes back to the log.
 const MAX_LIVE_COMMITS: usize = 256;
 
@@ -47,8 +57,10 @@ pub struct SqliteStore {
     live: broadcast::WeakSender<Arc<Committed>>,
     writer: Option<JoinHandle<()>>,
     reader: Option<JoinHandle<()>>,
-    /// Given back when everything above is gone.
-    _lock: File,
+    /// Given back when everything above is gone. `None` after taking over from a process that stands still and has it.
+    lock: Mutex<Option<File>>,
+    dir: PathBuf,
+    epoch: u64,
 }
 
 impl SqliteStore {
@@ -69,23 +81,94 @@ impl SqliteStore {
         history: History,
         prepare: impl FnOnce(&rusqlite::Connection) -> Result<(), rusqlite::Error>,
     ) -> Result<Self, StoreError> {
-        let lock = schema::lock(dir)?;
+        let lock = lock(dir)?;
         let connection = schema::open_writer(dir)?;
         prepare(&connection).map_err(|e| fault::store_error(&Arc::new(e)))?;
+        let seen = leader::present(&connection).map_err(|e| fault::store_error(&Arc::new(e)))?;
+        // The kernel has given us the folder: whoever led is gone, or finds out that it was replaced.
+        Self::lead(dir, history, connection, seen.as_ref(), Some(lock))?.ok_or(StoreError::Locked)
+    }
+
+    /// Waits until the store is free, or until who leads has not shown for `patience` that it lives; then takes over
+    /// under a higher epoch. Blocks the thread; `None` when `stop` says so. Which of the two it was is not told: after
+    /// either, the one before writes nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`SqliteStore::open`], but for [`StoreError::Locked`].
+    pub fn stand_by(
+        dir: &Path,
+        patience: Duration,
+        stop: impl Fn() -> bool,
+    ) -> Result<Option<Self>, StoreError> {
+        let mut seen = None;
+        let mut since = Instant::now();
+        while !stop() {
+            match Self::open(dir) {
+                Err(StoreError::Locked) => {}
+                opened => return opened.map(Some),
+            }
+            let now = schema::leader(dir)?;
+            if now.is_none() || now != seen {
+                (seen, since) = (now, Instant::now());
+            } else if since.elapsed() >= patience {
+                let connection = schema::open_writer(dir)?;
+                if let Some(store) = Self::lead(dir, History::default(), connection, seen.as_ref(), None)? {
+                    return Ok(Some(store));
+                }
+            }
+            std::thread::park_timeout(patience / LOOKS_PER_PATIENCE);
+        }
+        Ok(None)
+    }
+
+    fn lead(
+        dir: &Path,
+        history: History,
+        mut connection: rusqlite::Connection,
+        seen: Option<&leader::Leader>,
+        lock: Option<File>,
+    ) -> Result<Option<Self>, StoreError> {
+        let holder = format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple());
+        let taken = leader::take(&mut connection, &holder, seen);
+        let Some(epoch) = taken.map_err(|e| fault::store_error(&Arc::new(e)))? else { return Ok(None) };
         let read_connection = schema::open_reader(dir)?;
         let (live, _) = broadcast::channel(MAX_LIVE_COMMITS);
         let weak_live = live.downgrade(); // the writer thread has the strong one: when it is gone, watches end
-        let writer = Writer::new(connection, history, live)?;
+        let writer = Writer::new(connection, history, live, (holder, epoch))?;
         let (jobs, job_queue) = mpsc::channel(MAX_QUEUED_JOBS);
         let (queries, query_queue) = mpsc::channel(MAX_QUEUED_JOBS);
-        Ok(Self {
+        Ok(Some(Self {
             jobs: Some(jobs),
             queries: Some(queries),
             live: weak_live,
             writer: Some(spawn(dir, "store-writer", move || writer.run(job_queue))?),
             reader: Some(spawn(dir, "store-reader", move || reader::run(read_connection, query_queue))?),
-            _lock: lock,
-        })
+            lock: Mutex::new(lock),
+            dir: dir.to_owned(),
+            epoch,
+        }))
+    }
+
+    /// The fencing epoch: it rises each time that a process takes the lead on this store.
+    #[must_use]
+    pub const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Shows whoever stands by that this process lives, and takes the notes of refused writes of those before it.
+    /// Call it several times within their patience.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Fenced`] when another process leads.
+    pub async fn renew(&self) -> Result<Vec<RefusedWrites>, StoreError> {
+        let renewed = self.write(|reply| Job::Renew { reply }).await?;
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_none() {
+            *lock = schema::lock(&self.dir).ok(); // as soon as the one that we took over from is gone
+        }
+        Ok(renewed)
     }
 
     async fn write<T>(
@@ -117,6 +200,17 @@ impl Store for SqliteStore {
 
     fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>> {
         self.read_range(prefix.to_owned()).boxed()
+    }
+
+    fn survey(&self, prefix: &str) -> BoxFuture<'_, Result<Survey, StoreError>> {
+        let prefix = prefix.to_owned();
+        async move {
+            let (reply, answer) = oneshot::channel();
+            let queries = self.queries.as_ref().ok_or_else(closed)?;
+            queries.send(Query::Survey { prefix, reply }).await.map_err(|_| closed())?;
+            answer.await.map_err(|_| closed())?
+        }
+        .boxed()
     }
 
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::fault::{damaged, store_error};
 use crate::store::record::{self, CHECKSUM_BYTES};
-use crate::store::{Committed, Entry, Revision, StoreError};
+use crate::store::{Committed, Entry, Revision, StoreError, Survey};
 
 /// Most commits that a watch reads from the log at once…
 const MAX_PAGE_COMMITS: usize = 256;
@@ -19,6 +19,8 @@ const MAX_PAGE_BYTES: usize = 4 << 20;
 pub(super) enum Query {
     /// Every entry with this prefix.
     Range { prefix: String, reply: oneshot::Sender<Result<(Revision, Vec<Entry>), StoreError>> },
+    /// Every entry with this prefix, and which cannot be trusted.
+    Survey { prefix: String, reply: oneshot::Sender<Result<Survey, StoreError>> },
     /// The next commits after a revision; none if it is the newest.
     Page { after: Revision, reply: oneshot::Sender<Result<Vec<Committed>, StoreError>> },
 }
@@ -29,23 +31,42 @@ pub(super) fn run(mut connection: Connection, mut queries: mpsc::Receiver<Query>
         // Each answer is one read transaction: a snapshot. An asker that is gone wants no answer.
         match query {
             Query::Range { prefix, reply } => drop(reply.send(range(&mut connection, &prefix))),
+            Query::Survey { prefix, reply } => drop(reply.send(survey(&mut connection, &prefix))),
             Query::Page { after, reply } => drop(reply.send(page(&mut connection, after))),
         }
     }
 }
 
 fn range(connection: &mut Connection, prefix: &str) -> Result<(Revision, Vec<Entry>), StoreError> {
+    let (newest, rows) = stored(connection, prefix)?;
+    let entries = rows.into_iter().map(StoredEntry::checked).collect::<Result<_, _>>()?;
+    Ok((newest, entries))
+}
+
+/// As [`range`], but an entry that cannot be trusted is named and does not hide the others.
+pub(super) fn survey(connection: &mut Connection, prefix: &str) -> Result<Survey, StoreError> {
+    let (revision, rows) = stored(connection, prefix)?;
+    let mut survey = Survey { revision, ..Survey::default() };
+    for row in rows {
+        let key = row.key.clone();
+        match row.checked() {
+            Ok(entry) => survey.entries.push(entry),
+            Err(error) => survey.unsound.push((key, error.to_string())),
+        }
+    }
+    Ok(survey)
+}
+
+fn stored(connection: &mut Connection, prefix: &str) -> Result<(Revision, Vec<StoredEntry>), StoreError> {
     let mut read = || {
         let snapshot = connection.transaction()?;
         let (_, newest) = span(&snapshot)?;
         Ok((newest, entries(&snapshot, prefix)?))
     };
-    let (newest, rows) = flatten(read())?;
-    let entries = rows.into_iter().map(StoredEntry::checked).collect::<Result<_, _>>()?;
-    Ok((newest, entries))
+    flatten(read())
 }
 
-fn page(connection: &mut Connection, after: Revision) -> Result<Vec<Committed>, StoreError> {
+pub(super) fn page(connection: &mut Connection, after: Revision) -> Result<Vec<Committed>, StoreError> {
     let mut read = || {
         let snapshot = connection.transaction()?;
         let span = span(&snapshot)?;

@@ -9,12 +9,13 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags};
 
 use super::fault::{damaged, file_error, store_error};
+use super::leader::{self, Leader};
 use crate::store::StoreError;
 
 /// Name of the database in the data folder.
-const FILE: &str = "store.db";
+pub(crate) const FILE: &str = "store.db";
 /// Name of the file that is locked while a process has the store open.
-const LOCK_FILE: &str = "store.lock";
+pub(crate) const LOCK_FILE: &str = "store.lock";
 /// `PRAGMA application_id`: "PRGN".
 const APPLICATION_ID: i64 = 0x5052_474E;
 /// `PRAGMA user_version` of [`SCHEMA`].
@@ -44,7 +45,7 @@ const SCHEMA: &str = "
 ";
 
 /// Takes the data folder for this process. The kernel gives the lock back however the process ends.
-pub(super) fn lock(dir: &Path) -> Result<File, StoreError> {
+pub(crate) fn lock(dir: &Path) -> Result<File, StoreError> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -80,6 +81,16 @@ pub(super) fn open_writer(dir: &Path) -> Result<Connection, StoreError> {
     Ok(connection)
 }
 
+/// Who leads, looked at from outside; `None` before there is a store.
+pub(super) fn leader(dir: &Path) -> Result<Option<Leader>, StoreError> {
+    let path = dir.join(FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let connection = open_reader(dir)?;
+    leader::present(&connection).map_err(|e| store_error(&Arc::new(e)))
+}
+
 /// Opens the database once more, for reading only.
 pub(super) fn open_reader(dir: &Path) -> Result<Connection, StoreError> {
     let connection = connect(&dir.join(FILE))?;
@@ -87,7 +98,7 @@ pub(super) fn open_reader(dir: &Path) -> Result<Connection, StoreError> {
     Ok(connection)
 }
 
-fn connect(path: &Path) -> Result<Connection, StoreError> {
+pub(super) fn connect(path: &Path) -> Result<Connection, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let open = || {
         let connection = Connection::open_with_flags(path, flags)?;
@@ -103,22 +114,32 @@ fn connect(path: &Path) -> Result<Connection, StoreError> {
 
 fn check(connection: &Connection) -> Result<(), StoreError> {
     let failed = |e: rusqlite::Error| store_error(&Arc::new(e));
-    let number = |name: &str| connection.pragma_query_value(None, name, |r| r.get::<_, i64>(0));
     let tables: i64 =
         connection.query_row("SELECT count(*) FROM sqlite_schema", (), |r| r.get(0)).map_err(failed)?;
     if tables == 0 {
         return create(connection).map_err(failed);
     }
-    if number("application_id").map_err(failed)? != APPLICATION_ID {
-        return Err(damaged(format_args!("{FILE} is a database of another program")));
-    }
-    let found = number("user_version").map_err(failed)?;
-    if found != SCHEMA_VERSION {
-        return Err(StoreError::Newer { found, known: SCHEMA_VERSION });
-    }
+    recognize(connection)?;
     let verdict: String = connection.query_row("PRAGMA quick_check(1)", (), |r| r.get(0)).map_err(failed)?;
     if verdict != "ok" {
         return Err(damaged(format_args!("{FILE}: {verdict}")));
+    }
+    Ok(())
+}
+
+/// Whether the database is a store of ours, in a form that this version knows.
+pub(super) fn recognize(connection: &Connection) -> Result<(), StoreError> {
+    let number = |name: &str| {
+        connection
+            .pragma_query_value(None, name, |r| r.get::<_, i64>(0))
+            .map_err(|e| store_error(&Arc::new(e)))
+    };
+    if number("application_id")? != APPLICATION_ID {
+        return Err(damaged(format_args!("{FILE} is a database of another program")));
+    }
+    let found = number("user_version")?;
+    if found != SCHEMA_VERSION {
+        return Err(StoreError::Newer { found, known: SCHEMA_VERSION });
     }
     Ok(())
 }

@@ -143,3 +143,51 @@ fn the_limits_of_history_are_those_of_the_contract() {
     let history = History::default();
     assert_eq!((history.min_commits, history.max_bytes), (MIN_HISTORY_COMMITS, MAX_HISTORY_BYTES));
 }
+
+#[tokio::test]
+async fn a_process_that_was_replaced_while_it_stood_still_writes_nothing_and_leaves_a_note() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = SqliteStore::open(dir.path()).unwrap();
+    first.commit(put("a", "1")).await.unwrap();
+    assert_eq!(first.renew().await.unwrap(), []);
+    // It has the folder's lock and does not renew: as a process that is stopped.
+    let patience = Duration::from_millis(200);
+    let folder = dir.path().to_owned();
+    let standby = tokio::task::spawn_blocking(move || SqliteStore::stand_by(&folder, patience, || false));
+    let second = standby.await.unwrap().unwrap().expect("it takes over");
+    assert!(second.epoch() > first.epoch());
+    second.commit(put("b", "2")).await.unwrap();
+    let late = first.commit(put("a", "3")).await;
+    assert!(matches!(late, Err(StoreError::Fenced { ours, theirs }) if ours < theirs), "{late:?}");
+    assert!(matches!(first.renew().await, Err(StoreError::Fenced { .. })));
+    let (_, entries) = second.range("").await.unwrap();
+    let values: Vec<_> = entries.iter().map(|entry| &entry.value[..]).collect();
+    assert_eq!(values, [&b"1"[..], &b"2"[..]]);
+    let notes = second.renew().await.unwrap();
+    assert_eq!(notes, [RefusedWrites { epoch: first.epoch(), batches: 1 }]);
+    assert_eq!(second.renew().await.unwrap(), [], "a note is taken once");
+    assert!(matches!(SqliteStore::open(dir.path()), Err(StoreError::Locked)));
+    drop(first);
+    second.renew().await.unwrap();
+    assert!(matches!(SqliteStore::open(dir.path()), Err(StoreError::Locked)), "the second has the lock now");
+}
+
+#[tokio::test]
+async fn who_stands_by_waits_as_long_as_the_one_that_leads_shows_that_it_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = SqliteStore::open(dir.path()).unwrap();
+    let epoch = first.epoch();
+    let patience = Duration::from_millis(400);
+    let folder = dir.path().to_owned();
+    let standby = tokio::task::spawn_blocking(move || SqliteStore::stand_by(&folder, patience, || false));
+    let until = Instant::now() + patience * 4;
+    while Instant::now() < until {
+        first.renew().await.unwrap();
+        assert!(!standby.is_finished(), "it took over from a process that lives");
+        tokio::time::sleep(patience / 16).await;
+    }
+    drop(first);
+    let second = standby.await.unwrap().unwrap().expect("it takes over");
+    assert!(second.epoch() > epoch);
+    second.commit(put("a", "1")).await.unwrap();
+}

@@ -10,6 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::fault::{is_io_failure, store_error};
+use super::leader::{self, RefusedWrites};
 use super::reader::span;
 use crate::store::{
     Batch, Committed, LeaseGrant, MAX_BATCH_BYTES, MAX_HISTORY_BYTES, MIN_HISTORY_COMMITS, Precondition,
@@ -45,6 +46,8 @@ pub(super) enum Job {
     Commit { batch: Batch, reply: oneshot::Sender<Result<Revision, StoreError>> },
     /// A lease.
     Lease { ask: LeaseAsk, reply: oneshot::Sender<Result<LeaseGrant, StoreError>> },
+    /// A sign of life.
+    Renew { reply: oneshot::Sender<Result<Vec<RefusedWrites>, StoreError>> },
 }
 
 /// Who wants which lease for how long.
@@ -60,6 +63,9 @@ enum Outcome {
     Committed(Committed),
     Refused(String),
     Lease(LeaseGrant),
+    Renewed(Vec<RefusedWrites>),
+    /// Another process leads, under this epoch.
+    Fenced(u64),
 }
 
 /// What the next transaction begins with.
@@ -79,6 +85,9 @@ pub(super) struct Writer {
     /// A write failed in a way that leaves unknown what is on the disk. Nothing is written after it: a later
     /// flush can succeed without the data of the one that failed, so going on could acknowledge what is lost.
     broken: Option<Arc<rusqlite::Error>>,
+    /// Who we are, and the epoch that we lead under.
+    holder: String,
+    epoch: u64,
 }
 
 impl Writer {
@@ -86,6 +95,7 @@ impl Writer {
         connection: Connection,
         history: History,
         live: broadcast::Sender<Arc<Committed>>,
+        (holder, epoch): (String, u64),
     ) -> Result<Self, StoreError> {
         let read = || {
             let (oldest, newest) = span(&connection)?;
@@ -94,7 +104,7 @@ impl Writer {
             Ok(Position { oldest, newest, log_bytes: bytes.cast_unsigned() })
         };
         let position = read().map_err(|e: rusqlite::Error| store_error(&Arc::new(e)))?;
-        Ok(Self { connection, history, position, live, broken: None })
+        Ok(Self { connection, history, position, live, broken: None, holder, epoch })
     }
 
     /// Works until every asker is gone.
@@ -118,7 +128,7 @@ impl Writer {
             );
             return group.into_iter().for_each(|job| job.fail(StoreError::Io(text.clone().into())));
         }
-        match self.write(&group) {
+        match self.write_or_make_room(&group) {
             Ok(outcomes) => {
                 group.into_iter().zip(outcomes).for_each(|(job, outcome)| self.acknowledge(job, outcome));
             }
@@ -136,14 +146,37 @@ impl Writer {
         }
     }
 
+    /// On a small disk the write-ahead log alone may fill it, long before it is brought home by itself.
+    fn write_or_make_room(&mut self, group: &[Job]) -> Result<Vec<Outcome>, rusqlite::Error> {
+        let written = self.write(group);
+        match &written {
+            Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => {}
+            _ => return written,
+        }
+        let brought_home = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", (), |_| Ok(()));
+        if brought_home.is_err() { written } else { self.write(group) }
+    }
+
     fn write(&mut self, group: &[Job]) -> Result<Vec<Outcome>, rusqlite::Error> {
         let mut position = self.position;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        if let Some(theirs) = leader::overtaken(&transaction, self.epoch)? {
+            let refused = group.iter().filter(|job| matches!(job, Job::Commit { .. })).count();
+            if refused > 0 {
+                leader::note(&transaction, self.epoch, refused)?;
+                transaction.commit()?;
+            }
+            return Ok(group.iter().map(|_| Outcome::Fenced(theirs)).collect());
+        }
         let mut outcomes = Vec::with_capacity(group.len());
         for job in group {
             outcomes.push(match job {
                 Job::Commit { batch, .. } => apply(&transaction, batch, &mut position)?,
                 Job::Lease { ask, .. } => Outcome::Lease(lease(&transaction, ask)?),
+                Job::Renew { .. } => {
+                    leader::renew(&transaction, &self.holder, self.epoch)?;
+                    Outcome::Renewed(leader::take_notes(&transaction)?)
+                }
             });
         }
         compact(&transaction, &mut position, self.history)?;
@@ -164,6 +197,8 @@ impl Writer {
                 drop(reply.send(Err(StoreError::Conflict(why))));
             }
             (Job::Lease { reply, .. }, Outcome::Lease(grant)) => drop(reply.send(Ok(grant))),
+            (Job::Renew { reply }, Outcome::Renewed(notes)) => drop(reply.send(Ok(notes))),
+            (job, Outcome::Fenced(theirs)) => job.fail(StoreError::Fenced { ours: self.epoch, theirs }),
             _ => unreachable!("`write` answers each job in its own kind"),
         }
     }
@@ -173,7 +208,7 @@ impl Job {
     fn bytes(&self) -> usize {
         match self {
             Self::Commit { batch, .. } => batch.bytes(),
-            Self::Lease { .. } => 0,
+            Self::Lease { .. } | Self::Renew { .. } => 0,
         }
     }
 
@@ -181,6 +216,7 @@ impl Job {
         match self {
             Self::Commit { reply, .. } => drop(reply.send(Err(error))),
             Self::Lease { reply, .. } => drop(reply.send(Err(error))),
+            Self::Renew { reply } => drop(reply.send(Err(error))),
         }
     }
 }

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use peregrine_engine::journal::{Direction, JournalRecord};
-use peregrine_engine::store::{Batch, Committed, Entry, LeaseGrant, Revision, Store, StoreError, Write};
+use peregrine_engine::store::{
+    Batch, Committed, Entry, LeaseGrant, Revision, Store, StoreError, Survey, Write,
+};
 
 #[derive(Default)]
 pub(crate) struct Life {
@@ -148,6 +150,10 @@ impl Store for MortalStore {
 
     fn range(&self, prefix: &str) -> BoxFuture<'_, Result<(Revision, Vec<Entry>), StoreError>> {
         self.inner.range(prefix)
+    }
+
+    fn survey(&self, prefix: &str) -> BoxFuture<'_, Result<Survey, StoreError>> {
+        self.inner.survey(prefix)
     }
 
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {

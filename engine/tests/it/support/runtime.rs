@@ -64,6 +64,8 @@ pub(crate) struct Faults {
     pub(crate) delay_ms: Option<u64>,
     /// New instances take so long for `/healthz`.
     pub(crate) health_delay_ms: Option<u64>,
+    /// The highest epoch that the machine has seen of any service.
+    pub(crate) epoch_seen: u64,
     /// Copies that start end their connections after each answer.
     pub(crate) closes: bool,
 }
@@ -231,6 +233,10 @@ impl Runtime for FakeRuntime {
                 return Ok(address);
             }
             let faults = self.world.lock().machines[&self.machine].faults.clone();
+            if faults.epoch_seen > spec.epoch {
+                let (machine, ours, theirs) = (self.machine.clone(), spec.epoch, faults.epoch_seen);
+                return Err(RuntimeError::Fenced { machine, ours, theirs });
+            }
             let behaviour = Arc::new(Behaviour::default());
             behaviour.status.store(faults.status.unwrap_or(200), Ordering::SeqCst);
             behaviour.health_status.store(faults.health_status.unwrap_or(200), Ordering::SeqCst);

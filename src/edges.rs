@@ -1,0 +1,67 @@
+//! Edges in other processes, from the link's words into the API's.
+
+use peregrine_api::types::{Edge, EdgeState, Invite, instant};
+use peregrine_api::{Edges, EdgesError};
+use peregrine_link::{EdgeState as Standing, EdgeView, LinkHandle, RegistryError};
+
+/// The link as the API asks it.
+pub(crate) struct LinkedEdges {
+    link: LinkHandle,
+    listen: std::net::SocketAddr,
+}
+
+impl LinkedEdges {
+    /// Of a link that listens there.
+    pub(crate) const fn new(link: LinkHandle, listen: std::net::SocketAddr) -> Self {
+        Self { link, listen }
+    }
+}
+
+impl Edges for LinkedEdges {
+    fn list(&self) -> Vec<Edge> {
+        self.link.edges().into_iter().map(edge).collect()
+    }
+
+    fn invite(&self, name: &str, ttl_ms: u64) -> Result<Invite, EdgesError> {
+        let made = self.link.invite(name, ttl_ms).map_err(|error| refused(&error))?;
+        Ok(Invite {
+            token: made.token.text(),
+            name: made.edge,
+            expires_at: instant(made.expires_at),
+            listen: self.listen.to_string(),
+        })
+    }
+
+    fn remove(&self, name: &str) -> Result<(), EdgesError> {
+        self.link.remove(name).map_err(|error| refused(&error))
+    }
+}
+
+fn refused(error: &RegistryError) -> EdgesError {
+    match error {
+        RegistryError::BadName(_) => EdgesError::BadName(error.to_string()),
+        RegistryError::Unknown(_) => EdgesError::Unknown(error.to_string()),
+        _ => EdgesError::Failed(error.to_string()),
+    }
+}
+
+fn edge(view: EdgeView) -> Edge {
+    Edge {
+        name: view.name,
+        state: match view.state {
+            Standing::Connected => EdgeState::Connected,
+            Standing::Waited => EdgeState::Waited,
+            Standing::Lost => EdgeState::Lost,
+            Standing::Away => EdgeState::Away,
+        },
+        address: view.address.map(|address| address.to_string()),
+        cores: view.cores,
+        lease_left_ms: view.lease_ms,
+        table_version: view.table_version,
+        newest_version: view.newest_version,
+        saved: view.saved,
+        problem: view.problem,
+        seen_at: (view.seen_at > 0).then(|| instant(view.seen_at)),
+        joined_at: instant(view.joined_at),
+    }
+}

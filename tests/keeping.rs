@@ -1,0 +1,244 @@
+//! What the server knows is kept: backups, a restoration, the audit, and a disk that is full, read-only or damaged.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use crate::support::server::{Peregrine, http_get};
+use crate::support::shop::{Shop, TWO_HOSTS};
+use crate::support::wait_for;
+
+const QUICK: &str = r#"
+[service.shop.move]
+steps = [50, 100]
+step_hold = "50ms"
+step_max = "100ms"
+warm = { probes = 1, interval = "20ms" }
+"#;
+
+#[test]
+fn a_backup_made_during_a_move_is_restored_elsewhere_and_a_server_goes_on_from_it() {
+    let mut shop = Shop::open(QUICK);
+    let file = shop.server.dir().join("peregrine.backup");
+    let file = file.to_str().expect("UTF-8").to_owned();
+    let moving = shop.server.spawn(&["move", "shop", "--to", "host-b"]);
+    let made = shop.server.ok(&["server", "backup", &file]);
+    assert!(made["entries"].as_u64().expect("a number") > 5, "{made:#}");
+    let sums = std::fs::read_to_string(format!("{file}.sha256")).expect("the checksum is beside it");
+    assert!(sums.starts_with(made["sha256"].as_str().expect("text")), "{sums}");
+    let moved = moving.wait_with_output().expect("it ends");
+    assert!(moved.status.success(), "{moved:?}");
+
+    let again = shop.server.run(&["server", "backup", &file]);
+    assert_eq!((again.code, again.error()["code"].as_str()), (5, Some("backup.exists")));
+    let onto = shop.server.run(&["server", "restore", &file, "--force"]);
+    assert_eq!((onto.code, onto.error()["code"].as_str()), (5, Some("store.locked")), "it runs");
+
+    let moves = shop.server.ok(&["moves", "list"]);
+    shop.server.stop();
+    let refused = shop.server.run(&["server", "restore", &file]);
+    assert_eq!((refused.code, refused.error()["code"].as_str()), (5, Some("restore.not_empty")));
+    // Everything but the file is lost.
+    std::fs::rename(shop.server.data(), shop.server.dir().join("lost")).expect("it can be moved");
+    let restored = shop.server.ok(&["server", "restore", &file]);
+    assert_eq!(restored["sha256"], made["sha256"]);
+    shop.server.start_again();
+    wait_for("the shop to serve", || {
+        http_get(shop.server.edge(), "/").filter(|answer| answer.starts_with("HTTP/1.1 200"))
+    });
+    let known = shop.server.ok(&["services", "show", "shop"]);
+    assert_eq!(known["service"]["version"], 1, "{known:#}");
+    // The move that was under way at the backup comes to its end once more.
+    let ids = |moves: &Value| -> Vec<String> {
+        let items = moves["items"].as_array().expect("a list");
+        items.iter().map(|item| item["id"].as_str().expect("an id").to_owned()).collect()
+    };
+    wait_for("every move to have ended", || {
+        let now = shop.server.ok(&["moves", "list"]);
+        let ended = now["items"].as_array()?.iter().all(|item| item["state"] == "succeeded");
+        (ended && ids(&now).iter().all(|id| ids(&moves).contains(id))).then_some(())
+    });
+    assert_eq!(shop.server.ok(&["audit", "verify"])["verified"], true);
+    let audit = shop.server.ok(&["audit", "list"]);
+    let acts = audit["items"].as_array().expect("a list").iter();
+    assert!(acts.filter(|entry| entry["act"] == "store_restored").count() == 1, "{audit:#}");
+}
+
+#[test]
+fn a_byte_of_the_audit_that_is_changed_behind_the_servers_back_is_named_and_the_exit_code_says_so() {
+    let mut shop = Shop::open(QUICK);
+    shop.move_to("host-b");
+    let whole = shop.server.ok(&["audit", "verify"]);
+    assert_eq!((&whole["verified"], &whole["first"]), (&Value::Bool(true), &Value::from(1)));
+    shop.server.stop();
+    // Somewhere in the file stands the reason of the first entry of the shop's deploy: one letter of it is changed.
+    let file = shop.server.data().join("store.db");
+    let mut bytes = std::fs::read(&file).expect("the store is one file");
+    let entry = b"\"act\":{\"type\":\"machine_added\",\"machine\":\"host-b\"}";
+    let places: Vec<usize> =
+        (0..bytes.len() - entry.len()).filter(|at| bytes[*at..].starts_with(entry)).collect();
+    assert!(!places.is_empty(), "the entry is in the file");
+    for at in places {
+        bytes[at + entry.len() - 3] ^= 0x02; // in the table and in the log of commits
+    }
+    std::fs::write(&file, bytes).expect("it can be written");
+    shop.server.start_again();
+    let said = shop.server.run(&["audit", "verify"]);
+    assert_eq!((said.code, said.error()["code"].as_str()), (9, Some("audit.broken")), "{said:#?}");
+    assert_eq!(said.error()["message"], "the audit was changed: entry 2", "{said:#?}");
+    // It stops nothing.
+    shop.move_to("host-a");
+    assert_eq!(shop.places(), ["host-a"]);
+    assert_eq!(shop.server.run(&["audit", "verify"]).code, 9, "what came after does not heal it");
+}
+
+/// A small file system at a place; gone when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// `None` where mounting is not allowed.
+    fn mount(at: &Path) -> Option<Self> {
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+            .arg(at)
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success()).then(|| Self(at.to_owned()))
+    }
+
+    fn read_only(&self) {
+        let status = Command::new("mount").args(["-o", "remount,ro"]).arg(&self.0).status();
+        assert!(status.is_ok_and(|status| status.success()), "nothing has a file open for writing");
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.0.join("filler")
+    }
+
+    fn fill(&self) {
+        use std::io::Write;
+        let mut file = std::fs::File::create(self.filler()).expect("there is room for a name");
+        for size in [4_096, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg("-l").arg(&self.0).status());
+    }
+}
+
+/// The shop, with its data folder on a disk of 1 MB. The server is stopped.
+fn shop_on_a_small_disk() -> Option<(Shop, SmallDisk)> {
+    let mut shop = Shop::open(QUICK);
+    shop.server.stop();
+    let (data, aside) = (shop.server.data(), shop.server.dir().join("aside"));
+    std::fs::rename(&data, &aside).expect("it can be moved");
+    std::fs::create_dir(&data).expect("it can be made");
+    let Some(disk) = SmallDisk::mount(&data) else {
+        eprintln!("skipped: no file system can be mounted here");
+        return None;
+    };
+    let copied = Command::new("cp").arg("-a").arg(aside.join(".")).arg(&data).status();
+    assert!(copied.is_ok_and(|status| status.success()), "it fits into 1 MB");
+    Some((shop, disk))
+}
+
+#[test]
+fn a_full_disk_is_told_loses_nothing_acknowledged_leaves_the_edge_serving_and_is_over_when_there_is_room() {
+    let Some((mut shop, disk)) = shop_on_a_small_disk() else { return };
+    shop.server.start_again();
+    disk.fill();
+    let mut acknowledged = Vec::new();
+    let refused = loop {
+        let name = format!("spare-{}", acknowledged.len());
+        let said = shop.server.run(&["machines", "add", &name, "--process", "--address", "127.0.0.3"]);
+        if said.code != 0 {
+            break said;
+        }
+        acknowledged.push(name);
+        assert!(acknowledged.len() < 500, "1 MB is full");
+    };
+    assert_eq!((refused.code, refused.error()["code"].as_str()), (9, Some("store.full")), "{refused:#?}");
+    assert!(refused.error()["message"].as_str().expect("text").contains("full"), "{refused:#?}");
+    let ready = http_get(shop.server.api(), "/readyz").expect("an answer");
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("disk"), "{ready}");
+    assert!(shop.server.log_text().contains("nothing new can be stored"), "the log tells it");
+    for _ in 0..20 {
+        let answer = http_get(shop.server.edge(), "/").expect("the edge answers");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    std::fs::remove_file(disk.filler()).expect("it is there");
+    wait_for("the server to be ready again", || {
+        http_get(shop.server.api(), "/readyz").filter(|answer| answer.starts_with("HTTP/1.1 200"))
+    });
+    shop.move_to("host-b");
+    shop.server.kill();
+    shop.server.start_again();
+    let machines = shop.server.ok(&["machines", "list"]).to_string();
+    for name in &acknowledged {
+        assert!(machines.contains(name.as_str()), "{name} was acknowledged");
+    }
+    assert_eq!(shop.places(), ["host-b"]);
+    shop.server.stop();
+}
+
+fn serve(server: &Peregrine) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_peregrine"))
+        .args(["serve", "--json", "--config"])
+        .arg(server.dir().join("server.toml"))
+        .arg("--data")
+        .arg(server.data())
+        .stdin(Stdio::null())
+        .output()
+        .expect("peregrine runs")
+}
+
+#[test]
+fn a_server_on_a_read_only_disk_or_a_damaged_store_says_so_and_ends_with_its_exit_code() {
+    let Some((mut shop, disk)) = shop_on_a_small_disk() else { return };
+    disk.read_only();
+    let ended = serve(&shop.server);
+    let told = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert_eq!(ended.status.code(), Some(9), "{ended:?}");
+    assert!(told.contains("store.open") && told.contains("can be written by this user"), "{told}");
+    drop(disk);
+
+    // Back on the large disk, with the first page overwritten.
+    let (data, aside) = (shop.server.data(), shop.server.dir().join("aside"));
+    std::fs::remove_dir(&data).expect("nothing is mounted there");
+    std::fs::rename(&aside, &data).expect("it can be moved");
+    let file = data.join("store.db");
+    let whole = std::fs::read(&file).expect("it can be read");
+    let mut damaged = whole.clone();
+    damaged[4_096..6_000].fill(0xA5);
+    std::fs::write(&file, damaged).expect("it can be written");
+    let ended = serve(&shop.server);
+    let told = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert_eq!(ended.status.code(), Some(9), "{ended:?}");
+    assert!(told.contains("the store is damaged") && told.contains("backup"), "{told}");
+    // Nothing was made worse.
+    std::fs::write(&file, whole).expect("it can be written");
+    shop.server.start_again();
+    wait_for("the shop to serve", || {
+        http_get(shop.server.edge(), "/").filter(|answer| answer.starts_with("HTTP/1.1 200"))
+    });
+}
+
+#[test]
+fn without_a_server_or_a_store_a_backup_says_what_to_name() {
+    let server = Peregrine::start(TWO_HOSTS);
+    let nowhere = server.dir().join("nowhere");
+    let output = Command::new(env!("CARGO_BIN_EXE_peregrine"))
+        .args(["--json", "--data"])
+        .arg(&nowhere)
+        .args(["server", "backup", "x.backup"])
+        .output()
+        .expect("peregrine runs");
+    assert_eq!(output.status.code(), Some(4));
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(told.contains("backup.no_store") && told.contains("--data"), "{told}");
+}

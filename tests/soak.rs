@@ -1,0 +1,205 @@
+//! Random moves, kills and faults for a while: what should end ends, and nothing grows that should not.
+//!
+//! `make soak` runs it for half an hour; among the other tests it is short. The seed is printed and can be given.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use crate::support::shop::Shop;
+use crate::support::traffic::Traffic;
+use crate::support::wait_for;
+
+const DEFAULT_SECONDS: u64 = 25;
+/// Requests that may fail when a copy that has traffic is killed.
+const CUT_BY_A_KILL: u64 = 40;
+/// Descriptors that come and go: pooled connections, files that are being written.
+const LOOSE_DESCRIPTORS: u64 = 64;
+/// Threads of tokio's blocking pool come and go.
+const LOOSE_THREADS: u64 = 16;
+/// The allocator gives back late.
+const LOOSE_MEMORY_KIB: u64 = 24 * 1024;
+/// What an act leaves in the store: its rollout, journal, receipt and events are history that is kept.
+const STORE_BYTES_PER_ACT: u64 = 128 * 1024;
+/// SQLite's log is as long as it was once.
+const LOOSE_STORE_BYTES: u64 = 8 * 1024 * 1024;
+
+const QUICK: &str = r#"
+[service.shop.move]
+steps = [10, 50, 100]
+step_hold = "100ms"
+step_max = "400ms"
+warm = { probes = 2, interval = "20ms" }
+"#;
+
+/// Enough for a test: Marsaglia's xorshift.
+struct Random(u64);
+
+impl Random {
+    const fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// What may grow.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    memory_kib: u64,
+    descriptors: u64,
+    threads: u64,
+    store_bytes: u64,
+}
+
+impl Size {
+    fn of(shop: &Shop) -> Self {
+        let pid = shop.server.pid();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let line = |name: &str| {
+            let value = status.lines().find_map(|line| line.strip_prefix(name)).expect("a line of it");
+            value.trim_matches(|c: char| !c.is_ascii_digit()).parse().expect("a number")
+        };
+        let data = std::fs::read_dir(shop.server.data()).expect("the data folder").flatten();
+        let files = data.filter_map(|entry| entry.metadata().ok()).filter(std::fs::Metadata::is_file);
+        Self {
+            memory_kib: line("VmRSS:"),
+            threads: line("Threads:"),
+            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").count() as u64,
+            store_bytes: files.map(|file| file.len()).sum(),
+        }
+    }
+}
+
+#[test]
+fn random_moves_kills_and_faults_all_end_and_nothing_grows() {
+    let number = |name: &str, default: u64| {
+        std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
+    };
+    let seconds = number("PEREGRINE_SOAK_SECONDS", DEFAULT_SECONDS);
+    let seed = number("PEREGRINE_SOAK_SEED", u64::from(std::process::id()) + 1);
+    println!("soak of {seconds} s, seed {seed} (PEREGRINE_SOAK_SECONDS, PEREGRINE_SOAK_SEED)");
+    let shop = Shop::open(QUICK);
+    let traffic = Traffic::start(shop.server.edge(), 300);
+    let mut soak = Soak { shop: &shop, traffic: &traffic, random: Random(seed), acts: BTreeMap::new() };
+    let begun = Instant::now();
+    let (warm_up, end) = (Duration::from_secs(seconds / 3), Duration::from_secs(seconds));
+    while begun.elapsed() < warm_up {
+        soak.act();
+    }
+    let (before, acts_before) = (Size::of(&shop), soak.count());
+    while begun.elapsed() < end {
+        soak.act();
+    }
+    let (after, acts) = (Size::of(&shop), soak.count() - acts_before);
+    println!("{:?}\n{before:?}\n{after:?} after {acts} more acts", soak.acts);
+    drop(traffic.stop());
+    assert!(after.descriptors <= before.descriptors + LOOSE_DESCRIPTORS, "{before:?} {after:?}");
+    assert!(after.threads <= before.threads + LOOSE_THREADS, "{before:?} {after:?}");
+    assert!(after.memory_kib <= before.memory_kib + LOOSE_MEMORY_KIB, "{before:?} {after:?}");
+    let allowed = before.store_bytes + LOOSE_STORE_BYTES + acts * STORE_BYTES_PER_ACT;
+    assert!(after.store_bytes <= allowed, "{before:?} {after:?} after {acts} acts");
+    let processes = shop.server.pids_of("").len();
+    assert_eq!(processes, 1, "one copy is left, and no process that nobody knows");
+}
+
+struct Soak<'a> {
+    shop: &'a Shop,
+    traffic: &'a Traffic,
+    random: Random,
+    acts: BTreeMap<&'static str, u64>,
+}
+
+impl Soak<'_> {
+    fn count(&self) -> u64 {
+        self.acts.values().sum()
+    }
+
+    fn act(&mut self) {
+        let failed_before = self.traffic.failed();
+        let (name, may_fail) = match self.random.below(7) {
+            0 | 1 => self.a_move(),
+            2 => self.an_abort(),
+            3 => self.a_kill("to"),
+            4 => self.a_kill("from"),
+            5 => self.a_deploy(),
+            _ => self.rubbish(),
+        };
+        *self.acts.entry(name).or_default() += 1;
+        wait_for("one copy", || (self.shop.places().len() == 1).then_some(()));
+        // Traffic flows, whatever was done.
+        let answered = self.traffic.answered();
+        wait_for("answers", || (self.traffic.answered() > answered + 20).then_some(()));
+        let failed = self.traffic.failed() - failed_before;
+        assert!(failed <= may_fail, "{name}: {failed} requests failed");
+    }
+
+    fn other_host(&self) -> &'static str {
+        if self.shop.places() == ["host-a"] { "host-b" } else { "host-a" }
+    }
+
+    fn a_move(&self) -> (&'static str, u64) {
+        let ended = self.shop.move_to(self.other_host());
+        assert_eq!(ended["move"]["state"], "succeeded", "{ended:#}");
+        ("moves", 0)
+    }
+
+    /// A move that is under way for a random time.
+    fn begun(&mut self) -> String {
+        let id = self.shop.begin_move(self.other_host());
+        let moment = Duration::from_millis(self.random.below(1_200));
+        let begun = Instant::now();
+        // The moment is what is random here.
+        while begun.elapsed() < moment {
+            std::thread::park_timeout(moment - begun.elapsed().min(moment));
+        }
+        id
+    }
+
+    fn an_abort(&mut self) -> (&'static str, u64) {
+        let id = self.begun();
+        // It may be over already, which is said and is no harm.
+        drop(self.shop.server.run(&["moves", "abort", &id]));
+        let state = self.shop.ended(&id)["state"].clone();
+        assert!(["aborted", "succeeded", "rolled_back"].iter().any(|end| state == *end), "{state}");
+        ("aborts", 0)
+    }
+
+    fn a_kill(&mut self, side: &str) -> (&'static str, u64) {
+        let id = self.begun();
+        let instance = self.shop.the_move(&id)[side][0]["instance"].as_str().map(str::to_owned);
+        for pid in instance.map(|instance| self.shop.server.pids_of(&instance)).unwrap_or_default() {
+            crate::support::server::signal(pid, "KILL");
+        }
+        let ended = self.shop.ended(&id);
+        let state = ended["state"].as_str().unwrap_or_default();
+        assert!(["succeeded", "rolled_back", "failed"].contains(&state), "{ended:#}");
+        // Where the killed copy was the only one, nobody is there to answer until it is started again. A new copy
+        // that dies before the old one has left is hardly missed.
+        match side {
+            "to" if state != "succeeded" => ("kills of the new copy", CUT_BY_A_KILL),
+            "to" => ("kills of the new copy", u64::MAX),
+            _ => ("kills of the old copy", u64::MAX),
+        }
+    }
+
+    fn a_deploy(&mut self) -> (&'static str, u64) {
+        let number = self.random.below(1_000_000).to_string();
+        let place = self.shop.places().first().cloned().expect("a place");
+        let manifest = self.shop.manifest(&[("SOAK", &number)], QUICK);
+        self.shop.server.ok(&["deploy", "-f", &manifest, "--machine", &place]);
+        ("deploys", 0)
+    }
+
+    fn rubbish(&mut self) -> (&'static str, u64) {
+        for _ in 0..20 {
+            let mut bytes = vec![0; 1 + usize::try_from(self.random.below(3_000)).expect("small")];
+            bytes.iter_mut().for_each(|byte| *byte = u8::try_from(self.random.below(256)).expect("a byte"));
+            let mut client = std::net::TcpStream::connect(self.shop.server.edge()).expect("connects");
+            // The edge may close in the middle of it.
+            drop(client.write_all(&bytes));
+        }
+        ("rubbish", 0)
+    }
+}
