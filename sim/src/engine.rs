@@ -91,7 +91,15 @@ impl Process {
         });
         let mortal = Arc::new(MortalStore::new(store, Arc::clone(&life)));
         let opened = Engine::open(config(&world), mortal, connect(&world, &life), writer).await;
-        let (engine, handle) = opened.map_err(|error| error.to_string())?;
+        let (engine, handle) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                // The process ends: its end of the wires must not offer a table that nobody has filled.
+                life.end();
+                tasks.iter().for_each(AbortHandle::abort);
+                return Err(error.to_string());
+            }
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(engine.run(async {
             drop(stopped.await); // told, or let go of: both end it

@@ -179,6 +179,9 @@ impl Server {
 
     fn tell(&mut self) {
         let table = self.reader.load();
+        if table.version() == 0 {
+            return; // the engine is not open yet: an edge keeps what it has
+        }
         let mut services = Vec::new();
         let mut upstreams = Vec::new();
         table.for_each_service(|service| {
@@ -309,10 +312,11 @@ fn enforce(writer: &TableWriter, message: &Down) {
         if let Some(upstream) =
             writer.upstream(Generation(*generation)).filter(|upstream| upstream.is_retired())
         {
-            upstream.close_class(*class);
-            if *cut {
+            // Politely first, also when both have become due while nobody could tell.
+            if *cut && upstream.is_closing(*class) {
                 upstream.cut_class(*class);
             }
+            upstream.close_class(*class);
         }
     }
 }

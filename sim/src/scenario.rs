@@ -327,6 +327,11 @@ impl Sim {
         let world = self.world();
         let begun_ms = world.elapsed_ms();
         loop {
+            // Its end was begun before the healing, in a commit that was under way.
+            if self.with_engine(|process| process.life.is_over()) == Some(true) {
+                self.kill_engine();
+                self.open_engine().await;
+            }
             let Some(restless) = self.restless().await else { break };
             if world.elapsed_ms() > begun_ms + MAX_REST_MS {
                 world.violated(format_args!("no rest: {restless}"));
