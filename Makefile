@@ -24,6 +24,7 @@ bench:
 	@$(CARGO) build --release -p peregrine-bench
 	@$(TARGET)/release/peregrine-bench table
 	@$(TARGET)/release/peregrine-bench compare --peregrine $(TARGET)/release/peregrine $(BENCH_ARGS)
+	@bench/switches.sh $(TARGET)/release/peregrine $(TARGET)/release/peregrine-bench
 
 build:
 	@scripts/setup build
