@@ -40,6 +40,7 @@ mod ids;
 mod inflight;
 mod listen;
 mod metrics;
+mod mirror;
 mod pool;
 mod probe;
 mod resolve;

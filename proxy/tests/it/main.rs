@@ -10,6 +10,7 @@ mod health;
 mod large;
 mod limits;
 mod malformed;
+mod mirror;
 mod names;
 mod observe;
 mod outage;
