@@ -30,6 +30,7 @@ use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
 use crate::mirror::Mirrors;
 use crate::pool::{GenerationHasher, Pools};
+use crate::recent::RecentRoutes;
 use crate::resolve::Resolver;
 use crate::splice::Splicer;
 
@@ -84,6 +85,7 @@ pub(crate) struct Core {
     /// Pipes for large answers.
     pub(crate) splicer: Rc<Splicer>,
     services: RefCell<ServiceCache>,
+    pub(crate) recent: RecentRoutes,
 }
 
 /// The values of `Via` that this edge adds, by the protocol that a message was received in.
@@ -150,6 +152,7 @@ impl Core {
             spares: SpareBuffers::default(),
             splicer: Splicer::new(),
             services: RefCell::default(),
+            recent: RecentRoutes::default(),
             config,
         })
     }
@@ -214,6 +217,7 @@ impl Core {
             version = table.newer_than(version).await;
             let _ = self.reader.borrow_mut().load();
             self.services.borrow_mut().clear();
+            self.recent.clear();
             self.pools.drop_retired();
             self.mirrors.end_those_that_are_over(self.coarse_now_ms());
             let retired = self.flights.retired_upstreams();

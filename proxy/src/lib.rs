@@ -20,12 +20,14 @@
 //! * An answer that broke off never ends like a complete one.
 
 mod access_log;
+mod address;
 mod body;
 mod choose;
 mod clock;
 mod config;
 mod conn;
 mod core;
+mod crew;
 mod detect;
 mod edge;
 mod error;
@@ -43,6 +45,7 @@ mod metrics;
 mod mirror;
 mod pool;
 mod probe;
+mod recent;
 mod resolve;
 mod respond;
 mod route;
