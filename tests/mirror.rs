@@ -61,7 +61,7 @@ fn broken_at(shop: &Shop, edge: Option<SocketAddr>) {
     // Every client was answered by the old copy, and each request was executed there once.
     assert_nothing_lost(&summaries, &of_old);
     let copies: Vec<Record> = copies.into_iter().map(|collected| collected.record).collect();
-    assert_eq!(copies.len() as u64, mirror["sent"].as_u64().expect("a count"), "{mirror:#}");
+    assert_are_what_was_told(copies.len(), mirror, edge.is_some());
     let served = |copy: &Record| of_old.iter().any(|record| record.id == copy.id && record.status == 200);
     for copy in &copies {
         assert!(copy.method == "GET" && copy.status == 500 && served(copy), "{copy:?}");
@@ -87,9 +87,18 @@ fn a_move_that_mirrors_says_in_its_receipt_what_was_compared_and_loses_nothing()
     let (copies, real): (Vec<_>, Vec<_>) = collected
         .into_iter()
         .partition(|collected| *collected.instance != *old && collected.record.unix_ns < shift_ns);
-    assert_eq!(copies.len() as u64, mirror["sent"].as_u64().expect("a count"), "{mirror:#}");
+    assert_are_what_was_told(copies.len(), mirror, false);
     let real: Vec<Record> = real.into_iter().map(|collected| collected.record).collect();
     assert_nothing_lost(&summaries, &real);
+}
+
+/// A copy that was under way at the end may have been dropped before it came to its target; and an edge apart tells what
+/// it has counted a moment later.
+#[track_caller]
+fn assert_are_what_was_told(arrived: usize, mirror: &Value, apart: bool) {
+    let told = |what: &str| mirror[what].as_u64().expect("a count");
+    let most = if apart { u64::MAX } else { told("sent") };
+    assert!((told("compared")..=most).contains(&(arrived as u64)), "{arrived} arrived: {mirror:#}");
 }
 
 fn newest_move(shop: &Shop) -> String {
