@@ -10,6 +10,7 @@ mod docker_moves;
 mod house;
 mod keeping;
 mod malformed;
+mod mirror;
 mod moves;
 mod restart;
 mod serve;

@@ -160,6 +160,7 @@ pub const ENGINE: &[&str] = &[
     "store.newer",
     "store.too_large",
     "version.unknown",
+    "warm.mirror_differs",
     "warm.path_failed",
     "warm.too_slow",
     "workload.fixed",

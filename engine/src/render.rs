@@ -19,6 +19,9 @@ use crate::model::{
 };
 use crate::state::State;
 
+/// Name of the pool of copies that a rollout has started.
+pub(crate) const NEW_POOL: &str = "new";
+
 /// A fixed upstream with the generation of its present stretch of service.
 pub(crate) type FixedGeneration = (FixedUpstream, u64);
 
@@ -87,7 +90,7 @@ fn pools(
     let pools = [
         pool("kept", weights.kept, false, kept),
         pool("old", weights.old, weights.old == 0, old),
-        pool("new", weights.new, false, new),
+        pool(NEW_POOL, weights.new, false, new),
     ];
     pools.into_iter().filter(|pool| !pool.upstreams.is_empty()).collect()
 }

@@ -45,6 +45,7 @@ use crate::grpc::{self, Messages};
 use crate::headers::{self, Added, Asked, Owed, Seen, Wishes};
 use crate::http1::{self, Head, Http1Conn, Http1Error};
 use crate::inflight::{Flight, FlightGuard, HostText, LONG_AFTER_MS, Start, Waits};
+use crate::mirror;
 use crate::pool::UpstreamPool;
 use crate::resolve::DialError;
 use crate::respond::{self, Form};
@@ -61,7 +62,7 @@ const MAX_INTERIM_BYTES: usize = 8 * 1024;
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 
 /// A request on its way, in the form that an attempt needs.
-struct Outgoing {
+pub(crate) struct Outgoing {
     parts: request::Parts,
     body: Option<Rc<RequestBody>>,
     /// How the body is delimited on HTTP/1.1; `None` is no body.
@@ -316,8 +317,17 @@ impl Outgoing {
         self.body().is_some()
     }
 
+    /// Without a body, and no upgrade.
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.body.is_none() && self.upgrade.is_none()
+    }
+
+    pub(crate) const fn headers(&self) -> &HeaderMap {
+        &self.parts.headers
+    }
+
     /// Writes the head for an HTTP/1.1 upstream.
-    fn write_head(
+    pub(crate) fn write_head(
         &self,
         out: &mut Vec<u8>,
         core: &Core,
@@ -348,7 +358,7 @@ impl Outgoing {
     }
 
     /// A copy, because a stream that is refused does not give the request back.
-    fn for_http2(
+    pub(crate) fn for_http2(
         &self,
         core: &Core,
         flight: &Flight,
@@ -399,6 +409,7 @@ async fn send(
 ) -> Response<ReplyBody> {
     let mut entry = Rc::clone(entry);
     let flight = Rc::clone(&guard.0);
+    let sampled = mirror::sample(core, &entry, &flight, &out);
     loop {
         match choice.enter(core, &mut entry, &flight) {
             Ok(lease) => flight.take_lease(lease),
@@ -406,10 +417,15 @@ async fn send(
         }
         flight.attempts.set(flight.attempts.get() + 1);
         let error = match attempt(core, &entry, &flight, &mut out).await {
-            Ok(found) => match answer(&entry, guard, &out, choice.prefer, found) {
-                Ok(response) => return response,
-                Err((error, guard)) => return give_up(&error, out.form(), guard),
-            },
+            Ok(found) => {
+                if let Some(sampled) = sampled {
+                    sampled.launch(core, &entry, &found.head, flight.head_us.get());
+                }
+                return match answer(&entry, guard, &out, choice.prefer, found) {
+                    Ok(response) => response,
+                    Err((error, guard)) => give_up(&error, out.form(), guard),
+                };
+            }
             Err(error) => error,
         };
         if !may_retry(core, &entry, &flight, &out, &error) {

@@ -29,6 +29,8 @@ pub(crate) const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const X_PEREGRINE_REASON: HeaderName = HeaderName::from_static("x-peregrine-reason");
+/// Marks a copy of a request, whose answer nobody gets. Only a trusted proxy may send it.
+pub(crate) const PEREGRINE_MIRROR: HeaderName = HeaderName::from_static("peregrine-mirror");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const PROXY_AUTHENTICATE: HeaderName = HeaderName::from_static("proxy-authenticate");
@@ -86,6 +88,7 @@ impl Seen {
             14 if name == "content-length" => Self::CONTENT_LENGTH,
             14 if name == "http2-settings" => Self::HOP,
             16 if name == "proxy-connection" => Self::HOP,
+            16 if name == "peregrine-mirror" => Self::FORWARDING,
             17 if name == "transfer-encoding" => Self::TRANSFER_ENCODING,
             18 if name == "proxy-authenticate" => Self::HOP,
             18 if name == "x-peregrine-reason" => Self::REASON,
@@ -403,6 +406,7 @@ fn write_forwarded(out: &mut Vec<u8>, conn: &ConnState, host: &[u8]) {
 fn strip_forwarding(headers: &mut HeaderMap) {
     headers.remove(FORWARDED);
     headers.remove(X_REAL_IP);
+    headers.remove(PEREGRINE_MIRROR);
     let others: Vec<HeaderName> =
         headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
     for name in others {

@@ -42,6 +42,7 @@ mod ids;
 mod inflight;
 mod listen;
 mod metrics;
+mod mirror;
 mod pool;
 mod probe;
 mod recent;

@@ -25,6 +25,7 @@ mod hash;
 mod host;
 mod host_key;
 mod keyed;
+mod mirror;
 mod outcome;
 mod path;
 mod radix;
@@ -42,6 +43,7 @@ pub use channel::{Acknowledger, Applied, CachedReader, TableReader, TableWriter,
 pub use class::{PerClass, TrafficClass};
 pub use hash::stable_hash;
 pub use host::{HostError, HostPattern, MAX_HOST_BYTES, MAX_LABEL_BYTES, canonical_host};
+pub use mirror::{MIRROR_CLASSES, Mirror, MirrorCounts, MirrorOutcome, MirrorSlot, MirrorSpec};
 pub use outcome::{Failure, LatencyBuckets, Outcome, OutcomeCounts};
 pub use path::PathError;
 pub use remote::{Publication, RemoteEdge};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::balance::Balance;
 use crate::host::HostPattern;
+use crate::mirror::MirrorSpec;
 use crate::upstream::Generation;
 
 /// One change of the table. A change is whole for its service: it says all of the service's routes and
@@ -138,6 +139,8 @@ pub struct ServicePolicy {
     pub sticky: Option<Sticky>,
     /// Sends the client's `Host` on (true) or the upstream's own address (false).
     pub preserve_host: bool,
+    /// Copies of safe requests for upstreams that serve nobody yet.
+    pub mirror: Option<Box<MirrorSpec>>,
 }
 
 impl Default for ServicePolicy {
@@ -156,6 +159,7 @@ impl Default for ServicePolicy {
             slow_start_ms: 0,
             sticky: None,
             preserve_host: true,
+            mirror: None,
         }
     }
 }

@@ -77,7 +77,7 @@ pub enum EventBody {
         /// Bytes in all.
         bytes_total: Option<u64>,
     },
-    /// A verdict on a shift step.
+    /// A verdict on a shift step, or on what was mirrored.
     #[serde(rename = "move.guard")]
     Guard {
         /// `pass`, `fail` or `inconclusive`.

@@ -172,6 +172,7 @@ impl Ledger {
             instances: Vec::new(),
             hard_cut: Vec::new(),
             hard_cut_by_class: BTreeMap::new(),
+            mirror: rollout.mirror.clone(),
             notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
         };
         for part in &inner.parts {

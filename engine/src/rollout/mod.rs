@@ -23,7 +23,7 @@ use crate::latest::Latest;
 use crate::model::{RolloutId, Sample};
 
 pub(crate) use executor::{adopt, defect, is_past_return, restore};
-pub(crate) use judge::{Judge, Reading, Terms, Verdict};
+pub(crate) use judge::{Judge, MirrorJudge, Reading, Terms, Verdict};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::Signals;
 

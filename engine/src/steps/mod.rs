@@ -4,6 +4,7 @@
 //! state only through [`StepContext::commit`], which refuses a deed that is not the newest.
 
 mod drain;
+mod mirroring;
 mod pace;
 mod prepare;
 mod release;
@@ -197,7 +198,11 @@ pub(crate) fn limit_ms(step: &Step, settings: &MoveSettings) -> u64 {
     match step {
         Step::Claim => 10_000,
         Step::Prepare { .. } => prepare::TRANSFER_LIMIT_MS,
-        Step::Start { .. } | Step::Warm => u64::from(settings.start_timeout_ms),
+        Step::Start { .. } => u64::from(settings.start_timeout_ms),
+        Step::Warm => {
+            let mirror = settings.warm.mirror.as_ref().map_or(0, mirroring::longest_ms);
+            u64::from(settings.start_timeout_ms) + mirror
+        }
         Step::Shift { .. } => u64::from(settings.step_max_ms),
         Step::Drain => drain::longest_ms(&settings.drain),
         Step::Soak => settings.soak_ms,

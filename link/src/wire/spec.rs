@@ -7,6 +7,8 @@ use peregrine_routing as routing;
 use routing::{Address, Balance, Change, HealthCheckKind, HostPattern, UpstreamProtocol};
 use serde::{Deserialize, Serialize};
 
+use super::mirror::WireMirror;
+
 /// One [`Change`] on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WireChange {
@@ -75,6 +77,7 @@ struct Policy {
     slow_start_ms: u32,
     sticky_cookie: Option<String>,
     preserve_host: bool,
+    mirror: Option<WireMirror>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -252,6 +255,7 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms,
             sticky,
             preserve_host,
+            mirror,
         } = policy;
         Self {
             connect_timeout_ms: *connect_timeout_ms,
@@ -267,6 +271,7 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms: *slow_start_ms,
             sticky_cookie: sticky.as_ref().map(|sticky| sticky.cookie.to_string()),
             preserve_host: *preserve_host,
+            mirror: mirror.as_deref().map(WireMirror::from),
         }
     }
 }
@@ -288,6 +293,7 @@ impl From<Policy> for routing::ServicePolicy {
             slow_start_ms: policy.slow_start_ms,
             sticky: policy.sticky_cookie.map(|cookie| routing::Sticky { cookie: cookie.into() }),
             preserve_host: policy.preserve_host,
+            mirror: policy.mirror.map(|mirror| Box::new(mirror.into())),
         }
     }
 }
@@ -392,6 +398,7 @@ pub(crate) mod tests {
                 health,
                 sticky: Some(routing::Sticky { cookie: "c".into() }),
                 preserve_host: false,
+                mirror: Some(Box::new(super::super::mirror::tests::spec())),
                 slow_start_ms: 9,
                 max_request_body_bytes: 1 << 40,
                 ..ServicePolicy::default()

@@ -3,6 +3,8 @@
 use peregrine_routing::{Health, LatencyBuckets, OutcomeCounts, PerClass, Tally, TrafficClass};
 use serde::{Deserialize, Serialize};
 
+use super::mirror::WireMirrored;
+
 type Classes = [u64; TrafficClass::COUNT];
 
 /// A [`Tally`] on its way.
@@ -24,6 +26,7 @@ pub struct WireTally {
     health: u8,
     ejected_for_ms: u64,
     probe_latency_us: u64,
+    mirrored: Option<Box<WireMirrored>>,
 }
 
 impl WireTally {
@@ -50,6 +53,7 @@ impl WireTally {
             },
             ejected_for_ms: tally.ejected_until_ms.saturating_sub(now_ms),
             probe_latency_us: tally.probe_latency_us,
+            mirrored: tally.mirrored.map(|counts| Box::new((&*counts).into())),
         }
     }
 
@@ -79,6 +83,7 @@ impl WireTally {
             },
             ejected_until_ms: if ejected { now_ms.saturating_add(self.ejected_for_ms) } else { 0 },
             probe_latency_us: self.probe_latency_us,
+            mirrored: self.mirrored.map(|counts| Box::new((*counts).into())),
         }
     }
 }
@@ -101,6 +106,10 @@ mod tests {
             },
             health: Health::Unhealthy,
             ejected_until_ms: 10_500,
+            mirrored: Some(Box::new(peregrine_routing::MirrorCounts {
+                sent: 3,
+                ..peregrine_routing::MirrorCounts::default()
+            })),
             ..Tally::default()
         };
         let arrived = WireTally::new(sent.clone(), 10_000).tally(77_000);

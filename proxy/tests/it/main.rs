@@ -11,6 +11,7 @@ mod health;
 mod large;
 mod limits;
 mod malformed;
+mod mirror;
 mod names;
 mod observe;
 mod outage;

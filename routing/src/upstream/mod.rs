@@ -17,6 +17,7 @@ use event_listener::{Event, EventListener};
 
 use crate::class::{PerClass, TrafficClass};
 use crate::hash::stable_hash;
+use crate::mirror::{MirrorCounters, MirrorCounts, MirrorOutcome};
 use crate::outcome::{Outcome, OutcomeCounters, OutcomeCounts};
 use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
 
@@ -82,6 +83,7 @@ pub struct Upstream {
     vitals: Vitals,
     keep_alive: KeepAlive,
     outcomes: OutcomeCounters,
+    mirrored: MirrorCounters,
     /// What edges in other processes say. Last, so that what requests touch lies together.
     remote: Remote,
 }
@@ -138,6 +140,7 @@ impl Upstream {
             vitals: Vitals::default(),
             keep_alive: KeepAlive::default(),
             outcomes: OutcomeCounters::default(),
+            mirrored: MirrorCounters::default(),
             remote: Remote::default(),
         }
     }
@@ -505,6 +508,28 @@ impl Upstream {
         self.vitals.latency_estimate_us(now_ms)
     }
 
+    // --- copies of requests -----------------------------------------------------------------------
+
+    /// Counts a copy of a request that is about to be written here.
+    pub fn note_mirrored(&self) {
+        self.mirrored.note_sent();
+    }
+
+    /// Counts how a copy of a request ended, or why there is none. It says nothing about health.
+    pub fn record_mirrored(&self, outcome: MirrorOutcome) {
+        self.mirrored.record(outcome);
+    }
+
+    /// A reading of what was mirrored here, over all edges.
+    #[must_use]
+    pub fn mirrored(&self) -> MirrorCounts {
+        let mut counts = self.mirrored.read().map_or_else(MirrorCounts::default, |counts| *counts);
+        if let Some(elsewhere) = self.remote.sum().and_then(|sum| sum.tally.mirrored) {
+            counts.add(&elsewhere);
+        }
+        counts
+    }
+
     // --- edges in other processes -----------------------------------------------------------------
 
     /// What the edge in this process has to say of it to the engine in another.
@@ -524,6 +549,7 @@ impl Upstream {
             health: self.health_here(),
             ejected_until_ms: self.vitals.ejected_until_ms.load(Relaxed),
             probe_latency_us: self.vitals.probe_latency_us.load(Relaxed),
+            mirrored: self.mirrored.read(),
         }
     }
 
