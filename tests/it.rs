@@ -11,6 +11,7 @@ mod house;
 mod keeping;
 mod malformed;
 mod moves;
+mod partition;
 mod restart;
 mod serve;
 mod soak;
