@@ -44,5 +44,5 @@ clean:
 # Half an hour of random moves, kills and faults; prints what grew.
 soak:
 	@scripts/setup test
-	@$(CARGO) build --workspace --bins --quiet
-	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test -p peregrine --test it soak -- --nocapture
+	@$(CARGO) test --workspace --no-run --quiet
+	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test --workspace --test stories soak -- --nocapture

@@ -29,6 +29,7 @@ use crate::ids::{IdMaker, Random};
 use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
 use crate::pool::{GenerationHasher, Pools};
+use crate::recent::RecentRoutes;
 use crate::resolve::Resolver;
 use crate::splice::Splicer;
 
@@ -82,6 +83,7 @@ pub(crate) struct Core {
     /// Pipes for large answers.
     pub(crate) splicer: Rc<Splicer>,
     services: RefCell<ServiceCache>,
+    pub(crate) recent: RecentRoutes,
 }
 
 /// The values of `Via` that this edge adds, by the protocol that a message was received in.
@@ -147,6 +149,7 @@ impl Core {
             spares: SpareBuffers::default(),
             splicer: Splicer::new(),
             services: RefCell::default(),
+            recent: RecentRoutes::default(),
             config,
         })
     }
@@ -209,6 +212,7 @@ impl Core {
             version = table.newer_than(version).await;
             let _ = self.reader.borrow_mut().load();
             self.services.borrow_mut().clear();
+            self.recent.clear();
             self.pools.drop_retired();
             let retired = self.flights.retired_upstreams();
             watched.retain(|known| retired.iter().any(|upstream| upstream.generation() == *known));

@@ -37,12 +37,12 @@ use crate::body::{
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
-use crate::conn::{ConnState, Remembered};
+use crate::conn::ConnState;
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
 use crate::framing::Framing;
 use crate::grpc::{self, Messages};
-use crate::headers::{self, Added, Owed, Seen, Wishes};
+use crate::headers::{self, Added, Asked, Owed, Seen, Wishes};
 use crate::http1::{self, Head, Http1Conn, Http1Error};
 use crate::inflight::{Flight, FlightGuard, HostText, LONG_AFTER_MS, Start, Waits};
 use crate::pool::UpstreamPool;
@@ -101,7 +101,7 @@ pub(crate) async fn handle(
     let guard = begin(&core, &conn, &parts, seen, target.as_ref());
     let checked = target.and_then(|target| {
         let wishes = check(&parts, seen, has_body, conflict)?;
-        Ok((service_of(&core, &conn, &target)?, target, wishes))
+        Ok((service_of(&core, &target)?, target, wishes))
     });
     let (entry, target, wishes) = match checked {
         Ok(found) => found,
@@ -174,20 +174,17 @@ fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> 
     headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
 }
 
-/// The service of a request. What a connection's last request found is found again without a look-up.
-fn service_of(core: &Core, conn: &ConnState, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+/// The service of a request. What one of the last requests found is found again without a look-up.
+fn service_of(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
     let table = core.reader.borrow_mut().load().version();
     let host = target.host.as_bytes();
-    if let Some(last) = &*conn.route.borrow()
-        && last.table == table
-        && *last.host == *host
-        && let Some(entry) = last.entry.upgrade()
-    {
+    if let Some(entry) = core.recent.get(table, host) {
         return Ok(entry);
     }
     let (entry, any_path) = look_up(core, target)?;
-    let remembered = any_path.then(|| Remembered { table, host: host.into(), entry: Rc::downgrade(&entry) });
-    *conn.route.borrow_mut() = remembered;
+    if any_path {
+        core.recent.put(table, host, &entry);
+    }
     Ok(entry)
 }
 
@@ -272,9 +269,10 @@ impl Inbound {
             headers::join_cookies(headers);
         }
         // First off, then on: a field that the client nominates must not be one that the edge adds.
-        headers::strip_hop_by_hop(headers, seen);
+        let asked = headers::strip_hop_by_hop(headers, seen);
+        flight.conn.is_last.set(asked == Asked::Close && parts.version == Version::HTTP_11);
         if let Some(host) = host
-            && (matches!(self.target.host, HostText::Authority(_)) || seen.has(Seen::CONNECTION))
+            && (matches!(self.target.host, HostText::Authority(_)) || asked == Asked::Other)
         {
             headers.insert(HOST, host.clone());
         }

@@ -2,6 +2,7 @@
 
 mod apart;
 mod bodies;
+mod closing;
 mod drain;
 mod forwarding;
 mod goaway;
