@@ -12,6 +12,7 @@ mod keeping;
 mod malformed;
 mod mirror;
 mod moves;
+mod partition;
 mod restart;
 mod serve;
 mod soak;

@@ -130,6 +130,7 @@ pub const ENGINE: &[&str] = &[
     "move.unknown",
     "plan.blocked",
     "plan.changed",
+    "plan.unknown_format",
     "replicas.single",
     "restore.checksum",
     "restore.not_empty",
@@ -158,6 +159,7 @@ pub const ENGINE: &[&str] = &[
     "store.io",
     "store.locked",
     "store.newer",
+    "store.record_aside",
     "store.too_large",
     "version.unknown",
     "warm.mirror_differs",
@@ -204,6 +206,7 @@ mod tests {
             "move.guard",
             "move.sample",
             "move.turned_back",
+            "move.held",
             "move.done",
             "instance.changed",
         ];

@@ -342,6 +342,12 @@ impl EngineHandle {
         self.core.store_problem()
     }
 
+    /// What is held because this version cannot read it, and waits for a person.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<crate::model::Finding> {
+        crate::alarms::of(&self.core.state())
+    }
+
     // --- audit
 
     /// Who asked for what and how it ended, oldest first. An entry that cannot be read is left out: see

@@ -94,6 +94,12 @@ pub enum EventBody {
         /// Why.
         problem: Finding,
     },
+    /// A rollout is held where it stands, because this version cannot read its plan.
+    #[serde(rename = "move.held")]
+    Held {
+        /// Why, and what to do.
+        problem: Finding,
+    },
     /// A rollout ended.
     #[serde(rename = "move.done")]
     Done {

@@ -24,7 +24,7 @@ use crate::order::Undo;
 use crate::rollout::Run;
 use crate::runtime::{Runtime, RuntimeError};
 
-pub(crate) use drain::drain_one;
+pub(crate) use drain::{drain_one, times as drain_times};
 pub(crate) use release::remove_instance;
 pub(crate) use start::instance_spec;
 

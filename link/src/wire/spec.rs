@@ -4,7 +4,10 @@
 use std::net::SocketAddr;
 
 use peregrine_routing as routing;
-use routing::{Address, Balance, Change, HealthCheckKind, HostPattern, UpstreamProtocol};
+use routing::{
+    Address, Balance, Change, DrainTime, HealthCheckKind, HostPattern, PerClass, TrafficClass,
+    UpstreamProtocol,
+};
 use serde::{Deserialize, Serialize};
 
 use super::mirror::WireMirror;
@@ -69,6 +72,8 @@ struct Policy {
     body_idle_timeout_ms: u32,
     tunnel_idle_timeout_ms: u32,
     websocket_close_spread_ms: u32,
+    /// Close and cut of each class, in the order of the classes.
+    drain: [(u64, u64); TrafficClass::COUNT],
     max_request_body_bytes: u64,
     max_idle_connections_per_upstream: u32,
     upstream_idle_timeout_ms: u32,
@@ -247,6 +252,7 @@ impl From<&routing::ServicePolicy> for Policy {
             body_idle_timeout_ms,
             tunnel_idle_timeout_ms,
             websocket_close_spread_ms,
+            drain,
             max_request_body_bytes,
             max_idle_connections_per_upstream,
             upstream_idle_timeout_ms,
@@ -263,6 +269,7 @@ impl From<&routing::ServicePolicy> for Policy {
             body_idle_timeout_ms: *body_idle_timeout_ms,
             tunnel_idle_timeout_ms: *tunnel_idle_timeout_ms,
             websocket_close_spread_ms: *websocket_close_spread_ms,
+            drain: drain.0.map(|time| (time.close_ms, time.cut_ms)),
             max_request_body_bytes: *max_request_body_bytes,
             max_idle_connections_per_upstream: *max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: *upstream_idle_timeout_ms,
@@ -285,6 +292,7 @@ impl From<Policy> for routing::ServicePolicy {
             body_idle_timeout_ms: policy.body_idle_timeout_ms,
             tunnel_idle_timeout_ms: policy.tunnel_idle_timeout_ms,
             websocket_close_spread_ms: policy.websocket_close_spread_ms,
+            drain: PerClass(policy.drain.map(|(close_ms, cut_ms)| DrainTime { close_ms, cut_ms })),
             max_request_body_bytes: policy.max_request_body_bytes,
             max_idle_connections_per_upstream: policy.max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: policy.upstream_idle_timeout_ms,

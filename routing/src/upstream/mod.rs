@@ -360,7 +360,10 @@ impl Upstream {
         receipt.in_flight.add(&sum.tally.in_flight);
         receipt.bytes_to_upstream += sum.tally.bytes_to_upstream;
         receipt.bytes_to_client += sum.tally.bytes_to_client;
-        receipt.hard_cut.extend(sum.tally.hard_cut);
+        for (class, id) in sum.tally.hard_cut {
+            receipt.hard_cut.push(id);
+            receipt.hard_cut_classes.push(class);
+        }
         receipt.lost = sum.lost;
         receipt
     }
@@ -543,7 +546,7 @@ impl Upstream {
             in_flight: receipt.in_flight,
             bytes_to_upstream: receipt.bytes_to_upstream,
             bytes_to_client: receipt.bytes_to_client,
-            hard_cut: receipt.hard_cut,
+            hard_cut: receipt.hard_cut_classes.into_iter().zip(receipt.hard_cut).collect(),
             outcomes: self.outcomes.read(),
             ready_connections: self.ready_here(),
             health: self.health_here(),

@@ -36,8 +36,8 @@ pub struct Tally {
     pub bytes_to_upstream: u64,
     /// Body bytes sent to clients.
     pub bytes_to_client: u64,
-    /// Ids of requests that were cut.
-    pub hard_cut: Vec<String>,
+    /// Requests that were cut: class and id.
+    pub hard_cut: Vec<(TrafficClass, String)>,
     /// What became of the requests.
     pub outcomes: OutcomeCounts,
     /// Connections that are open ahead and not used yet.
@@ -167,7 +167,8 @@ impl Sum {
             sum.completed[class] += now.completed[class].saturating_sub(base.completed[class]);
             sum.soft_closed[class] += now.soft_closed[class].saturating_sub(base.soft_closed[class]);
         }
-        sum.hard_cut.extend(now.hard_cut.iter().skip(base.hard_cut.len()).cloned());
+        // All of them: what is cut is cut once, in the one drain of this stretch of service, which may have begun before us.
+        sum.hard_cut.extend(now.hard_cut.iter().cloned());
         sum.outcomes.add(&now.outcomes.since(&base.outcomes));
         if let Some(mirrored) = &now.mirrored {
             let before = base.mirrored.as_deref();
