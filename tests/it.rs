@@ -4,6 +4,7 @@ mod apart;
 mod bad_input;
 mod cli;
 mod commands;
+mod crash;
 mod demo;
 mod direction;
 mod docker_moves;
