@@ -26,7 +26,7 @@ warm = { probes = 1, interval = "20ms" }
 abort_on = { p95_increase = false }
 "#;
 /// Installations side by side: a pass waits more than it works.
-const INSTALLATIONS: u32 = 3;
+const INSTALLATIONS: u32 = 5;
 /// No rollout has more commits.
 const MAX_COMMITS: u32 = 200;
 
@@ -90,7 +90,9 @@ impl Installation {
         self.disk.disarm();
         assert_eq!(self.disk.done(), u32::from(died), "{told}: only the disk kills");
         if let Some(asking) = &mut asking {
-            drop(asking.wait()); // its answer may have died with the engine
+            // Its answer has died with the engine, for which it would wait.
+            drop(asking.kill());
+            drop(asking.wait());
         }
         if died {
             assert_eq!(self.apart.shop.server.wait(), None, "{told}: killed, and not ended");
@@ -147,7 +149,11 @@ impl Installation {
         let shop = &self.apart.shop;
         let copies = shop.instances();
         assert_eq!(copies.len(), 1, "{told}: {copies:#?}");
-        assert_eq!((&copies[0]["machine"], &copies[0]["state"]), (&self.at.into(), &"serving".into()), "{told}");
+        assert_eq!(
+            (&copies[0]["machine"], &copies[0]["state"]),
+            (&self.at.into(), &"serving".into()),
+            "{told}"
+        );
         let processes = wait_for(&format!("{told}: one process and no other"), || {
             Some(shop.server.pids_of("")).filter(|pids| pids.len() == 1)
         });
@@ -203,7 +209,9 @@ fn killed_at_every_commit(story: Story) -> u32 {
     let commits = u32::try_from(died_at.len()).expect("a few");
     assert!(died_at.iter().map(|(commit, _)| *commit).eq(1..=commits), "none is skipped: {died_at:?}");
     let kills: usize = died_at.iter().map(|(_, died)| died.iter().filter(|died| **died).count()).sum();
-    println!("| {story:?}: engine killed before and after each of {commits} commits | {kills} | {kills} | 0 |");
+    println!(
+        "| {story:?}: engine killed before and after each of {commits} commits | {kills} | {kills} | 0 |"
+    );
     commits
 }
 

@@ -7,6 +7,7 @@ mod commands;
 mod crash;
 mod demo;
 mod direction;
+mod disk;
 mod docker_moves;
 mod house;
 mod keeping;

@@ -46,7 +46,6 @@ pub(crate) const EIO: u32 = 5;
 /// The disk of one server.
 pub(crate) struct BadDisk {
     control: File,
-    environment: Vec<(String, PathBuf)>,
 }
 
 impl BadDisk {
@@ -55,15 +54,9 @@ impl BadDisk {
         let path = server.dir().join("bad-disk");
         std::fs::write(&path, [0; FIELDS * 4]).expect("it can be written");
         let control = File::options().read(true).write(true).open(&path).expect("it is there");
-        let environment =
-            vec![("LD_PRELOAD".to_owned(), library().to_owned()), ("BAD_DISK".to_owned(), path)];
-        server.set_environment(environment.clone());
-        Self { control, environment }
-    }
-
-    /// What a program is started with to be on this disk.
-    pub(crate) fn environment(&self) -> &[(String, PathBuf)] {
-        &self.environment
+        let library = library().to_owned();
+        server.set_environment(vec![("LD_PRELOAD".to_owned(), library), ("BAD_DISK".to_owned(), path)]);
+        Self { control }
     }
 
     /// Waits until commits can be told from signs of life.
@@ -92,11 +85,6 @@ impl BadDisk {
     pub(crate) fn disarm(&self) {
         self.set(5, 0);
         self.set(0, 0);
-    }
-
-    /// How many there were since it was armed.
-    pub(crate) fn counted(&self) -> u32 {
-        self.field(6)
     }
 
     /// How often it did its deed since it was armed.

@@ -68,8 +68,7 @@ impl Peregrine {
     fn start_as(command: &'static str, more: &str, levels: &'static str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-test-").tempdir().expect("a scratch folder");
         let (edge, api) = (free_address(), free_address());
-        let mut server =
-            Self { dir, edge, api, child: None, levels, command, environment: Vec::new() };
+        let mut server = Self { dir, edge, api, child: None, levels, command, environment: Vec::new() };
         server.configure(more);
         server.start_again();
         server
