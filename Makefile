@@ -24,6 +24,7 @@ bench:
 	@$(CARGO) build --release -p peregrine-bench
 	@$(TARGET)/release/peregrine-bench table
 	@$(TARGET)/release/peregrine-bench compare --peregrine $(TARGET)/release/peregrine $(BENCH_ARGS)
+	@bench/switches.sh $(TARGET)/release/peregrine $(TARGET)/release/peregrine-bench
 
 build:
 	@scripts/setup build
@@ -44,5 +45,5 @@ clean:
 # Half an hour of random moves, kills and faults; prints what grew.
 soak:
 	@scripts/setup test
-	@$(CARGO) build --workspace --bins --quiet
-	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test -p peregrine --test it soak -- --nocapture
+	@$(CARGO) test --workspace --no-run --quiet
+	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test --workspace --test stories soak -- --nocapture

@@ -5,9 +5,11 @@
 //! ```
 //!
 //! Start: an edge that has a table listens at once; one that has none listens when it gets its first. End: the edge
-//! stops accepting and finishes what is in flight, bounded; then the link gives its last report.
+//! stops accepting and finishes what is in flight, bounded; then the link gives its last report. What it says of itself to
+//! probes and collectors is in `edge_admin.rs`.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,6 +23,7 @@ use crate::cli::args::{EdgeAction, EdgeArgs, EdgeJoinArgs};
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
 use crate::cli::output::Output;
+use crate::edge_admin;
 use crate::serve::{Signals, block_on, configuration, ended};
 use crate::telemetry;
 
@@ -32,15 +35,16 @@ pub(crate) fn run(args: &EdgeArgs, out: Output) -> Result {
     if let Some(EdgeAction::Join(join)) = &args.action {
         return block_on(joined(join, &args.data, out));
     }
-    let mut config = match &args.config {
-        Some(file) => ServerConfig::load(file).map_err(|mistakes| configuration(&mistakes))?.edge,
-        None => ServerConfig::default().edge,
+    let config = match &args.config {
+        Some(file) => ServerConfig::load(file).map_err(|mistakes| configuration(&mistakes))?,
+        None => ServerConfig::default(),
     };
+    let (mut edge, admin) = (config.edge, args.admin.or(config.edge_admin));
     if !args.http.is_empty() {
-        config.http.clone_from(&args.http);
+        edge.http.clone_from(&args.http);
     }
     telemetry::log(args.log_format);
-    block_on(serve(config, args))
+    block_on(serve(edge, admin, args))
 }
 
 async fn joined(args: &EdgeJoinArgs, data: &Path, out: Output) -> Result {
@@ -75,10 +79,11 @@ fn no_engine_here(data: &Path) -> Result {
     Ok(())
 }
 
-async fn serve(config: peregrine_proxy::Config, args: &EdgeArgs) -> Result {
+async fn serve(config: peregrine_proxy::Config, admin: Option<SocketAddr>, args: &EdgeArgs) -> Result {
     no_engine_here(&args.data)?;
-    let _metrics = telemetry::metrics()
+    let metrics = telemetry::metrics()
         .map_err(|error| Failure::new(Exit::Failed, "edge.metrics", format!("{error:#}")))?;
+    peregrine_proxy::describe();
     let mut signals = Signals::new()?;
     let cores = u32::try_from(config.core_count()).unwrap_or(u32::MAX);
     let link = EdgeLink::open(&args.data, &args.engine, cores, Arc::new(peregrine_proxy::now_ms))
@@ -87,13 +92,28 @@ async fn serve(config: peregrine_proxy::Config, args: &EdgeArgs) -> Result {
     tracing::info!(edge = link.name(), engines = link.engines().join(" "), data = %args.data.display(), "an edge");
     let (stop, stopped) = watch::channel(false);
     let (stop_link, link_stopped) = watch::channel(false);
+    let (serving, told_serving) = watch::channel(false);
+    // To the end of this process.
+    let _probes = match admin {
+        Some(listen) => {
+            let name = link.name().to_owned();
+            let told = edge_admin::Told { name, link: link.status(), serving: told_serving, metrics };
+            let probes = edge_admin::start(listen, told).await?;
+            tracing::info!(admin = %format!("http://{}", probes.address()), "probes are answered");
+            Some(probes)
+        }
+        None => None,
+    };
     let link = tokio::spawn(link.run(ended(&link_stopped)));
     let has_table = tokio::select! {
         ready = ready.wait_for(|ready| *ready) => ready.is_ok(),
         () = signals.stop() => false,
     };
-    let result =
-        if has_table { serve_table(config, reader, &mut signals, &stop, &stopped).await } else { Ok(()) };
+    let result = if has_table {
+        serve_table(config, reader, &mut signals, (&stop, &stopped), &serving).await
+    } else {
+        Ok(())
+    };
     // Last: the counts of what has finished are told too.
     stop_link.send_replace(true);
     match link.await {
@@ -108,19 +128,22 @@ async fn serve_table(
     config: peregrine_proxy::Config,
     reader: peregrine_routing::TableReader,
     signals: &mut Signals,
-    stop: &watch::Sender<bool>,
-    stopped: &watch::Receiver<bool>,
+    (stop, stopped): (&watch::Sender<bool>, &watch::Receiver<bool>),
+    serving: &watch::Sender<bool>,
 ) -> Result {
     let edge = Edge::bind(config, reader)
         .map_err(|error| Failure::new(Exit::Failed, "edge.bind", error.to_string()))?;
     let addrs: Vec<String> = edge.addrs().iter().map(|addr| format!("http://{addr}")).collect();
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failed, "edge.failed", error.to_string());
     let mut edge = tokio::spawn(edge.run(ended(stopped)));
+    serving.send_replace(true);
     tracing::info!(edge = addrs.join(" "), "serving");
     let ran = tokio::select! {
         ran = &mut edge => ran,
         () = signals.stop() => {
             tracing::info!("stopping: no new connections; a second signal ends at once");
+            // Told first: whoever sends requests here looks elsewhere from now on.
+            serving.send_replace(false);
             stop.send_replace(true);
             tokio::select! {
                 ran = &mut edge => ran,

@@ -3,8 +3,10 @@
 mod cli;
 mod demo;
 mod edge;
+mod edge_admin;
 mod edges;
 mod serve;
+mod standby;
 mod telemetry;
 
 fn main() -> std::process::ExitCode {

@@ -13,7 +13,6 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use peregrine_config::{LinkSettings, Mistakes, ServerConfig};
@@ -32,13 +31,13 @@ use crate::cli::args::{EngineArgs, LogFormat, ServeArgs};
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
 use crate::edges::LinkedEdges;
-use crate::telemetry;
+use crate::{standby, telemetry};
 
 /// Folder of the link in the data folder: its authority, and who belongs to it.
 const LINK_FOLDER: &str = "link";
 
 /// Whoever stands by takes over when the one that leads has not shown for so long that it lives.
-const LEAD_PATIENCE_MS: u64 = 6_000;
+pub(crate) const LEAD_PATIENCE_MS: u64 = 6_000;
 /// So often does the one that leads show it.
 const LEAD_RENEW_MS: u64 = 1_000;
 
@@ -90,7 +89,7 @@ impl Server {
         };
         let engine_config = engine_config(link.is_some());
         let (engine, handle) =
-            Engine::open(engine_config, Arc::clone(&store) as _, connector(data, lead_until), writer)
+            Engine::open(engine_config, Arc::clone(&store) as _, connector(data, lead_until.clone()), writer)
                 .await
                 .map_err(|error| Failure::new(Exit::Failed, error.code, error.message).hint(error.hint))?;
         let api_config = peregrine_api::Config {
@@ -99,7 +98,7 @@ impl Server {
             metrics_without_token: config.api.metrics_without_token,
             metrics: Some(Arc::new(move || metrics.render())),
             edges: link.as_ref().map(|link| Arc::new(LinkedEdges::new(link.handle(), link.addr())) as _),
-            readiness: Some(readiness(handle.clone())),
+            readiness: Some(readiness(handle.clone(), lead_until.clone())),
             ..peregrine_api::Config::new(config.api.listen, data)
         };
         let api = peregrine_api::Api::bind(api_config, handle.clone())
@@ -231,6 +230,9 @@ pub(crate) fn run_engine(args: &EngineArgs) -> Result {
 fn run_rooms(file: &Path, data: &Path, log: Option<LogFormat>, rooms: Rooms, standby: bool) -> Result {
     let config = ServerConfig::load(file).map_err(|mistakes| configuration(&mistakes))?;
     telemetry::log(log);
+    if config.edge_admin.is_some() {
+        tracing::warn!("[edge] admin is for `peregrine edge`: this process answers probes at its API");
+    }
     block_on(serve(config, file, data, rooms, standby))
 }
 
@@ -251,7 +253,9 @@ async fn serve(config: ServerConfig, file: &Path, data: &Path, rooms: Rooms, sta
     let mut signals = Signals::new()?;
     let mut reload = listen(SignalKind::hangup())?;
     let mut server = if standby {
-        let Some(store) = stand_by(data, &mut signals).await? else { return Ok(()) };
+        let Some(store) = standby::stand_by(config.api.listen, data, &mut signals).await? else {
+            return Ok(());
+        };
         Server::start_on(store, config, data, rooms).await?
     } else {
         Server::start(config, data, rooms).await?
@@ -273,31 +277,6 @@ async fn serve(config: ServerConfig, file: &Path, data: &Path, rooms: Rooms, sta
         result = server.stop() => result,
         () = signals.stop() => Err(Failure::new(Exit::Failed, "server.interrupted", "ended before requests in flight had finished")),
     }
-}
-
-/// Waits until this process leads; `None` when it is to end before.
-async fn stand_by(data: &Path, signals: &mut Signals) -> Result<Option<SqliteStore>> {
-    tracing::info!(data = %data.display(), "standing by");
-    let stop = Arc::new(AtomicBool::new(false));
-    let (folder, stopped) = (data.to_owned(), Arc::clone(&stop));
-    let patience = Duration::from_millis(LEAD_PATIENCE_MS);
-    let mut waiting = tokio::task::spawn_blocking(move || {
-        SqliteStore::stand_by(&folder, patience, || stopped.load(Ordering::Relaxed))
-    });
-    let waited = tokio::select! {
-        waited = &mut waiting => waited,
-        () = signals.stop() => {
-            stop.store(true, Ordering::Relaxed);
-            return Ok(None);
-        }
-    };
-    let store = waited
-        .map_err(|error| internal("engine.standby", &error.into()))?
-        .map_err(|error| store_failure(data, &error))?;
-    if let Some(store) = &store {
-        tracing::info!(epoch = store.epoch(), "this engine leads now");
-    }
-    Ok(store)
 }
 
 /// SIGHUP: machines and services of the file are applied anew. Listeners and limits need a restart.
@@ -406,18 +385,23 @@ async fn open_link(
     Link::open(config, &data.join(LINK_FOLDER), reader).await.map_err(|error| failed(&error))
 }
 
-/// The edge serves whatever the store does; the server takes work only while it can write it down.
-fn readiness(engine: EngineHandle) -> peregrine_api::ReadinessChecks {
+/// The edge serves whatever the store does; the server takes work only while it leads and can write it down.
+fn readiness(engine: EngineHandle, lead: runtime::LeadUntil) -> peregrine_api::ReadinessChecks {
     Arc::new(move || {
         let problem = engine.store_problem();
-        vec![peregrine_api::types::ReadinessCheck {
-            name: "store".to_owned(),
-            ok: problem.is_none(),
-            detail: problem.map_or_else(
-                || "it takes writes".to_owned(),
-                |problem| format!("{}. {}", problem.message, problem.hint),
-            ),
-        }]
+        let leads = Instant::now() < *lead.borrow();
+        let lead =
+            if leads { "this engine leads" } else { "this engine has not shown for long that it leads" };
+        let check = |name: &str, ok, detail: String| peregrine_api::types::ReadinessCheck {
+            name: name.to_owned(),
+            ok,
+            detail,
+        };
+        let store = problem.as_ref().map_or_else(
+            || "it takes writes".to_owned(),
+            |problem| format!("{}. {}", problem.message, problem.hint),
+        );
+        vec![check("store", problem.is_none(), store), check("lead", leads, lead.to_owned())]
     })
 }
 
@@ -443,7 +427,8 @@ pub(crate) fn configuration(mistakes: &Mistakes) -> Failure {
     Failure::new(Exit::Usage, "config.invalid", mistakes.to_string()).detail("mistakes", list)
 }
 
-fn store_failure(data: &Path, error: &StoreError) -> Failure {
+/// The failure that a store is which cannot be opened.
+pub(crate) fn store_failure(data: &Path, error: &StoreError) -> Failure {
     let failure = Failure::new(
         Exit::Failed,
         "store.open",
@@ -458,6 +443,7 @@ fn store_failure(data: &Path, error: &StoreError) -> Failure {
     }
 }
 
-fn internal(code: &str, error: &anyhow::Error) -> Failure {
+/// The failure that is nobody's fault but ours, or the system's.
+pub(crate) fn internal(code: &str, error: &anyhow::Error) -> Failure {
     Failure::new(Exit::Failed, code, format!("{error:#}"))
 }

@@ -1,6 +1,7 @@
 //! What the server says of itself: log and metrics. Set up once, before anything can log.
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::{Level, Metadata, Subscriber};
@@ -57,11 +58,26 @@ fn may_bear_secrets(line: &Metadata<'_>) -> bool {
     from_there && *line.level() > Level::INFO
 }
 
-/// Starts the metrics and returns what renders them as Prometheus text.
+/// Between two times that what histograms were given is summed up. Until then each value is kept, so that without this a
+/// server that nobody scrapes would grow with every request.
+const UPKEEP_INTERVAL_MS: u64 = 5_000;
+
+/// Starts the metrics and returns what renders them as Prometheus text. Needs a runtime, and keeps them up for as long as
+/// that lives.
 pub(crate) fn metrics() -> anyhow::Result<PrometheusHandle> {
     let builder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), DURATION_BUCKETS_S)?;
-    Ok(builder.install_recorder()?)
+    let handle = builder.install_recorder()?;
+    let upkeep = handle.clone();
+    tokio::spawn(async move {
+        let mut interval = tokio::time::interval(Duration::from_millis(UPKEEP_INTERVAL_MS));
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            upkeep.run_upkeep();
+        }
+    });
+    Ok(handle)
 }
 
 #[cfg(test)]

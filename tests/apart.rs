@@ -10,7 +10,7 @@ use crate::support::apart::{
     Apart, Edge, LEASE_MS, Standby, Way, answers, engine_configuration, files_below, invite, open_files,
     seen, wait_for_state,
 };
-use crate::support::server::{Peregrine, free_address, http, said, signal};
+use crate::support::server::{Peregrine, free_address, http, http_get, said, signal};
 use crate::support::shop::{Shop, id_of};
 use crate::support::traffic::{Traffic, assert_nothing_lost};
 use crate::support::wait_for;
@@ -164,6 +164,40 @@ fn an_edge_starts_and_serves_without_an_engine_and_the_engines_return_changes_no
 }
 
 #[test]
+fn a_drain_that_an_edge_has_begun_ends_at_its_deadlines_also_when_the_engine_dies() {
+    let drain = "\n[service.shop.move.drain]\nrequest = \"2s\"\nsse = \"1s\"\n";
+    let mut apart = Apart::open(&format!("{QUICK}{drain}"));
+    let ask = |path: &'static str| {
+        let edge = apart.edge.http();
+        std::thread::spawn(move || http_get(edge, path).expect("an answer"))
+    };
+    // One ends politely, the other one does not end by itself for as long as this test lasts.
+    let (events, slow) = (ask("/sse?ms=20&count=0"), ask("/slow?ms=600000"));
+    let old = apart.shop.instances()[0]["id"].as_str().expect("an id").to_owned();
+    wait_for("both to be inside", || {
+        let known = apart.shop.instances();
+        let old = known.iter().find(|instance| instance["id"] == *old)?;
+        (old["in_flight"] == 2).then_some(())
+    });
+    let id = in_phase(&apart.shop, "host-b", "drain");
+    wait_for("the retirement to be acknowledged", || {
+        let edge = seen(&apart.shop.server, "edge-1");
+        let draining = apart.shop.the_move(&id)["waiting_for"].as_str()?.contains("requests to finish");
+        (draining && edge["table_version"] == edge["newest_version"]).then_some(())
+    });
+    assert!(!events.is_finished() && !slow.is_finished());
+    apart.shop.server.kill();
+    let events = events.join().expect("it ended");
+    assert!(events.ends_with("\n\n\r\n0\r\n\r\n"), "after an event, with a clean end: {events:?}");
+    let slow = slow.join().expect("it ended");
+    assert!(slow.starts_with("HTTP/1.1 503") && slow.contains("upstream_cut"), "{slow}");
+    apart.shop.server.start_again();
+    assert_eq!(apart.shop.ended(&id)["state"], "succeeded");
+    let cut = apart.shop.server.ok(&["moves", "receipt", &id])["hard_cut_by_class"].clone();
+    assert_eq!(cut["request"].as_array().map(Vec::len), Some(1), "{cut:#}");
+}
+
+#[test]
 fn an_edge_whose_last_table_is_torn_serves_the_one_before_it() {
     let mut apart = Apart::open(QUICK);
     // Two more tables, so that the one before knows the shop too.
@@ -293,6 +327,62 @@ fn a_cut_that_outlasts_the_lease_while_a_move_ends_is_told_and_over_when_it_heal
 }
 
 #[test]
+fn an_edge_tells_probes_that_it_is_ready_also_without_an_engine_and_since_when_that_is_away() {
+    let mut apart = Apart::open(QUICK);
+    let admin = free_address();
+    assert_eq!(apart.edge.stop(), Some(0));
+    apart.edge.start_with_admin(admin);
+    let asked = |path: &str| http_get(admin, path);
+    let ready = || -> Option<Value> {
+        let answer = asked("/readyz").filter(|answer| answer.starts_with("HTTP/1.1 200"))?;
+        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+    };
+    let connected = wait_for("the edge to be ready and connected", || {
+        ready().filter(|ready| ready["engine"]["connected"] == true && ready["table_version"].is_u64())
+    });
+    assert_eq!(connected["table_version"], seen(&apart.shop.server, "edge-1")["newest_version"]);
+    assert!(connected["epoch"].as_u64() > Some(0) && connected["saved"] == true, "{connected:#}");
+    assert!(answers(apart.edge.http()));
+    let metrics = asked("/metrics").expect("an answer");
+    for line in ["peregrine_link_connected 1", "peregrine_edge_ready 1", "peregrine_edge_requests_total{"] {
+        assert!(metrics.contains(line), "{line} in {metrics}");
+    }
+    apart.shop.server.kill();
+    let away = wait_for("the engine to be missed", || ready().filter(|r| r["engine"]["connected"] == false));
+    assert!(away["engine"]["heard_ms_ago"].as_u64() >= away["engine"]["since_ms"].as_u64(), "{away:#}");
+    assert!(asked("/metrics").expect("an answer").contains("peregrine_link_connected 0"));
+    assert!(asked("/livez").expect("an answer").starts_with("HTTP/1.1 200"));
+    assert!(answers(apart.edge.http()), "ready is the truth");
+}
+
+#[test]
+fn an_edge_without_a_table_lives_and_is_not_ready() {
+    let link = free_address();
+    let mut server = Peregrine::start_engine(&engine_configuration(link));
+    let mut edge = Edge::fresh("edge-1");
+    assert!(edge.try_join(&invite(&server, "edge-1"), link).status.success());
+    server.kill();
+    let admin = free_address();
+    edge.start_with_admin(admin);
+    wait_for("life", || http_get(admin, "/livez").filter(|answer| answer.starts_with("HTTP/1.1 200")));
+    let answer = http_get(admin, "/readyz").expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains(r#""has_table":false"#), "{answer}");
+    server.start_again();
+    wait_for("readiness", || http_get(admin, "/readyz").filter(|answer| answer.starts_with("HTTP/1.1 200")));
+}
+
+#[test]
+fn an_engine_that_stands_by_tells_probes_that_it_lives_and_is_not_ready_until_it_leads() {
+    let mut apart = Apart::open(QUICK);
+    let mut second = Standby::start(&apart);
+    let answer = wait_for("an answer", || http_get(second.api(), "/readyz"));
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("stands by"), "{answer}");
+    assert!(http_get(second.api(), "/livez").expect("an answer").starts_with("HTTP/1.1 200"));
+    apart.shop.server.kill();
+    second.wait_until_it_leads();
+}
+
+#[test]
 fn a_join_token_is_good_for_one_use_and_an_edge_that_was_removed_is_shut_out() {
     let link = free_address();
     let server = Peregrine::start_engine(&engine_configuration(link));
@@ -402,6 +492,11 @@ fn an_engine_that_stood_still_in_the_middle_of_a_shift_and_was_replaced_writes_n
     assert!(apart.shop.server.log_text().contains("another engine leads"), "it tells why it ends");
     wait_for("the event", || second.events().contains("engine.fenced").then_some(()));
     assert_eq!(second.ended(&id)["state"], state, "nothing that it did has changed the end");
+    wait_for("the refusal in the audit", || {
+        let audit = second.audit();
+        let refused = audit["items"].as_array()?.iter().find(|entry| entry["act"] == "refused")?.to_string();
+        refused.contains("engine that was replaced").then_some(())
+    });
     let before = traffic.answered();
     wait_for("traffic", || (traffic.answered() > before + 40).then_some(()));
     assert_nothing_lost(&traffic.stop(), &apart.shop.records());
@@ -511,7 +606,7 @@ fn kill_in_phase(shop: &mut Shop, to: &str, phase: &str) -> String {
 }
 
 /// Starts a move, and waits until the stream of events tells of the phase.
-fn in_phase(shop: &Shop, to: &str, phase: &str) -> String {
+pub(crate) fn in_phase(shop: &Shop, to: &str, phase: &str) -> String {
     let mut listener = shop.server.spawn(&["events", "-f"]);
     let lines = BufReader::new(listener.stdout.take().expect("stdout")).lines();
     let id = id_of(&shop.server.ok(&["move", "shop", "--to", to, "--detach"]));

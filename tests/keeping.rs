@@ -93,6 +93,40 @@ fn a_byte_of_the_audit_that_is_changed_behind_the_servers_back_is_named_and_the_
     assert_eq!(shop.server.run(&["audit", "verify"]).code, 9, "what came after does not heal it");
 }
 
+#[test]
+fn a_damaged_record_is_an_alarm_in_the_status_and_for_the_doctor_and_everything_else_goes_on() {
+    let mut shop = Shop::open(QUICK);
+    assert_eq!(shop.server.ok(&["status"])["alarms"], serde_json::json!([]));
+    shop.server.stop();
+    let file = shop.server.data().join("store.db");
+    let mut bytes = std::fs::read(&file).expect("the store is one file");
+    // In the plan of the deploy, which is over: nothing else has these words.
+    let record = b"\"format\":1";
+    let places: Vec<usize> =
+        (0..bytes.len() - record.len()).filter(|at| bytes[*at..].starts_with(record)).collect();
+    assert!(!places.is_empty(), "the record of the deploy is in the file");
+    for at in places {
+        bytes[at + record.len() - 1] ^= 0x02;
+    }
+    std::fs::write(&file, bytes).expect("it can be written");
+    shop.server.start_again();
+    let alarms = shop.server.ok(&["status"])["alarms"].clone();
+    assert_eq!(alarms[0]["code"], "store.record_aside", "{alarms:#}");
+    assert!(alarms[0]["message"].as_str().expect("text").contains("rollouts/"), "{alarms:#}");
+    let doctor = shop.server.run(&["doctor"]);
+    assert_eq!(doctor.code, 9, "{doctor:#?}");
+    assert!(doctor.error().to_string().contains("store.record_aside"), "{doctor:#?}");
+    wait_for("the number of alarms", || {
+        let token = shop.server.token();
+        let api = shop.server.api();
+        let asked = format!(
+            "GET /metrics HTTP/1.1\r\nhost: {api}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n"
+        );
+        crate::support::server::http(api, &asked)?.contains("peregrine_alarms 1").then_some(())
+    });
+    assert!(http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"));
+}
+
 /// A small file system at a place; gone when dropped.
 struct SmallDisk(PathBuf);
 

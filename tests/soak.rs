@@ -24,6 +24,9 @@ const STORE_BYTES_PER_ACT: u64 = 128 * 1024;
 /// SQLite's log is as long as it was once.
 const LOOSE_STORE_BYTES: u64 = 8 * 1024 * 1024;
 
+/// A long run tells how it stands.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
 const QUICK: &str = r#"
 [service.shop.move]
 steps = [10, 50, 100]
@@ -85,16 +88,14 @@ fn random_moves_kills_and_faults_all_end_and_nothing_grows() {
     let mut soak = Soak { shop: &shop, traffic: &traffic, random: Random(seed), acts: BTreeMap::new() };
     let begun = Instant::now();
     let (warm_up, end) = (Duration::from_secs(seconds / 3), Duration::from_secs(seconds));
-    while begun.elapsed() < warm_up {
-        soak.act();
-    }
+    soak.act_until(begun, warm_up);
     let (before, acts_before) = (Size::of(&shop), soak.count());
-    while begun.elapsed() < end {
-        soak.act();
-    }
+    soak.act_until(begun, end);
     let (after, acts) = (Size::of(&shop), soak.count() - acts_before);
-    println!("{:?}\n{before:?}\n{after:?} after {acts} more acts", soak.acts);
-    drop(traffic.stop());
+    soak.print();
+    let sent: u64 = traffic.stop().iter().map(|summary| summary.sent).sum();
+    println!("{sent} requests");
+    println!("{before:?}\n{after:?} after {acts} more acts");
     assert!(after.descriptors <= before.descriptors + LOOSE_DESCRIPTORS, "{before:?} {after:?}");
     assert!(after.threads <= before.threads + LOOSE_THREADS, "{before:?} {after:?}");
     assert!(after.memory_kib <= before.memory_kib + LOOSE_MEMORY_KIB, "{before:?} {after:?}");
@@ -108,12 +109,43 @@ struct Soak<'a> {
     shop: &'a Shop,
     traffic: &'a Traffic,
     random: Random,
-    acts: BTreeMap<&'static str, u64>,
+    acts: BTreeMap<&'static str, Tried>,
+}
+
+/// What came of one kind of act. One that does not end well ends the test.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tried {
+    times: u64,
+    failed_requests: u64,
 }
 
 impl Soak<'_> {
     fn count(&self) -> u64 {
-        self.acts.values().sum()
+        self.acts.values().map(|tried| tried.times).sum()
+    }
+
+    fn act_until(&mut self, begun: Instant, end: Duration) {
+        let mut told = Instant::now();
+        while begun.elapsed() < end {
+            self.act();
+            if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                println!(
+                    "{} s: {:?} after {} acts",
+                    begun.elapsed().as_secs(),
+                    Size::of(self.shop),
+                    self.count()
+                );
+            }
+        }
+    }
+
+    /// The table of docs/reliability.md.
+    fn print(&self) {
+        println!("| act | tried | ended well | requests lost with a copy |\n|---|---:|---:|---:|");
+        for (name, Tried { times, failed_requests }) in &self.acts {
+            println!("| {name} | {times} | {times} | {failed_requests} |");
+        }
     }
 
     fn act(&mut self) {
@@ -126,13 +158,15 @@ impl Soak<'_> {
             5 => self.a_deploy(),
             _ => self.rubbish(),
         };
-        *self.acts.entry(name).or_default() += 1;
         wait_for("one copy", || (self.shop.places().len() == 1).then_some(()));
         // Traffic flows, whatever was done.
         let answered = self.traffic.answered();
         wait_for("answers", || (self.traffic.answered() > answered + 20).then_some(()));
         let failed = self.traffic.failed() - failed_before;
         assert!(failed <= may_fail, "{name}: {failed} requests failed");
+        let tried = self.acts.entry(name).or_default();
+        tried.times += 1;
+        tried.failed_requests += failed;
     }
 
     fn other_host(&self) -> &'static str {

@@ -12,6 +12,7 @@
 pub mod client;
 pub mod codes;
 mod config;
+pub mod probes;
 pub mod request;
 mod server;
 mod token;

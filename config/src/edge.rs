@@ -1,5 +1,7 @@
 //! `[edge]`: what the edge has to be told.
 
+use std::net::SocketAddr;
+
 use peregrine_proxy::{AccessLogConfig, AccessLogFormat, AccessLogTarget, Config, IpNet, MIN_HEADER_BYTES};
 
 use crate::names;
@@ -19,9 +21,12 @@ pub(crate) fn default_edge() -> Config {
     Config { http, ..Config::default() }
 }
 
-pub(crate) fn edge(node: &Node<'_>) -> Config {
+/// The edge, and where it answers probes if it has a process of its own.
+pub(crate) fn edge(node: &Node<'_>) -> (Config, Option<SocketAddr>) {
     let mut config = default_edge();
-    let Some(mut fields) = node.fields() else { return config };
+    let Some(mut fields) = node.fields() else { return (config, None) };
+    let mut admin = None;
+    fields.set("admin", &mut admin, |node| names::listen_address(node, "127.0.0.1:9090").map(Some));
     fields.set("http", &mut config.http, listeners);
     fields.set_integer("cores", &mut config.cores, 0..=MAX_CORES);
     fields.set("trusted_proxies", &mut config.trusted_proxies, networks);
@@ -43,7 +48,7 @@ pub(crate) fn edge(node: &Node<'_>) -> Config {
     if let Some(mut limits) = fields.take("limits").and_then(|node| node.fields()) {
         set_limits(&mut limits, &mut config);
     }
-    config
+    (config, admin)
 }
 
 fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
@@ -77,7 +82,7 @@ fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
     );
 }
 
-fn listeners(node: &Node<'_>) -> Option<Vec<std::net::SocketAddr>> {
+fn listeners(node: &Node<'_>) -> Option<Vec<SocketAddr>> {
     let items = node.list("[\"0.0.0.0:80\"]")?;
     if items.is_empty() || items.len() > MAX_LISTENERS {
         let message = format_args!("{} has {} addresses", node.path, items.len());

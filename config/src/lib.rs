@@ -25,6 +25,7 @@ mod suggest;
 mod units;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use peregrine_engine::model::{MachineKind, MachineSpec, Workload};
@@ -42,6 +43,8 @@ use raw::{Asked, Fields, quoted};
 pub struct ServerConfig {
     /// The edge.
     pub edge: peregrine_proxy::Config,
+    /// Where an edge in a process of its own answers probes; `None` if it does not. Not for `serve`, which has the API.
+    pub edge_admin: Option<SocketAddr>,
     /// The API.
     pub api: ApiSettings,
     /// Where edges in other processes connect; `None` if there are none.
@@ -56,6 +59,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             edge: edge::default_edge(),
+            edge_admin: None,
             api: ApiSettings::default(),
             link: None,
             machines: Vec::new(),
@@ -113,14 +117,15 @@ impl Manifest {
 
 fn read_server(source: &Source) -> (Result<ServerConfig, Mistakes>, Asked) {
     raw::read(source, |fields| {
-        let edge = fields.take("edge").map_or_else(edge::default_edge, |node| edge::edge(&node));
+        let (edge, edge_admin) =
+            fields.take("edge").map_or_else(|| (edge::default_edge(), None), |node| edge::edge(&node));
         let api = fields.take("api").map(|node| api::api(&node)).unwrap_or_default();
         let link = fields.take("link").map(|node| link::link(&node));
         let machines = fields.take("machine").map(|node| machine::machines(&node)).unwrap_or_default();
         let mut services = fields.take("service").map(|node| service::services(&node)).unwrap_or_default();
         services.iter_mut().for_each(|service| place(service, &machines));
         let services = services.into_iter().map(|read| read.entry).collect();
-        Some(ServerConfig { edge, api, link, machines, services })
+        Some(ServerConfig { edge, edge_admin, api, link, machines, services })
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use peregrine_engine::model::{DockerEndpoint, MachineKind};
+use peregrine_engine::model::{DockerEndpoint, MachineKind, MirrorSettings};
 
 use super::*;
 
@@ -71,13 +71,42 @@ fn the_reference_shows_every_default() {
     let (plain, web) = (&plain.services[0].spec, find(&full, "web"));
     assert_eq!(web.resources, plain.resources);
     assert_eq!(web.replicas, plain.replicas);
-    assert_eq!(web.move_settings, plain.move_settings);
+    // Nothing is mirrored unless it is asked for; the reference shows how.
+    let mut without_mirror = web.move_settings.clone();
+    assert_eq!(without_mirror.warm.mirror.take(), Some(MirrorSettings::default()));
+    assert_eq!(without_mirror, plain.move_settings);
     let traffic = peregrine_engine::model::TrafficPolicy { sticky_cookie: None, ..web.traffic.clone() };
     assert_eq!(traffic, plain.traffic);
     let health =
         peregrine_engine::model::HealthSpec { kind: plain.health.kind.clone(), ..web.health.clone() };
     assert_eq!(health, plain.health);
     assert_eq!(full.machines[0].address, "127.0.0.1".parse::<std::net::IpAddr>().unwrap());
+}
+
+#[test]
+fn a_mirror_is_off_on_or_a_table() {
+    let mirror = |line: &str| {
+        let text = format!(
+            "[service.web]\nhosts = [\"a.test\"]\ncommand = [\"a\"]\n[service.web.move.warm]\n{line}\n"
+        );
+        let read = Manifest::parse(&source(text)).ok();
+        read.map(|manifest| manifest.services[0].spec.move_settings.warm.mirror.clone())
+    };
+    assert_eq!(mirror(""), Some(None));
+    assert_eq!(mirror("mirror = false"), Some(None));
+    assert_eq!(mirror("mirror = true"), Some(Some(MirrorSettings::default())));
+    let some = MirrorSettings {
+        sample_permille: 5,
+        differing_ratio: 0.02,
+        max_ms: 30_000,
+        with_credentials: true,
+        ..MirrorSettings::default()
+    };
+    let table = r#"mirror = { sample = "0.5%", differing = "2%", max = "30s", with_credentials = true }"#;
+    assert_eq!(mirror(table), Some(Some(some)));
+    for wrong in ["{ sample = \"0%\" }", "{ sample = 2.0 }", "{ max = \"0s\" }", "{ simple = 1 }", "3"] {
+        assert_eq!(mirror(&format!("mirror = {wrong}")), None, "{wrong}");
+    }
 }
 
 fn find<'c>(config: &'c ServerConfig, name: &str) -> &'c peregrine_engine::model::ServiceSpec {

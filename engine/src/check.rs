@@ -82,19 +82,35 @@ fn workload(what: &str, workload: &Workload) -> Result<(), EngineError> {
     }
 }
 
-/// Refuses steps that do not rise to 100.
+/// Refuses steps that do not rise to 100, and a mirror that cannot be meant.
 pub(crate) fn steps(what: &str, settings: &MoveSettings) -> Result<(), EngineError> {
     let steps = &settings.steps;
     let rising = steps.windows(2).all(|pair| pair[0] < pair[1]);
     let ends = steps.last() == Some(&100) && steps.first().is_some_and(|first| *first > 0);
     if rising && ends && steps.len() <= MAX_SHIFT_STEPS {
-        return Ok(());
+        return mirror(what, settings);
     }
     Err(invalid(
         format!(
             "{what}: move steps {steps:?} do not rise from above 0 to 100, in at most {MAX_SHIFT_STEPS} steps"
         ),
         "Write steps such as [1, 10, 50, 100].",
+    ))
+}
+
+/// Refuses a mirror that could not be meant.
+fn mirror(what: &str, settings: &MoveSettings) -> Result<(), EngineError> {
+    let Some(mirror) = &settings.warm.mirror else { return Ok(()) };
+    let sample = (1..=1_000).contains(&mirror.sample_permille);
+    let caps = mirror.max_requests_per_s > 0 && mirror.max_concurrent > 0;
+    let times = mirror.max_ms > 0 && mirror.timeout_ms > 0;
+    if sample && caps && times && (0.0..=1.0).contains(&mirror.differing_ratio) {
+        return Ok(());
+    }
+    Err(invalid(
+        format!("{what}: the mirror {mirror:?} can copy nothing, or its tolerated share is none"),
+        "Leave mirroring out, or give it a sample of 1 to 1000 of a thousand, caps and times above 0, and a tolerated \
+         share from 0 to 1.",
     ))
 }
 

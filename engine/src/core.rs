@@ -3,7 +3,7 @@
 //! One commit at a time: made from the present state, checked by [`State::check`], durable in the store, then
 //! applied, then told. A commit that was begun is finished, even if whoever asked for it has gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::draft::Draft;
@@ -24,6 +24,8 @@ pub type EdgeClock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// Codes of a store that takes nothing, whatever is asked.
 const STORE_TROUBLES: [&str; 3] = ["store.full", "store.io", "store.corrupt"];
+/// Removed copies that are remembered; those before them are swept like any that nobody knows.
+const MAX_REMOVED: usize = 1_024;
 /// Taken by whoever looks whether the store can be written.
 const TRIAL_LEASE: &str = "trial";
 
@@ -45,6 +47,8 @@ pub(crate) struct Core {
     runtimes: Mutex<HashMap<String, Connected>>,
     /// Why the store takes nothing, since its last refusal.
     store_problem: Mutex<Option<EngineError>>,
+    /// Copies that this process has removed, the last ones: one that comes up after it is nobody's.
+    removed: Mutex<VecDeque<InstanceId>>,
     /// One at a time acts on an instance: a restart must not meet a removal.
     instances: Mutex<HashMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -72,6 +76,7 @@ impl Core {
             commit: tokio::sync::Mutex::new(()),
             runtimes: Mutex::default(),
             instances: Mutex::default(),
+            removed: Mutex::default(),
             store_problem: Mutex::default(),
         }
     }
@@ -230,6 +235,20 @@ impl Core {
         let mut locks = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         locks.retain(|_, lock| Arc::strong_count(lock) > 1);
         Arc::clone(locks.entry(id.clone()).or_default())
+    }
+
+    /// Notes that a copy was removed for good: ids are never used again.
+    pub(crate) fn note_removed(&self, id: &InstanceId) {
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        if removed.len() >= MAX_REMOVED {
+            removed.pop_front();
+        }
+        removed.push_back(id.clone());
+    }
+
+    /// Whether this process has removed a copy.
+    pub(crate) fn has_removed(&self, id: &InstanceId) -> bool {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
     }
 
     /// Wall time.

@@ -28,6 +28,8 @@ pub struct EngineConfig {
     pub reconcile_interval_ms: u64,
     /// How long an unknown instance with our label has to be seen before it is removed.
     pub orphan_grace_ms: u64,
+    /// How long a machine that cannot be reached is asked again to remove a copy, before that is left over for the reconciler.
+    pub unreachable_patience_ms: u64,
     /// Connections that each core of an edge opens to a new copy before its first request; 0 is none.
     pub ready_connections: u16,
     /// Edges in other processes may have gone on while no engine ran: copies keep their generations over a start, and
@@ -46,8 +48,9 @@ impl Default for EngineConfig {
                 1 + u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
             }),
             reconcile_interval_ms: 3_000,
-            orphan_grace_ms: 30_000, // longer than any answer of a runtime that is still under way
-            ready_connections: 2,    // a first step sends few requests at a time to a copy
+            unreachable_patience_ms: 15_000, // beyond one dial that found nobody, within the limit of a removal
+            orphan_grace_ms: 30_000,         // longer than any answer of a runtime that is still under way
+            ready_connections: 2,            // a first step sends few requests at a time to a copy
             edges_elsewhere: false,
             outside: Outside::default(),
         }

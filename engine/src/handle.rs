@@ -25,6 +25,8 @@ pub struct MoveOverrides {
     pub error_ratio_increase: Option<f64>,
     /// Guard on p95; `Some(None)` switches it off.
     pub p95_increase: Option<Option<f64>>,
+    /// Copies so many of a thousand safe requests to the new copies while they warm; 0 switches it off.
+    pub mirror_permille: Option<u16>,
 }
 
 /// What is asked of the engine, for any kind of rollout. The same ask can be planned or started.
@@ -338,6 +340,12 @@ impl EngineHandle {
     #[must_use]
     pub fn store_problem(&self) -> Option<EngineError> {
         self.core.store_problem()
+    }
+
+    /// What is held because this version cannot read it, and waits for a person.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<crate::model::Finding> {
+        crate::alarms::of(&self.core.state())
     }
 
     // --- audit

@@ -10,6 +10,7 @@
 //! The engine is the only writer of the routing table. It knows nothing of HTTP requests, TLS, the API
 //! or the command line.
 
+mod alarms;
 mod asks;
 pub mod audit;
 pub mod backup;

@@ -117,6 +117,8 @@ async fn keep_sweeping(core: &Arc<Core>) {
     let mut seen = HashMap::new();
     loop {
         core.try_store_again().await;
+        #[expect(clippy::cast_precision_loss, reason = "a gauge")]
+        metrics::gauge!("peregrine_alarms").set(crate::alarms::of(&core.state()).len() as f64);
         sweep(core, &mut seen).await;
         tokio::time::sleep(Duration::from_millis(core.config.reconcile_interval_ms)).await;
     }
@@ -263,8 +265,10 @@ async fn sweep(core: &Arc<Core>, seen: &mut Seen) {
     found.retain(|(_, id)| !state.instances.contains_key(id) && !is_aside(id));
     seen.retain(|orphan, _| found.contains(orphan));
     for orphan in found {
+        // A start that was abandoned may come to its end after the copy was removed: that one needs no grace.
         let since = *seen.entry(orphan.clone()).or_insert_with(Instant::now);
-        if since.elapsed() < Duration::from_millis(core.config.orphan_grace_ms) {
+        let grace = Duration::from_millis(core.config.orphan_grace_ms);
+        if since.elapsed() < grace && !core.has_removed(&orphan.1) {
             continue;
         }
         let (machine, id) = orphan;

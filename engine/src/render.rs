@@ -18,6 +18,10 @@ use crate::model::{
     Service, ServiceSpec, Workload,
 };
 use crate::state::State;
+use crate::steps::drain_times;
+
+/// Name of the pool of copies that a rollout has started.
+pub(crate) const NEW_POOL: &str = "new";
 
 /// A fixed upstream with the generation of its present stretch of service.
 pub(crate) type FixedGeneration = (FixedUpstream, u64);
@@ -87,7 +91,7 @@ fn pools(
     let pools = [
         pool("kept", weights.kept, false, kept),
         pool("old", weights.old, weights.old == 0, old),
-        pool("new", weights.new, false, new),
+        pool(NEW_POOL, weights.new, false, new),
     ];
     pools.into_iter().filter(|pool| !pool.upstreams.is_empty()).collect()
 }
@@ -201,12 +205,15 @@ fn balance(balance: &BalanceSpec) -> routing::Balance {
 
 fn policy(state: &State, service: &Service, rollout: Option<&Rollout>) -> routing::ServicePolicy {
     let traffic = &service.spec.traffic;
+    // What leaves now leaves by the rollout that has it leave.
+    let drain = rollout.map_or(&service.spec.move_settings.drain, |rollout| &rollout.plan.settings.drain);
     routing::ServicePolicy {
         connect_timeout_ms: traffic.connect_timeout_ms,
         response_head_timeout_ms: traffic.response_head_timeout_ms,
         body_idle_timeout_ms: traffic.body_idle_timeout_ms,
         tunnel_idle_timeout_ms: traffic.tunnel_idle_timeout_ms,
-        websocket_close_spread_ms: service.spec.move_settings.drain.websocket_spread_ms(),
+        websocket_close_spread_ms: drain.websocket_spread_ms(),
+        drain: drain_times(drain),
         max_request_body_bytes: traffic.max_request_body_bytes,
         slow_start_ms: traffic.slow_start_ms,
         preserve_host: traffic.preserve_host,

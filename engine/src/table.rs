@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use peregrine_routing::{Change, Generation, PoolSpec, TableError, TableWriter, Upstream, UpstreamSpec};
+use peregrine_routing::{
+    Change, Generation, MirrorSpec, PoolSpec, TableError, TableWriter, Upstream, UpstreamSpec,
+};
 
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{DrainDeadlines, InstanceId, InstanceState, Workload};
+use crate::model::{DrainDeadlines, InstanceId, InstanceState, Phase, RolloutState, Workload};
 use crate::render::{FixedGeneration, render};
+use crate::state::State;
 
 pub(crate) struct Table {
     inner: Mutex<Inner>,
@@ -23,6 +26,9 @@ struct Inner {
     leaving: Vec<Arc<Upstream>>,
     /// New copies that edges open connections to before their first request, by generation, with how many.
     ready: HashMap<u64, u16>,
+    /// Services whose new copies get copies of requests, with the attempt that wants it. Kept nowhere else: a table
+    /// that is made anew mirrors nothing.
+    mirrors: HashMap<String, (u64, MirrorSpec)>,
 }
 
 /// A publication.
@@ -41,6 +47,7 @@ impl Table {
                 fixed: HashMap::new(),
                 leaving: Vec::new(),
                 ready: HashMap::new(),
+                mirrors: HashMap::new(),
             }),
         }
     }
@@ -88,6 +95,18 @@ impl Table {
         self.lock().ready.insert(generation, count);
     }
 
+    /// Has the publications from now on mirror requests of a service to its new copies, while they warm.
+    pub(crate) fn mirror(&self, service: &str, attempt: u64, spec: MirrorSpec) {
+        self.lock().mirrors.insert(service.to_owned(), (attempt, spec));
+    }
+
+    /// Ends what this attempt has begun; says whether that was still there. The next publication tells the edges.
+    pub(crate) fn end_mirror(&self, service: &str, attempt: u64) -> bool {
+        let mut inner = self.lock();
+        let own = inner.mirrors.get(service).is_some_and(|(of, _)| *of == attempt);
+        own && inner.mirrors.remove(service).is_some()
+    }
+
     /// Takes in a copy that was retired before this process began, and that edges elsewhere may be inside of.
     pub(crate) fn adopt_retired(&self, copy: &UpstreamSpec) {
         let mut inner = self.lock();
@@ -111,7 +130,11 @@ impl Table {
         };
         inner.ready.retain(|generation, _| waits(generation));
         let fixed = inner.fixed.get(service).map_or(&[][..], Vec::as_slice);
-        let change = match render(&state, service, fixed, &inner.ready) {
+        let mut spec = render(&state, service, fixed, &inner.ready);
+        if let Some(spec) = &mut spec {
+            spec.policy.mirror = inner.mirror_of(&state, service, &spec.pools);
+        }
+        let change = match spec {
             Some(spec) if inner.writer.service(service) == Some(&spec) => None,
             Some(spec) => Some(Change::Put(spec)),
             None if inner.writer.service(service).is_none() => None,
@@ -138,6 +161,17 @@ impl Table {
 
     fn drop_fixed(&self, service: &str) {
         self.lock().fixed.remove(service);
+    }
+}
+
+impl Inner {
+    /// What edges are to mirror of a service: only while its new copies warm, whatever is remembered.
+    fn mirror_of(&self, state: &State, service: &str, pools: &[PoolSpec]) -> Option<Box<MirrorSpec>> {
+        let (_, mirror) = self.mirrors.get(service)?;
+        let rollout = state.rollout_of(service)?;
+        let warms = rollout.phase == Phase::Warm && rollout.state != RolloutState::RollingBack;
+        let waits = pools.iter().any(|pool| pool.name == mirror.pool && pool.weight == 0);
+        (warms && waits).then(|| Box::new(mirror.clone()))
     }
 }
 

@@ -26,7 +26,7 @@ mod tls;
 mod token;
 pub mod wire;
 
-pub use edge::{EdgeError, EdgeLink, Joined, join};
+pub use edge::{EdgeError, EdgeLink, Joined, LinkStatus, join};
 pub use registry::{Invite, RegistryError};
 pub use saved::{Saved, SavedError, SavedTable};
 pub use server::{EdgeState, EdgeView, Link, LinkConfig, LinkError, LinkHandle};

@@ -138,8 +138,13 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     if content.wire_version != wire::VERSION {
         return Err(format!("it is of version {} of the link", content.wire_version));
     }
-    let services = content.services.into_iter().map(ServiceSpec::try_from).collect::<Result<_, _>>();
-    Ok(SavedTable { epoch: content.epoch, services: services.map_err(|error| error.to_string())? })
+    let services = content.services.into_iter().map(|service| {
+        let mut service = ServiceSpec::try_from(service).map_err(|error| error.to_string())?;
+        // Copies are made for an engine that looks at them: from the disk comes what clients need.
+        service.policy.mirror = None;
+        Ok::<_, String>(service)
+    });
+    Ok(SavedTable { epoch: content.epoch, services: services.collect::<Result<_, _>>()? })
 }
 
 #[cfg(test)]
@@ -171,6 +176,15 @@ mod tests {
         std::fs::remove_file(folder.path().join(FILE)).expect("it is there");
         let Saved::Before(table, _) = load(folder.path()) else { panic!("the one before") };
         assert_eq!(table, SavedTable { epoch: 2, services: services(2) });
+    }
+
+    #[test]
+    fn a_table_from_the_disk_mirrors_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut mirroring = services(1);
+        mirroring[0].policy.mirror = Some(Box::new(crate::wire::mirror_tests::spec()));
+        save(folder.path(), 1, mirroring.iter().map(WireService::from).collect()).expect("it is saved");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 1, services: services(1) }));
     }
 
     #[test]

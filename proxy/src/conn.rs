@@ -7,15 +7,16 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf, Bytes};
-use http::HeaderValue;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustix::net::SendFlags;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::core::{Core, ServiceEntry};
+use crate::address::AddressText;
+use crate::core::Core;
 use crate::error::Reason;
 use crate::framing::Follower;
 use crate::respond;
@@ -42,8 +43,8 @@ pub(crate) enum Kill {
 pub(crate) struct ConnState {
     pub(crate) peer: SocketAddr,
     pub(crate) trusted: bool,
-    /// The peer's address as text, formatted once per connection.
-    pub(crate) peer_text: HeaderValue,
+    /// The peer's address as text.
+    pub(crate) peer_text: AddressText,
     pub(crate) follower: RefCell<Follower>,
     /// Requests in flight.
     pub(crate) in_flight: Cell<u32>,
@@ -57,6 +58,8 @@ pub(crate) struct ConnState {
     pub(crate) served: Cell<bool>,
     pub(crate) http2: Cell<bool>,
     pub(crate) draining: Cell<bool>,
+    /// Whether the client has asked for the connection to be closed after this request.
+    pub(crate) is_last: Cell<bool>,
     /// Requests that the client cancelled before their answers' heads, less those that it did not.
     pub(crate) cancelled: Cell<u32>,
     kill: Cell<Kill>,
@@ -74,8 +77,6 @@ pub(crate) struct ConnState {
     pub(crate) before_head: Cell<bool>,
     /// The field lines that are the same for every request to one host.
     pub(crate) steady: RefCell<Steady>,
-    /// Where the last host led.
-    pub(crate) route: RefCell<Option<Remembered>>,
     /// What of an answer is on its way past us.
     pub(crate) in_pipe: InPipe,
 }
@@ -83,30 +84,19 @@ pub(crate) struct ConnState {
 /// Field lines with what they were made for.
 #[derive(Debug, Default)]
 pub(crate) struct Steady {
+    /// Whether they were asked for before: what a connection needs once is not kept.
+    pub(crate) again: bool,
     pub(crate) host: Vec<u8>,
     pub(crate) via: Vec<u8>,
     pub(crate) lines: Vec<u8>,
 }
 
-/// A host's service, of a table in which every path of the host leads there: clients stay with a host.
-#[derive(Debug)]
-pub(crate) struct Remembered {
-    /// Version of the table.
-    pub(crate) table: u64,
-    /// The host as it was sent.
-    pub(crate) host: Box<[u8]>,
-    /// Not kept alive: an idle connection must not hold a service that the table has let go.
-    pub(crate) entry: Weak<ServiceEntry>,
-}
-
 impl ConnState {
     pub(crate) fn new(peer: SocketAddr, trusted: bool, now_ms: u64) -> Rc<Self> {
-        let ip = peer.ip().to_canonical();
-        let peer_text = HeaderValue::from_str(&ip.to_string());
         Rc::new(Self {
             peer,
             trusted,
-            peer_text: peer_text.unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+            peer_text: AddressText::of(peer.ip().to_canonical()),
             follower: RefCell::new(Follower::new()),
             in_flight: Cell::new(0),
             idle_since_ms: Cell::new(now_ms),
@@ -115,6 +105,7 @@ impl ConnState {
             served: Cell::new(false),
             http2: Cell::new(false),
             draining: Cell::new(false),
+            is_last: Cell::new(false),
             cancelled: Cell::new(0),
             kill: Cell::new(Kill::No),
             waker: RefCell::new(None),
@@ -124,7 +115,6 @@ impl ConnState {
             interim: RefCell::new(Vec::new()),
             before_head: Cell::new(false),
             steady: RefCell::default(),
-            route: RefCell::new(None),
             in_pipe: InPipe::default(),
         })
     }
@@ -256,6 +246,26 @@ impl ClientStream {
         Poll::Ready(Ok(written))
     }
 
+    /// Writes. The end of a connection's last answer is kept back for the moment until the socket is closed, so that it
+    /// goes in one segment with the FIN: a segment less to make, to send and to acknowledge.
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let state = &self.state;
+        let is_end =
+            state.is_last.get() && state.in_flight.get() == 0 && state.follower.borrow().is_at_head();
+        if !is_end {
+            return Pin::new(&mut self.socket).poll_write(cx, bytes);
+        }
+        let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+        loop {
+            std::task::ready!(self.socket.poll_write_ready(cx))?;
+            let send = || Ok(rustix::net::send(&self.socket, bytes, flags)?);
+            match self.socket.try_io(Interest::WRITABLE, send) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return Poll::Ready(sent),
+            }
+        }
+    }
+
     /// Says whether what hyper wants to write is to be replaced, and by what.
     fn before_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<bool>> {
         if !self.own_answer.is_empty() {
@@ -303,7 +313,7 @@ impl AsyncWrite for ClientStream {
         if self.state.in_pipe.is_filled() && self.splicer.is_marker(bytes) {
             return self.poll_splice(cx, bytes.len());
         }
-        let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, bytes))?;
+        let written = std::task::ready!(self.poll_send(cx, bytes))?;
         self.state.wrote_ms.set(self.clock_ms.get());
         Poll::Ready(Ok(written))
     }
@@ -331,12 +341,13 @@ impl AsyncWrite for ClientStream {
             }
         }
         let written = match slices {
-            [one] => Pin::new(&mut me.socket).poll_write(cx, one),
+            [one] => me.poll_send(cx, one),
             _ if total <= MAX_JOINED_BYTES => {
-                let mut joined = me.joined.borrow_mut();
+                let joined = Rc::clone(&me.joined);
+                let mut joined = joined.borrow_mut();
                 joined.clear();
                 slices.iter().for_each(|slice| joined.extend_from_slice(slice));
-                Pin::new(&mut me.socket).poll_write(cx, &joined)
+                me.poll_send(cx, &joined)
             }
             _ => Pin::new(&mut me.socket).poll_write_vectored(cx, slices),
         };

@@ -28,7 +28,9 @@ use crate::http1::{HeadLimits, SpareBuffers};
 use crate::ids::{IdMaker, Random};
 use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
+use crate::mirror::Mirrors;
 use crate::pool::{GenerationHasher, Pools};
+use crate::recent::RecentRoutes;
 use crate::resolve::Resolver;
 use crate::splice::Splicer;
 
@@ -61,6 +63,7 @@ pub(crate) struct Core {
     pub(crate) via: Via,
     pub(crate) reader: RefCell<CachedReader>,
     pub(crate) pools: Pools,
+    pub(crate) mirrors: Mirrors,
     pub(crate) flights: Flights,
     pub(crate) conns: Conns,
     pub(crate) metrics: CoreMetrics,
@@ -82,6 +85,7 @@ pub(crate) struct Core {
     /// Pipes for large answers.
     pub(crate) splicer: Rc<Splicer>,
     services: RefCell<ServiceCache>,
+    pub(crate) recent: RecentRoutes,
 }
 
 /// The values of `Via` that this edge adds, by the protocol that a message was received in.
@@ -131,6 +135,7 @@ impl Core {
             via: Via::new(&config.via_name),
             reader: RefCell::new(table.cached()),
             pools: Pools::new(Rc::clone(&clock_ms)),
+            mirrors: Mirrors::default(),
             flights: Flights::default(),
             conns: Conns::default(),
             metrics: CoreMetrics::new(),
@@ -147,6 +152,7 @@ impl Core {
             spares: SpareBuffers::default(),
             splicer: Splicer::new(),
             services: RefCell::default(),
+            recent: RecentRoutes::default(),
             config,
         })
     }
@@ -191,6 +197,8 @@ impl Core {
             count = count.wrapping_add(1);
             if count.is_multiple_of(SWEEP_TICKS) {
                 self.pools.sweep();
+                self.mirrors.end_those_that_are_over(now_ms);
+                self.mirrors.sweep();
             }
             self.metrics.flush(self.flights.len(), self.conns.len());
             if let Some(log) = &self.log {
@@ -209,7 +217,9 @@ impl Core {
             version = table.newer_than(version).await;
             let _ = self.reader.borrow_mut().load();
             self.services.borrow_mut().clear();
+            self.recent.clear();
             self.pools.drop_retired();
+            self.mirrors.end_those_that_are_over(self.coarse_now_ms());
             let retired = self.flights.retired_upstreams();
             watched.retain(|known| retired.iter().any(|upstream| upstream.generation() == *known));
             for upstream in retired {

@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 use crate::access_log::{self, LogError, LogSender};
 use crate::config::{Config, ConfigError};
 use crate::core::Core;
+use crate::crew::Crew;
 use crate::listen::{self, Stop};
 use crate::probe;
 use crate::resolve::{self, Lookups, Resolver};
@@ -251,7 +252,7 @@ async fn run_core(own: CoreStart, acknowledger: peregrine_routing::Acknowledger)
     let mut stopped = own.stopped;
     let core_log = own.log.map(|log| log.core());
     let core = Core::new(Arc::clone(&own.config), &own.table, own.resolver, core_log);
-    let servers = Servers::new(&own.config.limits);
+    let crew = Crew::new(Rc::clone(&core), Servers::new(&own.config.limits));
     let stop = Rc::new(Stop::default());
     tokio::task::spawn_local(Rc::clone(&core).follow_table(own.table, acknowledger));
     tokio::task::spawn_local(Rc::clone(&core).keep_time());
@@ -259,8 +260,7 @@ async fn run_core(own: CoreStart, acknowledger: peregrine_routing::Acknowledger)
     for listener in own.listeners {
         match tokio::net::TcpListener::from_std(listener) {
             Ok(listener) => {
-                let accept =
-                    listen::accept(Rc::clone(&core), Rc::clone(&servers), listener, Rc::clone(&stop));
+                let accept = listen::accept(Rc::clone(&core), Rc::clone(&crew), listener, Rc::clone(&stop));
                 acceptors.push(tokio::task::spawn_local(accept));
             }
             Err(error) => tracing::error!(%error, "cannot listen"),

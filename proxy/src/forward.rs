@@ -37,14 +37,15 @@ use crate::body::{
 };
 use crate::choose::Choice;
 use crate::clock::now_us;
-use crate::conn::{ConnState, Remembered};
+use crate::conn::ConnState;
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
 use crate::framing::Framing;
 use crate::grpc::{self, Messages};
-use crate::headers::{self, Added, Owed, Seen, Wishes};
+use crate::headers::{self, Added, Asked, Owed, Seen, Wishes};
 use crate::http1::{self, Head, Http1Conn, Http1Error};
 use crate::inflight::{Flight, FlightGuard, HostText, LONG_AFTER_MS, Start, Waits};
+use crate::mirror;
 use crate::pool::UpstreamPool;
 use crate::resolve::DialError;
 use crate::respond::{self, Form};
@@ -61,7 +62,7 @@ const MAX_INTERIM_BYTES: usize = 8 * 1024;
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
 
 /// A request on its way, in the form that an attempt needs.
-struct Outgoing {
+pub(crate) struct Outgoing {
     parts: request::Parts,
     body: Option<Rc<RequestBody>>,
     /// How the body is delimited on HTTP/1.1; `None` is no body.
@@ -101,7 +102,7 @@ pub(crate) async fn handle(
     let guard = begin(&core, &conn, &parts, seen, target.as_ref());
     let checked = target.and_then(|target| {
         let wishes = check(&parts, seen, has_body, conflict)?;
-        Ok((service_of(&core, &conn, &target)?, target, wishes))
+        Ok((service_of(&core, &target)?, target, wishes))
     });
     let (entry, target, wishes) = match checked {
         Ok(found) => found,
@@ -174,20 +175,17 @@ fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> 
     headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
 }
 
-/// The service of a request. What a connection's last request found is found again without a look-up.
-fn service_of(core: &Core, conn: &ConnState, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+/// The service of a request. What one of the last requests found is found again without a look-up.
+fn service_of(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
     let table = core.reader.borrow_mut().load().version();
     let host = target.host.as_bytes();
-    if let Some(last) = &*conn.route.borrow()
-        && last.table == table
-        && *last.host == *host
-        && let Some(entry) = last.entry.upgrade()
-    {
+    if let Some(entry) = core.recent.get(table, host) {
         return Ok(entry);
     }
     let (entry, any_path) = look_up(core, target)?;
-    let remembered = any_path.then(|| Remembered { table, host: host.into(), entry: Rc::downgrade(&entry) });
-    *conn.route.borrow_mut() = remembered;
+    if any_path {
+        core.recent.put(table, host, &entry);
+    }
     Ok(entry)
 }
 
@@ -272,9 +270,10 @@ impl Inbound {
             headers::join_cookies(headers);
         }
         // First off, then on: a field that the client nominates must not be one that the edge adds.
-        headers::strip_hop_by_hop(headers, seen);
+        let asked = headers::strip_hop_by_hop(headers, seen);
+        flight.conn.is_last.set(asked == Asked::Close && parts.version == Version::HTTP_11);
         if let Some(host) = host
-            && (matches!(self.target.host, HostText::Authority(_)) || seen.has(Seen::CONNECTION))
+            && (matches!(self.target.host, HostText::Authority(_)) || asked == Asked::Other)
         {
             headers.insert(HOST, host.clone());
         }
@@ -318,8 +317,17 @@ impl Outgoing {
         self.body().is_some()
     }
 
+    /// Without a body, and no upgrade.
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.body.is_none() && self.upgrade.is_none()
+    }
+
+    pub(crate) const fn headers(&self) -> &HeaderMap {
+        &self.parts.headers
+    }
+
     /// Writes the head for an HTTP/1.1 upstream.
-    fn write_head(
+    pub(crate) fn write_head(
         &self,
         out: &mut Vec<u8>,
         core: &Core,
@@ -350,7 +358,7 @@ impl Outgoing {
     }
 
     /// A copy, because a stream that is refused does not give the request back.
-    fn for_http2(
+    pub(crate) fn for_http2(
         &self,
         core: &Core,
         flight: &Flight,
@@ -401,6 +409,7 @@ async fn send(
 ) -> Response<ReplyBody> {
     let mut entry = Rc::clone(entry);
     let flight = Rc::clone(&guard.0);
+    let sampled = mirror::sample(core, &entry, &flight, &out);
     loop {
         match choice.enter(core, &mut entry, &flight) {
             Ok(lease) => flight.take_lease(lease),
@@ -408,10 +417,15 @@ async fn send(
         }
         flight.attempts.set(flight.attempts.get() + 1);
         let error = match attempt(core, &entry, &flight, &mut out).await {
-            Ok(found) => match answer(&entry, guard, &out, choice.prefer, found) {
-                Ok(response) => return response,
-                Err((error, guard)) => return give_up(&error, &out, guard),
-            },
+            Ok(found) => {
+                if let Some(sampled) = sampled {
+                    sampled.launch(core, &entry, &found.head, flight.head_us.get());
+                }
+                return match answer(&entry, guard, &out, choice.prefer, found) {
+                    Ok(response) => response,
+                    Err((error, guard)) => give_up(&error, &out, guard),
+                };
+            }
             Err(error) => error,
         };
         if !may_retry(core, &entry, &flight, &out, &error) {

@@ -59,6 +59,11 @@ impl Follower {
         matches!(self.at, At::Head) && !self.pending.is_empty()
     }
 
+    /// Whether the last request has come to its end.
+    pub(crate) const fn is_at_head(&self) -> bool {
+        matches!(self.at, At::Head)
+    }
+
     /// Takes note of bytes that were read.
     pub(crate) fn read(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {

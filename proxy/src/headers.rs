@@ -13,8 +13,7 @@ use std::net::IpAddr;
 
 use bytes::BytesMut;
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, Entry, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING,
-    UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -30,6 +29,8 @@ pub(crate) const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(crate) const X_PEREGRINE_REASON: HeaderName = HeaderName::from_static("x-peregrine-reason");
+/// Marks a copy of a request, whose answer nobody gets. Only a trusted proxy may send it.
+pub(crate) const PEREGRINE_MIRROR: HeaderName = HeaderName::from_static("peregrine-mirror");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const PROXY_AUTHENTICATE: HeaderName = HeaderName::from_static("proxy-authenticate");
@@ -87,6 +88,7 @@ impl Seen {
             14 if name == "content-length" => Self::CONTENT_LENGTH,
             14 if name == "http2-settings" => Self::HOP,
             16 if name == "proxy-connection" => Self::HOP,
+            16 if name == "peregrine-mirror" => Self::FORWARDING,
             17 if name == "transfer-encoding" => Self::TRANSFER_ENCODING,
             18 if name == "proxy-authenticate" => Self::HOP,
             18 if name == "x-peregrine-reason" => Self::REASON,
@@ -148,10 +150,25 @@ pub(crate) fn check(headers: &HeaderMap, seen: Seen, http11: bool, has_body: boo
     Ok(wishes)
 }
 
+/// What `Connection` said (RFC 9110 §7.6.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// Nothing, or `keep-alive` alone.
+    Nothing,
+    /// `close` alone.
+    Close,
+    /// Something else: fields that it nominated may have been taken off.
+    Other,
+}
+
 /// Takes off what is meant for this connection only (RFC 9110 §7.6.1).
-pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) {
-    if seen.has(Seen::CONNECTION) && !remove_plain_connection(headers) {
-        strip_nominated(headers);
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) -> Asked {
+    let mut asked = Asked::Nothing;
+    if seen.has(Seen::CONNECTION) {
+        asked = what_is_asked(headers);
+        if asked == Asked::Other {
+            strip_nominated(headers);
+        }
         headers.remove(CONNECTION);
     }
     if seen.has(Seen::HOP) {
@@ -168,21 +185,18 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, seen: Seen) {
     if seen.has(Seen::UPGRADE) {
         headers.remove(UPGRADE);
     }
+    asked
 }
 
-/// Takes off a `Connection` that nominates nothing: nearly every one is a single `close` or `keep-alive`.
-fn remove_plain_connection(headers: &mut HeaderMap) -> bool {
-    let Entry::Occupied(field) = headers.entry(CONNECTION) else { return true };
-    let mut values = field.iter().map(HeaderValue::as_bytes);
-    let plain = values
-        .next()
-        .is_some_and(|only| only.eq_ignore_ascii_case(b"close") || only.eq_ignore_ascii_case(b"keep-alive"));
-    let is_plain = plain && values.next().is_none();
-    drop(values);
-    if is_plain {
-        field.remove();
+/// Nearly every `Connection` is a single `close` or `keep-alive`. (Not by `entry`: that makes room for one more field,
+/// and with it a new map.)
+fn what_is_asked(headers: &HeaderMap) -> Asked {
+    let mut values = headers.get_all(CONNECTION).into_iter().map(HeaderValue::as_bytes);
+    match (values.next(), values.next()) {
+        (Some(only), None) if only.eq_ignore_ascii_case(b"close") => Asked::Close,
+        (Some(only), None) if only.eq_ignore_ascii_case(b"keep-alive") => Asked::Nothing,
+        _ => Asked::Other,
     }
-    is_plain
 }
 
 pub(crate) fn strip_nominated(headers: &mut HeaderMap) {
@@ -263,7 +277,7 @@ pub(crate) fn settle(headers: &mut HeaderMap, seen: Seen, conn: &ConnState, adde
 /// Puts what is owed into a map.
 pub(crate) fn insert_owed(headers: &mut HeaderMap, owed: Owed, conn: &ConnState, added: &Added<'_>) {
     if owed.has(Owed::FORWARDING) {
-        headers.insert(X_FORWARDED_FOR, conn.peer_text.clone());
+        headers.insert(X_FORWARDED_FOR, conn.peer_text.to_value());
         headers.insert(X_FORWARDED_PROTO, SCHEME);
         headers.insert(FORWARDED, forwarded_element(conn, added.host));
         if let Some(host) = added.host {
@@ -288,41 +302,49 @@ pub(crate) fn write_owed(out: &mut Vec<u8>, owed: Owed, conn: &ConnState, added:
     } else if owed.has(Owed::FORWARDING) {
         write_forwarding(out, conn, added);
     } else if owed.has(Owed::VIA) {
-        write_line(out, b"via: ", added.via);
+        write_line(out, b"via: ", added.via.as_bytes());
     }
     if owed.has(Owed::REQUEST_ID) {
-        write_line(out, b"x-request-id: ", &added.ids.request);
+        write_line(out, b"x-request-id: ", added.ids.request.as_bytes());
     }
     if owed.has(Owed::TRACEPARENT) {
-        write_line(out, b"traceparent: ", &added.ids.traceparent);
+        write_line(out, b"traceparent: ", added.ids.traceparent.as_bytes());
     }
 }
 
-fn write_line(out: &mut Vec<u8>, name: &[u8], value: &HeaderValue) {
+fn write_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     out.extend_from_slice(name);
-    out.extend_from_slice(value.as_bytes());
+    out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
 }
 
 fn write_forwarding(out: &mut Vec<u8>, conn: &ConnState, added: &Added<'_>) {
-    write_line(out, b"x-forwarded-for: ", &conn.peer_text);
-    write_line(out, b"x-forwarded-proto: ", &SCHEME);
-    write_line(out, b"forwarded: ", &forwarded_element(conn, added.host));
-    if let Some(host) = added.host {
+    let host = added.host.map_or(&b""[..], HeaderValue::as_bytes);
+    write_line(out, b"x-forwarded-for: ", conn.peer_text.as_bytes());
+    write_line(out, b"x-forwarded-proto: ", SCHEME.as_bytes());
+    out.extend_from_slice(b"forwarded: ");
+    write_forwarded(out, conn, host);
+    out.extend_from_slice(b"\r\n");
+    if added.host.is_some() {
         write_line(out, b"x-forwarded-host: ", host);
     }
 }
 
-/// The steady lines, remembered for the connection: clients stay with a host and a version.
+/// The steady lines, remembered from a connection's second request on: clients stay with a host and a version.
 fn write_steady(out: &mut Vec<u8>, conn: &ConnState, added: &Added<'_>) {
     let host = added.host.map_or(&b""[..], HeaderValue::as_bytes);
     let mut remembered = conn.steady.borrow_mut();
+    if !std::mem::replace(&mut remembered.again, true) {
+        write_forwarding(out, conn, added);
+        write_line(out, b"via: ", added.via.as_bytes());
+        return;
+    }
     if remembered.host != host || remembered.via != added.via.as_bytes() || remembered.lines.is_empty() {
         remembered.host = host.into();
         remembered.via = added.via.as_bytes().into();
         remembered.lines.clear();
         write_forwarding(&mut remembered.lines, conn, added);
-        write_line(&mut remembered.lines, b"via: ", added.via);
+        write_line(&mut remembered.lines, b"via: ", added.via.as_bytes());
     }
     out.extend_from_slice(&remembered.lines);
 }
@@ -335,7 +357,7 @@ pub(crate) fn add(headers: &mut HeaderMap, seen: Seen, conn: &ConnState, added: 
 }
 
 fn extend_forwarding(headers: &mut HeaderMap, conn: &ConnState, added: &Added<'_>) {
-    append_to_list(headers, &X_FORWARDED_FOR, &conn.peer_text);
+    append_to_list(headers, &X_FORWARDED_FOR, &conn.peer_text.to_value());
     append_to_list(headers, &FORWARDED, &forwarded_element(conn, added.host));
     headers.entry(X_FORWARDED_PROTO).or_insert(SCHEME);
     if let Some(host) = added.host {
@@ -358,28 +380,33 @@ fn append_to_list(headers: &mut HeaderMap, name: &HeaderName, last: &HeaderValue
 
 /// One element of `Forwarded` (RFC 7239 §4).
 fn forwarded_element(conn: &ConnState, host: Option<&HeaderValue>) -> HeaderValue {
-    make_forwarded(conn.peer_ip(), host.map_or(&b""[..], HeaderValue::as_bytes))
+    let mut text = Vec::with_capacity(128);
+    write_forwarded(&mut text, conn, host.map_or(&b""[..], HeaderValue::as_bytes));
+    HeaderValue::from_maybe_shared(bytes::Bytes::from(text)).unwrap_or(SCHEME)
 }
 
-fn make_forwarded(peer: IpAddr, host: &[u8]) -> HeaderValue {
-    let mut text = match peer {
-        IpAddr::V4(v4) => format!("for={v4}"),
-        IpAddr::V6(v6) => format!("for=\"[{v6}]\""),
-    }
-    .into_bytes();
+fn write_forwarded(out: &mut Vec<u8>, conn: &ConnState, host: &[u8]) {
+    let (before, after): (&[u8], &[u8]) =
+        if conn.peer_ip().is_ipv4() { (b"for=", b"") } else { (b"for=\"[", b"]\"") };
+    out.extend_from_slice(before);
+    out.extend_from_slice(conn.peer_text.as_bytes());
+    out.extend_from_slice(after);
     // A host has been checked: it holds no quote and no backslash.
     let token = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
     if !host.is_empty() {
         let quote: &[u8] = if host.iter().all(token) { b"" } else { b"\"" };
-        text.extend_from_slice(&[b";host=", quote, host, quote].concat());
+        out.extend_from_slice(b";host=");
+        out.extend_from_slice(quote);
+        out.extend_from_slice(host);
+        out.extend_from_slice(quote);
     }
-    text.extend_from_slice(b";proto=http");
-    HeaderValue::from_maybe_shared(bytes::Bytes::from(text)).unwrap_or(SCHEME)
+    out.extend_from_slice(b";proto=http");
 }
 
 fn strip_forwarding(headers: &mut HeaderMap) {
     headers.remove(FORWARDED);
     headers.remove(X_REAL_IP);
+    headers.remove(PEREGRINE_MIRROR);
     let others: Vec<HeaderName> =
         headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
     for name in others {

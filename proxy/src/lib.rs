@@ -20,12 +20,14 @@
 //! * An answer that broke off never ends like a complete one.
 
 mod access_log;
+mod address;
 mod body;
 mod choose;
 mod clock;
 mod config;
 mod conn;
 mod core;
+mod crew;
 mod detect;
 mod edge;
 mod error;
@@ -40,8 +42,10 @@ mod ids;
 mod inflight;
 mod listen;
 mod metrics;
+mod mirror;
 mod pool;
 mod probe;
+mod recent;
 mod resolve;
 mod respond;
 mod route;

@@ -2,25 +2,29 @@
 //! and no core waits for another.
 
 use std::cell::Cell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
+use std::os::fd::AsRawFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
 use crate::core::Core;
-use crate::serve::{Servers, serve};
+use crate::crew::Crew;
 
 /// Connections that the kernel holds until they are accepted; it is cut to `net.core.somaxconn`.
 const BACKLOG: i32 = 4_096;
 /// What the kernel takes for a client beyond what the network does. Without a bound it takes megabytes for each slow
 /// client, and for minutes nobody can tell a slow client from one that has stopped.
 const MAX_UNSENT_BYTES: u32 = 128 * 1024;
+/// How long the kernel waits for the first byte before it hands a connection over without.
+const SPEAKS_WITHIN_S: i32 = 1;
 /// Pause after an error of `accept` that will not go away at once (no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -34,6 +38,9 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<StdListener> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(MAX_UNSENT_BYTES)?;
     socket.bind(&address.into())?;
+    // A client of HTTP speaks first: the kernel hands over connections with their first bytes, and keeps back those of
+    // whom nothing comes.
+    uapi::setsockopt(socket.as_raw_fd(), uapi::c::IPPROTO_TCP, uapi::c::TCP_DEFER_ACCEPT, &SPEAKS_WITHIN_S)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
@@ -54,7 +61,7 @@ impl Stop {
 
 /// Accepts until it is told to stop; then takes what is in the queue already, because closing the
 /// socket would reset those clients.
-pub(crate) async fn accept(core: Rc<Core>, servers: Rc<Servers>, listener: TcpListener, stop: Rc<Stop>) {
+pub(crate) async fn accept(core: Rc<Core>, crew: Rc<Crew>, listener: TcpListener, stop: Rc<Stop>) {
     let limit = (core.config.limits.max_connections as usize).div_ceil(core.config.core_count());
     while !stop.asked.get() {
         let told = stop.told.notified();
@@ -68,36 +75,36 @@ pub(crate) async fn accept(core: Rc<Core>, servers: Rc<Servers>, listener: TcpLi
             }
             continue;
         }
-        tokio::select! {
-            accepted = listener.accept() => take(&core, &servers, accepted).await,
-            () = told => {}
+        let mut told = pin!(told);
+        let turn = poll_fn(|cx| {
+            // All that wait, in one turn.
+            while core.conns.len() < limit {
+                match listener.poll_accept(cx) {
+                    Poll::Ready(Ok((socket, peer))) => crew.serve(socket, peer),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return told.as_mut().poll(cx).map(Ok),
+                }
+            }
+            Poll::Ready(Ok(()))
+        });
+        if let Err(error) = turn.await {
+            pause_after(&error).await;
         }
     }
-    let mut queued = Vec::new();
     poll_fn(|cx| {
-        while let Poll::Ready(Ok(accepted)) = listener.poll_accept(cx) {
-            queued.push(accepted);
+        while let Poll::Ready(Ok((socket, peer))) = listener.poll_accept(cx) {
+            crew.serve(socket, peer);
         }
         Poll::Ready(())
     })
     .await;
-    for accepted in queued {
-        take(&core, &servers, Ok(accepted)).await;
-    }
 }
 
-async fn take(core: &Rc<Core>, servers: &Rc<Servers>, accepted: io::Result<(TcpStream, SocketAddr)>) {
-    match accepted {
-        Ok((socket, peer)) => {
-            tokio::task::spawn_local(serve(Rc::clone(core), Rc::clone(servers), socket, peer));
-        }
-        // The client left while it was waiting: nothing to pause for.
-        Err(error)
-            if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
-        Err(error) => {
-            tracing::warn!(%error, "cannot accept connections; are there enough file descriptors (ulimit -n)?");
-            tokio::time::sleep(ACCEPT_PAUSE).await;
-        }
+async fn pause_after(error: &io::Error) {
+    // A client that left while it was waiting is nothing to pause for.
+    if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) {
+        tracing::warn!(%error, "cannot accept connections; are there enough file descriptors (ulimit -n)?");
+        tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 }
 

@@ -40,6 +40,15 @@ pub fn describe() {
     );
     describe_counter!("peregrine_edge_errors_total", "Requests that the edge answered itself, by reason");
     describe_counter!(
+        "peregrine_edge_mirrored_total",
+        "Copies of requests to upstreams that serve nobody yet, by class of the client's answer and of the copy's"
+    );
+    describe_histogram!(
+        "peregrine_edge_mirror_head_seconds",
+        Unit::Seconds,
+        "Time to the head of the answer, of the client's request and of its copy"
+    );
+    describe_counter!(
         "peregrine_edge_log_lines_dropped_total",
         "Access log lines that the writer had no room for"
     );
@@ -197,6 +206,11 @@ impl CoreMetrics {
         let name: Arc<str> =
             if services.len() < MAX_SERVICE_LABELS { Arc::clone(name) } else { "other".into() };
         Rc::clone(services.entry(name).or_insert_with_key(|name| ServiceMetrics::new(name)))
+    }
+
+    /// The label of a service that has had a request.
+    pub(crate) fn label(&self, name: &Arc<str>) -> Arc<str> {
+        if self.services.borrow().contains_key(name) { Arc::clone(name) } else { "other".into() }
     }
 
     pub(crate) fn request(&self, service: Option<&ServiceEntry>, status: u16, total_us: u64) {

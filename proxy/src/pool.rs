@@ -105,7 +105,7 @@ pub(crate) struct UpstreamPool {
 }
 
 impl UpstreamPool {
-    fn new(
+    pub(crate) fn new(
         upstream: &Arc<Upstream>,
         policy: &ServicePolicy,
         retired: bool,
@@ -347,7 +347,7 @@ impl UpstreamPool {
         socket.set_nodelay(true).is_ok().then_some(socket)
     }
 
-    fn retire(&self) {
+    pub(crate) fn retire(&self) {
         self.retired.set(true);
         let idle = self.idle.take();
         let ahead = self.ahead.take();
@@ -356,7 +356,7 @@ impl UpstreamPool {
     }
 
     /// Closes what the upstream has closed, and what was idle for too long.
-    fn sweep(&self) {
+    pub(crate) fn sweep(&self) {
         let now_ms = self.clock_ms.get();
         let mut longest_ms = 0;
         let mut keeps = |conn: &mut Http1Conn| {

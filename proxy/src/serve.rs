@@ -1,9 +1,8 @@
 //! A client connection's task: finds its protocol, runs it, and ends it properly.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Poll, ready};
@@ -16,11 +15,12 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::conn::{ClientStream, ConnState, Kill};
-use crate::core::{Conns, Core, LocalExecutor};
+use crate::core::{Core, LocalExecutor};
 use crate::detect::{Detected, detect};
 use crate::error::Reason;
 use crate::forward;
@@ -63,34 +63,30 @@ impl Servers {
 }
 
 /// Serves one connection to its end.
-pub(crate) fn serve(
-    core: Rc<Core>,
-    servers: Rc<Servers>,
-    socket: TcpStream,
-    peer: SocketAddr,
-) -> impl Future<Output = ()> {
-    let state = ConnState::new(peer, core.config.trusts(peer.ip()), core.coarse_now_ms());
-    // Counted at once, so that the acceptor knows how many there are.
-    let place = Conns::add(&core, &state);
-    async move {
-        run(core, servers, socket, state).await;
-        drop(place);
-    }
-}
-
-async fn run(core: Rc<Core>, servers: Rc<Servers>, socket: TcpStream, state: Rc<ConnState>) {
-    let mut socket = socket;
+pub(crate) async fn serve(core: &Rc<Core>, servers: &Servers, mut socket: TcpStream, state: Rc<ConnState>) {
     let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
-    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, &core);
+    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core);
     match protocol {
-        Detected::Http2 => serve_http2(&core, &servers, state, stream).await,
-        _ => serve_http1(&core, &servers, state, stream).await,
+        Detected::Http2 => serve_http2(core, servers, state, stream).await,
+        _ => serve_http1(core, servers, state, stream).await,
     }
 }
 
 /// Reads until the protocol is known. `None` if the client leaves or takes too long.
 async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes, Detected)> {
-    let mut read = Bytes::new();
+    // They are nearly always there already (see `listen::bind`), and tokio would wait for the kernel to say so.
+    let mut chunk = [MaybeUninit::uninit(); FIRST_READ_BYTES];
+    let mut read = match rustix::net::recv(&*socket, &mut chunk[..], RecvFlags::empty()) {
+        Ok((_, 0)) => return None,
+        Ok(((bytes, _), _)) => Bytes::copy_from_slice(bytes),
+        Err(_) => Bytes::new(),
+    };
+    if !read.is_empty() {
+        match detect(&read) {
+            Detected::Unclear => {}
+            found => return Some((read, found)),
+        }
+    }
     loop {
         let got = poll_fn(|cx| {
             if state.asked(cx) != Kill::No {

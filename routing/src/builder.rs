@@ -11,7 +11,7 @@ use crate::host::HostPattern;
 use crate::keyed::Keyed;
 use crate::path::{PathError, ROOT, canonical_prefix};
 use crate::service::Service;
-use crate::spec::{Change, ServiceSpec, UpstreamSpec};
+use crate::spec::{Change, PoolSpec, ServiceSpec, UpstreamSpec};
 use crate::spent::Spent;
 use crate::table::RoutingTable;
 use crate::upstream::{Generation, Upstream};
@@ -49,6 +49,14 @@ pub enum TableError {
     /// and needs a generation of its own.
     #[error("upstream generation {0} is in service with another name, address or protocol")]
     GenerationChanged(Generation),
+    /// A mirror names a pool that the service does not have, that takes clients' requests, or that may come to.
+    #[error("service {service} mirrors to pool {pool}, which is not there or is not out of service")]
+    BadMirror {
+        /// Whose mirror.
+        service: Arc<str>,
+        /// The pool.
+        pool: Arc<str>,
+    },
     /// More services than a table can hold.
     #[error("the table holds no more than {MAX_SERVICES} services")]
     Full,
@@ -131,6 +139,7 @@ impl Builder {
         let mut plan = Plan { touched: self.touched(changes), removed: HashSet::new(), added: Vec::new() };
         self.check_room(&plan.touched)?;
         self.check_generations(&plan.touched)?;
+        plan.touched.iter().filter_map(|touched| touched.next).try_for_each(check_mirror)?;
         for (index, touched) in plan.touched.iter().enumerate() {
             let before = touched.spec_before();
             if before.map(|spec| &spec.routes) == touched.next.map(|spec| &spec.routes) {
@@ -244,7 +253,9 @@ impl Builder {
     fn place(&mut self, touched: &Touched<'_>) -> Option<u32> {
         let slot = touched.before.as_ref().map(|(slot, _)| *slot);
         self.table.ready.retain(|service| service.name() != touched.name);
+        let mirror = touched.before.as_ref().and_then(|(_, service)| service.mirror());
         let Some(spec) = touched.next else {
+            mirror.into_iter().for_each(|mirror| mirror.end());
             if let Some(slot) = slot {
                 self.slots.remove(touched.name);
                 *self.table.services.slot(u64::from(slot)) = None;
@@ -255,6 +266,11 @@ impl Builder {
         let previous = touched.before.as_ref().map(|(_, service)| &**service);
         let service =
             Arc::new(Service::new(Arc::new(kept(spec)), previous, |upstream| self.live(upstream, previous)));
+        // Before anybody sees the table: whoever holds the old one mirrors nothing any more.
+        mirror
+            .filter(|before| service.mirror().is_none_or(|now| !Arc::ptr_eq(before, now)))
+            .into_iter()
+            .for_each(|mirror| mirror.end());
         if service.ready_upstreams().next().is_some() {
             self.table.ready.push(Arc::clone(&service));
         }
@@ -281,6 +297,15 @@ impl Builder {
         self.slots.insert(name, slot);
         slot
     }
+}
+
+fn check_mirror(spec: &ServiceSpec) -> Result<(), TableError> {
+    let Some(mirror) = &spec.policy.mirror else { return Ok(()) };
+    let is_out = |pool: &PoolSpec| pool.name == mirror.pool && pool.weight == 0 && !pool.standby;
+    if spec.pools.iter().any(is_out) {
+        return Ok(());
+    }
+    Err(TableError::BadMirror { service: Arc::clone(&spec.name), pool: Arc::clone(&mirror.pool) })
 }
 
 fn generations(spec: Option<&ServiceSpec>) -> HashSet<Generation> {

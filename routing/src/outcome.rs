@@ -181,14 +181,31 @@ impl OutcomeCounts {
     }
 }
 
+/// The live counters behind [`LatencyBuckets`]. Made with the first answer: of a million services most are quiet, and
+/// this is most of an upstream.
+#[derive(Debug, Default)]
+pub(crate) struct LiveLatency(OnceLock<Box<[AtomicU64]>>);
+
+impl LiveLatency {
+    pub(crate) fn record(&self, latency_us: u64) {
+        let counts = self.0.get_or_init(|| (0..BUCKETS).map(|_| AtomicU64::new(0)).collect());
+        counts[bucket_of(latency_us)].fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn read(&self) -> LatencyBuckets {
+        self.0.get().map_or_else(LatencyBuckets::default, |live| LatencyBuckets {
+            counts: live.iter().map(|count| count.load(Relaxed)).collect(),
+        })
+    }
+}
+
 /// The live counters behind [`OutcomeCounts`].
 #[derive(Debug, Default)]
 pub(crate) struct OutcomeCounters {
     responses: [AtomicU64; 5],
     failed: AtomicU64,
     client_gone: AtomicU64,
-    /// Made with the first answer: of a million services most are quiet, and this is most of an upstream.
-    latency: OnceLock<Box<[AtomicU64]>>,
+    latency: LiveLatency,
 }
 
 impl OutcomeCounters {
@@ -197,8 +214,7 @@ impl OutcomeCounters {
             Outcome::Response { status, latency_us } => {
                 let class = (usize::from(status / 100)).clamp(1, 5) - 1;
                 self.responses[class].fetch_add(1, Relaxed);
-                let latency = self.latency.get_or_init(|| (0..BUCKETS).map(|_| AtomicU64::new(0)).collect());
-                latency[bucket_of(latency_us)].fetch_add(1, Relaxed);
+                self.latency.record(latency_us);
             }
             Outcome::Failed(_) => {
                 self.failed.fetch_add(1, Relaxed);
@@ -210,14 +226,11 @@ impl OutcomeCounters {
     }
 
     pub(crate) fn read(&self) -> OutcomeCounts {
-        let latency = self.latency.get().map_or_else(LatencyBuckets::default, |live| LatencyBuckets {
-            counts: live.iter().map(|count| count.load(Relaxed)).collect(),
-        });
         OutcomeCounts {
             responses: std::array::from_fn(|i| self.responses[i].load(Relaxed)),
             failed: self.failed.load(Relaxed),
             client_gone: self.client_gone.load(Relaxed),
-            latency,
+            latency: self.latency.read(),
         }
     }
 }

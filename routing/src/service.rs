@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::balance::{Balance, Draw, Members};
 use crate::class::TrafficClass;
 use crate::hash::{GOLDEN, below};
+use crate::mirror::Mirror;
 use crate::retry::RetryBudget;
 use crate::spec::{ServicePolicy, ServiceSpec, UpstreamSpec};
 use crate::upstream::{Generation, Lease, Upstream};
@@ -16,6 +17,7 @@ pub struct Service {
     spec: Arc<ServiceSpec>,
     pools: Box<[Pool]>,
     total_weight: u64,
+    mirror: Option<Arc<Mirror>>,
     shared: Arc<Shared>,
 }
 
@@ -87,7 +89,11 @@ impl Service {
             .collect();
         let total_weight = pools.iter().map(|pool| pool.weight).sum();
         let shared = previous.map_or_else(Arc::default, |before| Arc::clone(&before.shared));
-        Self { spec, pools, total_weight, shared }
+        let mirror = spec.policy.mirror.as_ref().and_then(|mirror| {
+            let pool = pools.iter().find(|pool| pool.name == mirror.pool)?;
+            Some(Mirror::new(mirror, &pool.members.upstreams, previous.and_then(Self::mirror)))
+        });
+        Self { spec, pools, total_weight, mirror, shared }
     }
 
     fn turn_of(&self, pool: &str) -> Option<Arc<AtomicU64>> {
@@ -116,6 +122,12 @@ impl Service {
     #[must_use]
     pub fn balance(&self) -> &Balance {
         &self.spec.balance
+    }
+
+    /// Where copies of its safe requests go, if anywhere.
+    #[must_use]
+    pub const fn mirror(&self) -> Option<&Arc<Mirror>> {
+        self.mirror.as_ref()
     }
 
     /// The retry budget, shared by every version of the service.

@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::balance::Balance;
+use crate::class::PerClass;
+use crate::drain::DrainTime;
 use crate::host::HostPattern;
+use crate::mirror::MirrorSpec;
 use crate::upstream::Generation;
 
 /// One change of the table. A change is whole for its service: it says all of the service's routes and
@@ -122,6 +125,9 @@ pub struct ServicePolicy {
     /// Time over which an edge spreads the closing of WebSockets whose upstream leaves, so that their clients
     /// do not all come back at once; 0 is none.
     pub websocket_close_spread_ms: u32,
+    /// How long each class of traffic may stay with an upstream that leaves. An edge whose engine is in the same process is
+    /// told by it; one in a process of its own goes by this.
+    pub drain: PerClass<DrainTime>,
     /// Largest request body; 0 is no limit.
     pub max_request_body_bytes: u64,
     /// Idle connections that one core keeps to one upstream.
@@ -138,6 +144,8 @@ pub struct ServicePolicy {
     pub sticky: Option<Sticky>,
     /// Sends the client's `Host` on (true) or the upstream's own address (false).
     pub preserve_host: bool,
+    /// Copies of safe requests for upstreams that serve nobody yet.
+    pub mirror: Option<Box<MirrorSpec>>,
 }
 
 impl Default for ServicePolicy {
@@ -148,7 +156,8 @@ impl Default for ServicePolicy {
             body_idle_timeout_ms: 60_000,      // progress, not duration: a long download is fine
             tunnel_idle_timeout_ms: 3_600_000, // an hour: WebSocket libraries ping far more often
             websocket_close_spread_ms: 5_000,  // a thousand clients come back at 200 a second
-            max_request_body_bytes: 0,         // streaming costs no memory, so no limit unless asked for
+            drain: PerClass::default(),
+            max_request_body_bytes: 0, // streaming costs no memory, so no limit unless asked for
             max_idle_connections_per_upstream: 256,
             upstream_idle_timeout_ms: 4_000, // below the 5 s after which Node.js closes idle connections
             health: None,
@@ -156,6 +165,7 @@ impl Default for ServicePolicy {
             slow_start_ms: 0,
             sticky: None,
             preserve_host: true,
+            mirror: None,
         }
     }
 }

@@ -491,7 +491,7 @@ fn shop(world: &World) -> ServiceSpec {
             hold_max_ms: 3_000,
             hold_then: if world.one_in(2) { HoldThen::GoOn } else { HoldThen::GoBack },
             guards: Guards { p95_increase: None, ..Guards::default() },
-            warm: WarmSettings { probes: 2, probe_interval_ms: 20, paths: Vec::new() },
+            warm: WarmSettings { probes: 2, probe_interval_ms: 20, paths: Vec::new(), mirror: None },
             start_timeout_ms: 2_000,
             soak_ms: if world.one_in(2) { 0 } else { world.between(100, 2_000) },
             drain: DrainDeadlines {

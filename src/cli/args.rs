@@ -176,6 +176,10 @@ pub(crate) struct EdgeArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) http: Vec<std::net::SocketAddr>,
 
+    /// Address at which /livez, /readyz and /metrics answer, instead of that of the configuration; none: they do not
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) admin: Option<std::net::SocketAddr>,
+
     /// Engine, HOST:PORT, instead of the one that it joined with; may be repeated: they are asked in turn
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) engine: Vec<String>,

@@ -98,6 +98,24 @@ pub(crate) fn abort_on(text: &str) -> Result<AbortOn, String> {
     Ok(guards)
 }
 
+/// A share of requests in thousandths: `20%`, `0.5%`; `off` is none.
+pub(crate) fn sample(text: &str) -> Result<u16, String> {
+    if text == "off" {
+        return Ok(0);
+    }
+    let share = percent(text)?;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a small number, not below 0"
+    )]
+    let permille = (share.min(2.0) * 1_000.0).round() as u16;
+    if (1..=1_000).contains(&permille) {
+        return Ok(permille);
+    }
+    Err(format!("`{text}`: write a share from 0.1% to 100%, or off"))
+}
+
 /// `1%`, `+50%` or `0.5%` as a share of one.
 fn percent(text: &str) -> Result<f64, String> {
     let number = text

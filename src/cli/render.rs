@@ -151,6 +151,9 @@ pub(crate) fn receipt(receipt: &Receipt, out: &Output) -> String {
             human::bytes(receipt.transferred_bytes),
         ),
     );
+    if let Some(mirror) = &receipt.mirror {
+        line("mirror", format!("{}: {}", clean(&mirror.verdict), clean(&mirror.message)));
+    }
     for part in &receipt.instances {
         let side = if part.new { "new" } else { "old" };
         let drained = if part.drained { ", drained to the last request" } else { "" };

@@ -53,6 +53,10 @@ pub(crate) struct Overrides {
     /// When to turn back by itself, compared with the old copies, such as error-rate=1%,p95=+50% or p95=off
     #[arg(long, value_name = "GUARDS", value_parser = parse::abort_on, help_heading = HOW)]
     pub(crate) abort_on: Option<AbortOn>,
+
+    /// Copy a share of the safe requests to the new copies while they warm, and compare the answers, such as 20% or off
+    #[arg(long, value_name = "SHARE", value_parser = parse::sample, help_heading = HOW)]
+    pub(crate) mirror: Option<u16>,
 }
 
 /// What happens after the rollout was started.
@@ -88,6 +92,7 @@ impl Overrides {
             soak_ms: self.soak,
             error_ratio_increase: guards.error_ratio_increase,
             p95_increase: guards.p95_increase,
+            mirror_permille: self.mirror,
         }
     }
 }
@@ -160,10 +165,14 @@ mod tests {
             steps: parse::steps("50,100").ok(),
             soak: parse::duration_ms("10m").ok(),
             abort_on: parse::abort_on("error-rate=1%,p95=off").ok(),
+            mirror: parse::sample("20%").ok(),
         };
         let wire = given.to_wire();
         assert_eq!((wire.steps, wire.soak_ms), (Some(vec![50, 100]), Some(600_000)));
         assert_eq!((wire.error_ratio_increase, wire.p95_increase), (Some(0.01), Some(None)));
+        assert_eq!(wire.mirror_permille, Some(200));
+        assert_eq!((parse::sample("off"), parse::sample("100%")), (Ok(0), Ok(1_000)));
+        assert!(["0%", "101%", "20", "x%", ""].iter().all(|text| parse::sample(text).is_err()));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use super::server::{Peregrine, free_address, http_get, signal};
 use super::shop::{Shop, TWO_HOSTS};
 use super::wait_for;
+use super::wires::Wires;
 
 /// Short enough for a test to see its end, long enough for a busy machine.
 pub(crate) const LEASE_MS: u64 = 4_000;
@@ -19,6 +20,8 @@ pub(crate) struct Edge {
     dir: TempDir,
     pub(crate) name: String,
     http: SocketAddr,
+    /// Network namespace of its process, if it has one of its own.
+    namespace: Option<String>,
     child: Option<Child>,
 }
 
@@ -77,7 +80,20 @@ impl Edge {
     /// A folder that has not joined.
     pub(crate) fn fresh(name: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-edge-").tempdir().expect("a scratch folder");
-        Self { dir, name: name.to_owned(), http: free_address(), child: None }
+        Self { dir, name: name.to_owned(), http: free_address(), namespace: None, child: None }
+    }
+
+    /// Joins and starts an edge that lives in a network namespace and listens there.
+    #[track_caller]
+    pub(crate) fn join_within(server: &Peregrine, name: &str, wires: &Wires) -> Self {
+        let mut edge = Self::fresh(name);
+        edge.http = wires.edge_at(edge.http.port());
+        edge.namespace = Some(wires.edge_namespace().to_owned());
+        let joined = edge.try_join(&invite(server, name), wires.engine());
+        assert!(joined.status.success(), "{joined:?}");
+        edge.start();
+        wait_for_state(server, name, "connected");
+        edge
     }
 
     /// Joins and starts an edge, and waits until the engine sees it.
@@ -116,16 +132,33 @@ impl Edge {
         self.start_with(&[]);
     }
 
+    /// Starts the process with an address for probes.
+    pub(crate) fn start_with_admin(&mut self, admin: SocketAddr) {
+        self.start_as(&["--admin".to_owned(), admin.to_string()]);
+    }
+
     /// Starts the process with more engines to ask.
     pub(crate) fn start_with(&mut self, engines: &[SocketAddr]) {
+        let more: Vec<_> = engines.iter().flat_map(|at| ["--engine".to_owned(), at.to_string()]).collect();
+        self.start_as(&more);
+    }
+
+    fn start_as(&mut self, more: &[String]) {
         assert!(self.child.is_none(), "it runs already");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("log file");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_peregrine"));
+        let mut command = match &self.namespace {
+            None => Command::new(env!("CARGO_BIN_EXE_peregrine")),
+            // It becomes the program that it starts: the process is the edge's.
+            Some(namespace) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/var/run/netns/{namespace}")).arg("--");
+                command.arg(env!("CARGO_BIN_EXE_peregrine"));
+                command
+            }
+        };
         command.args(["edge", "--log-format", "text", "--http", &self.http.to_string(), "--data"]);
         command.arg(self.data());
-        for engine in engines {
-            command.args(["--engine", &engine.to_string()]);
-        }
+        command.args(more);
         command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("log file")).stderr(log);
         self.child = Some(command.spawn().expect("peregrine starts"));
@@ -265,6 +298,11 @@ impl Standby {
         Self { link, api, data, child }
     }
 
+    /// Where its API is, or will be.
+    pub(crate) const fn api(&self) -> SocketAddr {
+        self.api
+    }
+
     /// Waits until it has taken over and answers.
     pub(crate) fn wait_until_it_leads(&mut self) {
         wait_for("the other engine to lead", || {
@@ -290,6 +328,11 @@ impl Standby {
             let state = now["state"].as_str().expect("state");
             (!matches!(state, "running" | "paused" | "rolling_back")).then_some(now)
         })
+    }
+
+    /// Every entry of the audit.
+    pub(crate) fn audit(&self) -> Value {
+        self.run(&["audit", "list"])
     }
 
     /// Every stored event, as text.

@@ -27,6 +27,9 @@ pub(crate) fn is_there() -> bool {
     }
 }
 
+/// Port at which engines that are reached over their network listen.
+const ENGINE_PORT: u16 = 2375;
+
 /// Two engines of their own; the origin's image is on the first one alone.
 pub(crate) struct Engines {
     engines: Option<LocalEngines>,
@@ -37,12 +40,22 @@ pub(crate) struct Engines {
 
 impl Engines {
     pub(crate) fn start() -> Self {
+        Self::start_with(Vec::new())
+    }
+
+    /// Engines that listen on their network too, as engines on other machines do.
+    pub(crate) fn start_on_the_network() -> Self {
+        // Said in so many words that it is clear text: else the engine waits before it starts.
+        Self::start_with(vec!["--tls=false".to_owned(), format!("--host=tcp://0.0.0.0:{ENGINE_PORT}")])
+    }
+
+    fn start_with(dockerd_arguments: Vec<String>) -> Self {
         let folder =
             tempfile::Builder::new().prefix("peregrine-engines-").tempdir().expect("a scratch folder");
         let mut threads = tokio::runtime::Builder::new_multi_thread();
         let runtime = threads.worker_threads(1).enable_all().build().expect("a runtime");
         // Never an engine that runs here already: a test must not touch what is not its own.
-        let options = LocalEnginesOptions { running: None, ..LocalEnginesOptions::default() };
+        let options = LocalEnginesOptions { running: None, dockerd_arguments };
         let engines = runtime.block_on(LocalEngines::start(folder.path(), &options)).expect("two engines");
         let machines = [engines.first().machine("host-a"), engines.second().machine("host-b")];
         open_way_to_the_collector(&engines);
@@ -73,6 +86,22 @@ impl Engines {
             other => panic!("{other:?}"),
         };
         self.machines.iter().map(one).collect()
+    }
+
+    /// The machines as a server's configuration that reaches them over the network alone.
+    pub(crate) fn configuration_on_the_network(&self) -> String {
+        let one = |machine: &MachineSpec| {
+            let MachineSpec { name, address, .. } = machine;
+            format!("[machine.{name}]\ndocker = \"tcp://{address}:{ENGINE_PORT}\"\nallow_clear_text = true\n")
+        };
+        self.machines.iter().map(one).collect()
+    }
+
+    /// The network namespace of a host.
+    pub(crate) fn namespace(&self, host: usize) -> String {
+        let engines = self.engines.as_ref().expect("they run");
+        let engine = if host == 0 { engines.first() } else { engines.second() };
+        engine.namespace.clone().expect("every engine here has one")
     }
 
     /// Address of this machine as containers on that host see it.

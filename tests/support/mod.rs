@@ -6,6 +6,7 @@ pub(crate) mod docker;
 pub(crate) mod server;
 pub(crate) mod shop;
 pub(crate) mod traffic;
+pub(crate) mod wires;
 
 use std::time::{Duration, Instant};
 

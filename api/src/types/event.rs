@@ -100,6 +100,12 @@ pub enum EventBody {
         /// Why.
         problem: Finding,
     },
+    /// A move is held where it stands, because this version cannot read its plan.
+    #[serde(rename = "move.held")]
+    MoveHeld {
+        /// Why, and what to do.
+        problem: Finding,
+    },
     /// A move ended.
     #[serde(rename = "move.done")]
     MoveDone {
@@ -184,6 +190,7 @@ impl EventBody {
             Self::MoveGuard { .. } => "move.guard",
             Self::MoveSample(_) => "move.sample",
             Self::MoveTurnedBack { .. } => "move.turned_back",
+            Self::MoveHeld { .. } => "move.held",
             Self::MoveDone { .. } => "move.done",
             Self::InstanceChanged { .. } => "instance.changed",
             Self::Unknown { kind, .. } => kind,
@@ -231,6 +238,7 @@ impl From<&engine::EventBody> for EventBody {
             }
             Told::Sample(sample) => Self::MoveSample(sample.into()),
             Told::TurnedBack { problem } => Self::MoveTurnedBack { problem: problem.into() },
+            Told::Held { problem } => Self::MoveHeld { problem: problem.into() },
             Told::Done { state, problem } => {
                 Self::MoveDone { state: (*state).into(), problem: problem.as_ref().map(Into::into) }
             }
@@ -277,6 +285,7 @@ mod tests {
                 totals: engine::Totals::default(),
             }),
             B::TurnedBack { problem: finding.clone() },
+            B::Held { problem: finding.clone() },
             B::Done { state: engine::RolloutState::RolledBack, problem: Some(finding) },
             B::InstanceChanged { instance: engine::InstanceId("ins_1".into()), change: "serving".into() },
         ]

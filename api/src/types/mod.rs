@@ -32,7 +32,7 @@ pub use machine::{DockerEndpoint, Machine, MachineCheck, MachineSpec, RuntimeInf
 pub use page::Page;
 pub use plan::{Estimate, Finding, Plan, PlannedInstance, Step};
 pub use problem::{FieldError, Problem, ProblemKind};
-pub use receipt::{ClassCounts, InstanceReceipt, PhaseDuration, Receipt};
+pub use receipt::{ClassCounts, InstanceReceipt, MirrorReport, PhaseDuration, Receipt};
 pub use requests::{Applied, DeployRequest, DryRun, MoveRequest, Overrides, RollbackRequest, ScaleRequest};
 pub use rollout::{
     Action, Control, Guard, Links, Move, MoveKind, MoveState, Phase, PhaseTime, Place, Sample, SideSample,
@@ -40,8 +40,8 @@ pub use rollout::{
 };
 pub use service::{Deployment, FixedUpstream, REDACTED, Route, Service, ServiceSpec, ServiceState, Workload};
 pub use settings::{
-    Balance, DrainDeadlines, Guards, Health, HoldThen, MoveSettings, Probe, Protocol, Resources, Traffic,
-    Warm,
+    Balance, DrainDeadlines, Guards, Health, HoldThen, Mirror, MoveSettings, Probe, Protocol, Resources,
+    Traffic, Warm,
 };
 pub use status::{MachineStatus, PlaceStatus, ServiceStatus, Status};
 pub use system::{Readiness, ReadinessCheck, Version};

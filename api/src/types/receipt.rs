@@ -46,8 +46,61 @@ pub struct Receipt {
     /// The same by the name of their traffic class: `request`, `transfer`, `sse`, `grpc_stream`, `websocket`, `held`.
     #[serde(default)]
     pub hard_cut_by_class: BTreeMap<String, Vec<String>>,
+    /// What copies of requests have shown before the new copies got traffic; they are in none of the counts above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<MirrorReport>,
     /// What could not be measured, said plainly.
     pub notes: Vec<String>,
+}
+
+/// What copies of requests have shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MirrorReport {
+    /// `pass`, `fail` or `inconclusive`.
+    pub verdict: String,
+    /// Why, in words.
+    pub message: String,
+    /// Copies that were sent.
+    pub sent: u64,
+    /// Copies whose answer was compared with the client's.
+    pub compared: u64,
+    /// Copies that were not answered.
+    pub failed: u64,
+    /// Compared answers whose class of status code differed, by the client's and the copy's, such as `2xx>5xx`.
+    pub differed: BTreeMap<String, u64>,
+    /// Compared answers whose status codes were not equal.
+    pub unequal: u64,
+    /// Copies that were ended before anything could be said.
+    pub unfinished: u64,
+    /// Requests that were not copied because of a cap.
+    pub skipped: u64,
+    /// Requests that were not copied because they carry credentials.
+    pub left_out: u64,
+    /// 95th percentile of the time to the head of the clients' answers, in microseconds.
+    #[serde(default)]
+    pub client_p95_us: Option<u64>,
+    /// The same of the copies.
+    #[serde(default)]
+    pub mirror_p95_us: Option<u64>,
+}
+
+impl From<&engine::MirrorReport> for MirrorReport {
+    fn from(report: &engine::MirrorReport) -> Self {
+        Self {
+            verdict: report.verdict.clone(),
+            message: report.message.clone(),
+            sent: report.sent,
+            compared: report.compared,
+            failed: report.failed,
+            differed: report.differed.clone(),
+            unequal: report.unequal,
+            unfinished: report.unfinished,
+            skipped: report.skipped,
+            left_out: report.left_out,
+            client_p95_us: report.client_p95_us,
+            mirror_p95_us: report.mirror_p95_us,
+        }
+    }
 }
 
 /// Duration of a phase.
@@ -120,6 +173,7 @@ impl Receipt {
             instances: receipt.instances.iter().map(Into::into).collect(),
             hard_cut: receipt.hard_cut.clone(),
             hard_cut_by_class: receipt.hard_cut_by_class.clone(),
+            mirror: receipt.mirror.as_ref().map(Into::into),
             notes: receipt.notes.clone(),
         }
     }

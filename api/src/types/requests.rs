@@ -22,6 +22,9 @@ pub struct Overrides {
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<f64>)]
     pub p95_increase: Option<Option<f64>>,
+    /// Copies so many of a thousand safe requests to the new copies while they warm; 0 switches it off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror_permille: Option<u16>,
 }
 
 /// Tells `null` (`Some(None)`) from a field that is not there (`None`).
@@ -36,6 +39,7 @@ impl From<&Overrides> for engine::MoveOverrides {
             soak_ms: overrides.soak_ms,
             error_ratio_increase: overrides.error_ratio_increase,
             p95_increase: overrides.p95_increase,
+            mirror_permille: overrides.mirror_permille,
         }
     }
 }

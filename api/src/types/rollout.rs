@@ -560,6 +560,7 @@ mod tests {
             problem: None,
             leftovers: Vec::new(),
             transferred_bytes: 0,
+            mirror: None,
             receipt: None,
         }
     }

@@ -161,7 +161,7 @@ pub struct Guards {
 }
 
 /// What a new copy has to show before it gets traffic.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Warm {
     /// Good probes in a row.
@@ -170,6 +170,32 @@ pub struct Warm {
     pub probe_interval_ms: u32,
     /// Paths that are asked with GET after the probes; a 5xx fails the warm-up.
     pub paths: Vec<String>,
+    /// Copies of clients' safe requests, before the new copies get traffic; without it nothing is mirrored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
+}
+
+/// A sample of safe requests (GET and HEAD without a body) goes to the new copies too while they warm. Its answers are
+/// thrown away and compared with those that clients got.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Mirror {
+    /// How many of a thousand safe requests are copied.
+    pub sample_permille: u16,
+    /// Answers that have to be compared for a verdict; with less, after `max_ms`, it is inconclusive and the move goes on.
+    pub min_samples: u32,
+    /// Longest time that is mirrored.
+    pub max_ms: u32,
+    /// Share of the copies that may be answered worse than the clients' requests were.
+    pub differing_ratio: f64,
+    /// Requests with `Authorization` or `Cookie` are copied too.
+    pub with_credentials: bool,
+    /// Most copies in a second, for each edge.
+    pub max_requests_per_s: u32,
+    /// Most copies at a time, for each edge.
+    pub max_concurrent: u32,
+    /// Longest time for one copy with its answer.
+    pub timeout_ms: u32,
 }
 
 /// How long traffic of each class may keep an old copy.
@@ -205,6 +231,7 @@ default_of_the_engine!(
     MoveSettings = MoveSettings,
     Guards = Guards,
     Warm = WarmSettings,
+    Mirror = MirrorSettings,
     DrainDeadlines = DrainDeadlines,
 );
 
@@ -381,6 +408,7 @@ impl From<&MoveSettings> for engine::MoveSettings {
                 probes: settings.warm.probes,
                 probe_interval_ms: settings.warm.probe_interval_ms,
                 paths: settings.warm.paths.clone(),
+                mirror: settings.warm.mirror.as_ref().map(Into::into),
             },
             start_timeout_ms: settings.start_timeout_ms,
             soak_ms: settings.soak_ms,
@@ -404,7 +432,42 @@ impl From<&engine::Guards> for Guards {
 
 impl From<&engine::WarmSettings> for Warm {
     fn from(warm: &engine::WarmSettings) -> Self {
-        Self { probes: warm.probes, probe_interval_ms: warm.probe_interval_ms, paths: warm.paths.clone() }
+        Self {
+            probes: warm.probes,
+            probe_interval_ms: warm.probe_interval_ms,
+            paths: warm.paths.clone(),
+            mirror: warm.mirror.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl From<&engine::MirrorSettings> for Mirror {
+    fn from(mirror: &engine::MirrorSettings) -> Self {
+        Self {
+            sample_permille: mirror.sample_permille,
+            min_samples: mirror.min_samples,
+            max_ms: mirror.max_ms,
+            differing_ratio: mirror.differing_ratio,
+            with_credentials: mirror.with_credentials,
+            max_requests_per_s: mirror.max_requests_per_s,
+            max_concurrent: mirror.max_concurrent,
+            timeout_ms: mirror.timeout_ms,
+        }
+    }
+}
+
+impl From<&Mirror> for engine::MirrorSettings {
+    fn from(mirror: &Mirror) -> Self {
+        Self {
+            sample_permille: mirror.sample_permille,
+            min_samples: mirror.min_samples,
+            max_ms: mirror.max_ms,
+            differing_ratio: mirror.differing_ratio,
+            with_credentials: mirror.with_credentials,
+            max_requests_per_s: mirror.max_requests_per_s,
+            max_concurrent: mirror.max_concurrent,
+            timeout_ms: mirror.timeout_ms,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use peregrine_engine::{EngineHandle, InstanceView, State, model as engine};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Instance, InstanceHealth, InstanceState, Move, Route, RuntimeKind, ServiceState};
+use super::{Finding, Instance, InstanceHealth, InstanceState, Move, Route, RuntimeKind, ServiceState};
 
 /// How everything stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -26,6 +26,9 @@ pub struct Status {
     pub machines: Vec<MachineStatus>,
     /// Moves under way, newest first.
     pub moves: Vec<Move>,
+    /// What is held because the server cannot read it, and waits for a person.
+    #[serde(default)]
+    pub alarms: Vec<Finding>,
 }
 
 /// How a service stands.
@@ -93,6 +96,7 @@ impl Status {
             version: version.to_owned(),
             install: engine.install(),
             last_event: engine.last_event(),
+            alarms: engine.alarms().iter().map(Into::into).collect(),
             services: state
                 .services
                 .values()

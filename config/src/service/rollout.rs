@@ -1,6 +1,6 @@
 //! `[service.NAME.move]`: how a rollout goes about a service.
 
-use peregrine_engine::model::{DrainDeadlines, Guards, HoldThen, MoveSettings, WarmSettings};
+use peregrine_engine::model::{DrainDeadlines, Guards, HoldThen, MirrorSettings, MoveSettings, WarmSettings};
 
 use crate::names;
 use crate::raw::Node;
@@ -98,7 +98,41 @@ fn warm(node: &Node<'_>) -> Option<WarmSettings> {
         }
         Some(items.iter().filter_map(|item| names::request_path(item, "/products?page=1")).collect())
     });
+    fields.set("mirror", &mut warm.mirror, |node| match node.as_boolean() {
+        Some(true) => Some(Some(MirrorSettings::default())),
+        Some(false) => Some(None),
+        None => mirror(node).map(Some),
+    });
     Some(warm)
+}
+
+fn mirror(node: &Node<'_>) -> Option<MirrorSettings> {
+    let mut mirror = MirrorSettings::default();
+    let mut fields = node.fields()?;
+    fields.set("sample", &mut mirror.sample_permille, permille);
+    fields.set_integer("min_samples", &mut mirror.min_samples, 0..=1_000_000);
+    fields.set_duration("max", &mut mirror.max_ms, 1..=HOUR_MS);
+    fields.set("differing", &mut mirror.differing_ratio, |node| node.share(1.0));
+    fields.set("with_credentials", &mut mirror.with_credentials, Node::boolean);
+    fields.set_integer("max_requests_per_s", &mut mirror.max_requests_per_s, 1..=1_000_000);
+    fields.set_integer("max_concurrent", &mut mirror.max_concurrent, 1..=10_000);
+    fields.set_duration("timeout", &mut mirror.timeout_ms, 1..=MINUTE_MS);
+    Some(mirror)
+}
+
+/// A share as so many of a thousand, at least one.
+fn permille(node: &Node<'_>) -> Option<u16> {
+    let share = node.share(1.0)?;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is from 0 to 1000")]
+    let permille = (share * 1_000.0).round() as u16;
+    if permille == 0 {
+        node.bad(
+            format_args!("{} copies nothing", node.path),
+            "write a share from \"0.1%\" to \"100%\", or mirror = false",
+        );
+        return None;
+    }
+    Some(permille)
 }
 
 fn drain(node: &Node<'_>) -> Option<DrainDeadlines> {

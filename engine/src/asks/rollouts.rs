@@ -259,6 +259,7 @@ pub(super) fn accept(
         problem: None,
         leftovers: Vec::new(),
         transferred_bytes: 0,
+        mirror: None,
         receipt: None,
         plan,
     };

@@ -77,7 +77,7 @@ pub enum EventBody {
         /// Bytes in all.
         bytes_total: Option<u64>,
     },
-    /// A verdict on a shift step.
+    /// A verdict on a shift step, or on what was mirrored.
     #[serde(rename = "move.guard")]
     Guard {
         /// `pass`, `fail` or `inconclusive`.
@@ -92,6 +92,12 @@ pub enum EventBody {
     #[serde(rename = "move.turned_back")]
     TurnedBack {
         /// Why.
+        problem: Finding,
+    },
+    /// A rollout is held where it stands, because this version cannot read its plan.
+    #[serde(rename = "move.held")]
+    Held {
+        /// Why, and what to do.
         problem: Finding,
     },
     /// A rollout ended.

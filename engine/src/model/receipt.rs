@@ -38,6 +38,9 @@ pub struct Receipt {
     /// The same by the name of their traffic class.
     #[serde(default)]
     pub hard_cut_by_class: BTreeMap<String, Vec<String>>,
+    /// What copies of requests have shown before the new copies got traffic. They are in none of the counts above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<super::MirrorReport>,
     /// What could not be measured, said plainly (for example after a crash of the engine).
     pub notes: Vec<String>,
 }

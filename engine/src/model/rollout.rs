@@ -110,6 +110,9 @@ pub struct Rollout {
     pub leftovers: Vec<String>,
     /// Bytes of image brought to targets.
     pub transferred_bytes: u64,
+    /// What mirroring has shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<super::MirrorReport>,
     /// The receipt, at the end.
     pub receipt: Option<Receipt>,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HiddenValues, RolloutId, UnixMs};
+use super::{HiddenValues, MirrorSettings, RolloutId, UnixMs};
 
 /// A service as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -364,11 +364,15 @@ pub struct WarmSettings {
     pub probe_interval_ms: u32,
     /// Paths that are asked with GET after the probes; a 5xx fails the warm-up.
     pub paths: Vec<String>,
+    /// Copies of clients' safe requests, before they get traffic; `None` is off. Off by default: there are
+    /// applications whose GET does something, and for these twice is not once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<MirrorSettings>,
 }
 
 impl Default for WarmSettings {
     fn default() -> Self {
-        Self { probes: 3, probe_interval_ms: 100, paths: Vec::new() }
+        Self { probes: 3, probe_interval_ms: 100, paths: Vec::new(), mirror: None }
     }
 }
 

@@ -13,8 +13,8 @@ use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, MoveOverrides};
 use crate::journal::ServiceChange;
 use crate::model::{
-    Estimate, InstanceId, MoveSettings, PLAN_FORMAT, Plan, PlannedInstance, RolloutKind, ServiceSpec, Step,
-    Version, Workload,
+    Estimate, InstanceId, MirrorSettings, MoveSettings, PLAN_FORMAT, Plan, PlannedInstance, RolloutKind,
+    ServiceSpec, Step, Version, Workload,
 };
 use crate::state::State;
 
@@ -171,7 +171,10 @@ fn duration_ms(target: &Target, settings: &MoveSettings) -> u64 {
     if target.add.is_empty() {
         return 0;
     }
-    let warm = u64::from(settings.warm.probes) * u64::from(settings.warm.probe_interval_ms);
+    let has_old = !(target.retire.is_empty() && target.keep.is_empty());
+    let mirror =
+        settings.warm.mirror.as_ref().filter(|_| has_old).map_or(0, |mirror| u64::from(mirror.max_ms));
+    let warm = u64::from(settings.warm.probes) * u64::from(settings.warm.probe_interval_ms) + mirror;
     let steps =
         if target.retire.is_empty() && target.keep.is_empty() { 1 } else { settings.steps.len() as u64 };
     let soak = if target.retire.is_empty() { 0 } else { settings.soak_ms };
@@ -212,6 +215,10 @@ pub(crate) fn resolve(settings: &MoveSettings, overrides: &MoveOverrides) -> Mov
     }
     if let Some(increase) = overrides.p95_increase {
         settings.guards.p95_increase = increase;
+    }
+    if let Some(sample_permille) = overrides.mirror_permille {
+        let own = settings.warm.mirror.take().unwrap_or_default();
+        settings.warm.mirror = (sample_permille > 0).then_some(MirrorSettings { sample_permille, ..own });
     }
     settings
 }

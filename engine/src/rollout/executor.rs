@@ -9,14 +9,13 @@ use std::time::Duration;
 
 use super::supervisor::Signals;
 use super::{Run, back};
+use crate::alarms;
 use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind, FENCED_CODE};
 use crate::journal::{Direction, JournalRecord, ServiceChange};
-use crate::model::{
-    Control, EventBody, Finding, PLAN_FORMAT, Phase, Plan, Rollout, RolloutState, Service, Step,
-};
+use crate::model::{Control, EventBody, Finding, Phase, Plan, Rollout, RolloutState, Service, Step};
 use crate::order::{self, Vital};
 use crate::steps::{self, Done, Problem, StepContext};
 
@@ -42,8 +41,9 @@ pub(super) async fn execute(core: Arc<Core>, run: Arc<Run>) {
         let Some(rollout) = state.rollouts.get(&run.id).filter(|rollout| !rollout.state.is_terminal()) else {
             break;
         };
-        if rollout.plan.format != PLAN_FORMAT {
-            tracing::error!(rollout = %run.id, format = rollout.plan.format, "a plan of a format that this version does not know is held");
+        if let Some(problem) = alarms::held(rollout) {
+            drop(state);
+            tell_held(&core, &run, problem).await;
             break;
         }
         let plan = Arc::new(rollout.plan.clone());
@@ -62,6 +62,19 @@ pub(super) async fn execute(core: Arc<Core>, run: Arc<Run>) {
         }
     }
     run.ledger.release(&core);
+}
+
+/// An alarm: in the log, and once for each process as an event. The record is left as it is: what this version cannot read
+/// it would not write back whole.
+async fn tell_held(core: &Arc<Core>, run: &Run, problem: Finding) {
+    if !core.runs.first_time_held(&run.id) {
+        return;
+    }
+    tracing::error!(rollout = %run.id, code = %problem.code, hint = %problem.hint, "{}", problem.message);
+    let service = core.state().rollouts.get(&run.id).map(|rollout| rollout.plan.service.clone());
+    if let Err(error) = core.tell(service.as_deref(), Some(&run.id), EventBody::Held { problem }).await {
+        tracing::warn!(rollout = %run.id, %error, "that it is held cannot be stored as an event");
+    }
 }
 
 /// Does one step; says whether the engine stops.

@@ -75,6 +75,8 @@ impl Ledger {
             return;
         }
         let mut base = Reading::of(&upstream);
+        // A stretch of service has one drain, and what is cut in it is cut by this rollout, whoever was there to see it.
+        base.receipt.hard_cut.clear();
         if !known {
             // It has entered the table for this rollout: all that it ever did counts.
             base.outcomes = OutcomeCounts::default();
@@ -172,6 +174,7 @@ impl Ledger {
             instances: Vec::new(),
             hard_cut: Vec::new(),
             hard_cut_by_class: BTreeMap::new(),
+            mirror: rollout.mirror.clone(),
             notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
         };
         for part in &inner.parts {

@@ -15,7 +15,7 @@ mod judge;
 mod ledger;
 mod supervisor;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::core::Core;
@@ -23,7 +23,7 @@ use crate::latest::Latest;
 use crate::model::{RolloutId, Sample};
 
 pub(crate) use executor::{adopt, defect, is_past_return, restore};
-pub(crate) use judge::{Judge, Reading, Terms, Verdict};
+pub(crate) use judge::{Judge, MirrorJudge, Reading, Terms, Verdict};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::Signals;
 
@@ -31,6 +31,8 @@ pub(crate) use supervisor::Signals;
 #[derive(Default)]
 pub(crate) struct Runs {
     inner: Mutex<HashMap<RolloutId, Arc<Run>>>,
+    /// Those whose plan cannot be read, and that were told.
+    held: Mutex<BTreeSet<RolloutId>>,
 }
 
 /// What the parts of one running rollout share.
@@ -61,6 +63,10 @@ impl Runs {
     pub(crate) fn sample(&self, id: &RolloutId) -> Option<Sample> {
         let run = self.inner.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()?;
         run.sample.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn first_time_held(&self, id: &RolloutId) -> bool {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone())
     }
 
     fn begin(&self, id: &RolloutId) -> Option<Arc<Run>> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use peregrine_routing::{TrafficClass, Upstream};
+use peregrine_routing::{DrainTime, PerClass, TrafficClass, Upstream};
 use tokio::time::Instant;
 
 use super::{Done, Problem, StepContext};
@@ -78,20 +78,11 @@ pub(super) async fn see_out(upstreams: &[Arc<Upstream>], deadlines: &DrainDeadli
     join_all(upstreams.iter().map(|upstream| drain_one(upstream, deadlines, begun))).await;
 }
 
-/// What becomes due in a drain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Due {
-    /// What is inside is asked to end politely.
-    Close,
-    /// What is inside is ended, and named in the receipt; the copy is stopped only when it is empty.
-    Cut,
-}
-
 /// Waits until a retired upstream is empty. Each class is closed at its own deadline and cut after its grace,
 /// whatever else is inside: no class waits for the patience of another.
 pub(crate) async fn drain_one(upstream: &Upstream, deadlines: &DrainDeadlines, begun: Instant) {
     let mut drained = std::pin::pin!(upstream.drained());
-    for (due_ms, due, class) in timetable(deadlines) {
+    for (due_ms, due, class) in times(deadlines).timetable() {
         // The time that is left, and not a point in time: a deadline of centuries is no overflow.
         let left = Duration::from_millis(due_ms).saturating_sub(begun.elapsed());
         tokio::select! {
@@ -100,24 +91,17 @@ pub(crate) async fn drain_one(upstream: &Upstream, deadlines: &DrainDeadlines, b
             () = tokio::time::sleep(left) => {}
         }
         // Also a class without anybody inside: what turns out to be of it later has had its time.
-        match due {
-            Due::Close => upstream.close_class(class),
-            Due::Cut => upstream.cut_class(class),
-        }
+        due.tell(upstream, class);
     }
     drained.await;
 }
 
-/// Every deadline, in milliseconds after the beginning of the drain, the next one first.
-fn timetable(deadlines: &DrainDeadlines) -> Vec<(u64, Due, TrafficClass)> {
-    let of_class = |class: TrafficClass| {
+/// The time of every class, as edges are told.
+pub(crate) fn times(deadlines: &DrainDeadlines) -> PerClass<DrainTime> {
+    PerClass(TrafficClass::ALL.map(|class| {
         let close_ms = deadline_ms(class, deadlines);
-        let grace_ms = grace_ms(class, deadlines);
-        [(close_ms, Due::Close, class), (close_ms.saturating_add(grace_ms), Due::Cut, class)]
-    };
-    let mut timetable: Vec<_> = TrafficClass::ALL.into_iter().flat_map(of_class).collect();
-    timetable.sort_unstable();
-    timetable
+        DrainTime { close_ms, cut_ms: close_ms.saturating_add(grace_ms(class, deadlines)) }
+    }))
 }
 
 const fn deadline_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
@@ -143,15 +127,18 @@ fn grace_ms(class: TrafficClass, deadlines: &DrainDeadlines) -> u64 {
 
 /// When the last class is cut.
 pub(super) fn longest_ms(deadlines: &DrainDeadlines) -> u64 {
-    timetable(deadlines).last().map_or(0, |(due_ms, ..)| *due_ms)
+    times(deadlines).timetable().last().map_or(0, |(due_ms, ..)| *due_ms)
 }
 
 #[cfg(test)]
 mod tests {
+    use peregrine_routing::Due;
+
     use super::*;
 
     fn due(deadlines: &DrainDeadlines) -> Vec<(u64, Due, &'static str)> {
-        timetable(deadlines).into_iter().map(|(due_ms, due, class)| (due_ms, due, class.name())).collect()
+        let timetable = times(deadlines).timetable();
+        timetable.into_iter().map(|(due_ms, due, class)| (due_ms, due, class.name())).collect()
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! state only through [`StepContext::commit`], which refuses a deed that is not the newest.
 
 mod drain;
+mod mirroring;
 mod pace;
 mod prepare;
 mod release;
@@ -23,7 +24,7 @@ use crate::order::Undo;
 use crate::rollout::Run;
 use crate::runtime::{Runtime, RuntimeError};
 
-pub(crate) use drain::drain_one;
+pub(crate) use drain::{drain_one, times as drain_times};
 pub(crate) use release::remove_instance;
 pub(crate) use start::instance_spec;
 
@@ -197,7 +198,11 @@ pub(crate) fn limit_ms(step: &Step, settings: &MoveSettings) -> u64 {
     match step {
         Step::Claim => 10_000,
         Step::Prepare { .. } => prepare::TRANSFER_LIMIT_MS,
-        Step::Start { .. } | Step::Warm => u64::from(settings.start_timeout_ms),
+        Step::Start { .. } => u64::from(settings.start_timeout_ms),
+        Step::Warm => {
+            let mirror = settings.warm.mirror.as_ref().map_or(0, mirroring::longest_ms);
+            u64::from(settings.start_timeout_ms) + mirror
+        }
         Step::Shift { .. } => u64::from(settings.step_max_ms),
         Step::Drain => drain::longest_ms(&settings.drain),
         Step::Soak => settings.soak_ms,

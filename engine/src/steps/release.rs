@@ -3,10 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::{Done, Problem, StepContext, drain};
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::model::{EventBody, Finding, InstanceId, InstanceState};
+use crate::runtime::RuntimeError;
 
 /// Beyond the grace: how long a runtime may take to remove a copy and confirm it.
 pub(super) const REMOVE_LIMIT_MS: u64 = 20_000;
@@ -26,6 +29,9 @@ pub(super) async fn forward(context: &StepContext, id: &InstanceId) -> Result<Do
     remove_instance(&context.core, id, context.plan.settings.stop_grace_ms).await?;
     Ok(Done::new(format!("{id} is gone")))
 }
+
+/// Between two asks of a machine that does not answer.
+const UNREACHABLE_RETRY_MS: u64 = 250;
 
 /// Removes a copy and, when it is confirmed to be gone, its record. One without a record is a success.
 pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms: u32) -> Result<(), Problem> {
@@ -48,15 +54,26 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
     let limit = Duration::from_millis(u64::from(grace_ms) + REMOVE_LIMIT_MS);
     let removal = async {
         let _alone = lock.lock().await;
-        let Some(runtime) = core.runtime(&instance.machine) else {
-            return Err(left(id, &instance.machine, "the machine is not known any more"));
-        };
-        runtime.remove(id, grace_ms).await.map_err(|error| left(id, &instance.machine, &error.to_string()))
+        let begun = Instant::now();
+        let patience = Duration::from_millis(core.config.unreachable_patience_ms);
+        loop {
+            let Some(runtime) = core.runtime(&instance.machine) else {
+                return Err(left(id, &instance.machine, "the machine is not known any more"));
+            };
+            match runtime.remove(id, grace_ms).await {
+                // Nothing uses the copy any more, so nothing is lost by asking again: most cuts are short.
+                Err(RuntimeError::Unreachable { .. }) if begun.elapsed() < patience => {
+                    tokio::time::sleep(Duration::from_millis(UNREACHABLE_RETRY_MS)).await;
+                }
+                removed => return removed.map_err(|error| left(id, &instance.machine, &error.to_string())),
+            }
+        }
     };
     match tokio::time::timeout(limit, removal).await {
         Ok(result) => result?,
         Err(_) => return Err(left(id, &instance.machine, "it was not confirmed in time")),
     }
+    core.note_removed(id);
     let id = id.clone();
     core.commit(move |draft| {
         if let Some(instance) = draft.state().instances.get(&id) {

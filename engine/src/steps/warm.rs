@@ -1,5 +1,6 @@
 //! Warm: the new copies have to show that they work, and that they are about as fast as the old ones, before
-//! they get traffic. Those that have are connected to before their first request.
+//! they get traffic. If the plan says so, they are then shown copies of requests (`mirroring.rs`). At last they are
+//! connected to before their first request.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use peregrine_routing::Upstream;
 use tokio::time::Instant;
 
 use super::pace::{self, Pace};
-use super::{Done, Problem, StepContext};
+use super::{Done, Problem, StepContext, mirroring};
 use crate::error::{OUT_OF_MEMORY_CODE, OUT_OF_MEMORY_HINT};
 use crate::model::{Finding, Instance, InstanceId, InstanceState};
 use crate::probe::Probe;
@@ -54,9 +55,11 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
             }
         }
     }
-    open_connections(context).await?;
     let paces = if paces.is_empty() { "nothing to compare with".to_owned() } else { paces.join("; ") };
-    Ok(Done::new(format!("{count} copies are warm: {paces}")))
+    let mut done = Done::new(format!("{count} copies are warm: {paces}"));
+    mirroring::mirror(context, &mut done).await?;
+    open_connections(context).await?;
+    Ok(done)
 }
 
 /// Has the edges open connections to the copies that have proved themselves, so that no first request waits for

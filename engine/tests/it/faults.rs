@@ -1,9 +1,14 @@
 //! Whatever fails, the service is as it was, and what is left over is named.
 
+use std::sync::Arc;
+
 use peregrine_engine::model::{InstanceState, Phase, Rollout, RolloutState};
 use peregrine_engine::{Ask, ErrorKind, MoveOverrides};
 
-use crate::support::{Bench, move_to, shop, shop_image, shop_version, until};
+use crate::support::life::Life;
+use crate::support::memory::MemoryStore;
+use crate::support::runtime::World;
+use crate::support::{Bench, machine, move_to, shop, shop_image, shop_version, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_fails_leaves_everything_as_it_was() {
@@ -193,6 +198,24 @@ async fn an_unknown_instance_with_our_label_is_removed_after_a_grace_and_a_stran
     until("ours to go", || (!bench.world.runs("host-a", &ours)).then_some(())).await;
     assert!(bench.world.runs("host-a", &theirs));
     assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_comes_up_after_it_was_removed_is_swept_without_the_grace_of_strangers() {
+    let world = World::new(&["host-a", "host-b"]);
+    let bench = Bench::open_with(world, Arc::new(MemoryStore::default()), Life::new(), 3_600_000).await;
+    for name in ["host-a", "host-b"] {
+        bench.engine.add_machine(machine(name)).await.expect("a machine can be added");
+    }
+    bench.deploy(shop(), Some("host-a")).await;
+    let old = bench.serving()[0].id.clone();
+    bench.done(move_to("host-b")).await;
+    assert!(!bench.world.runs("host-a", &old));
+    // As a start that was abandoned and is done late.
+    bench.world.plant_as("host-a", &bench.engine.install(), &old).await;
+    let stranger = bench.world.plant("host-a", &bench.engine.install()).await;
+    until("the late one to go", || (!bench.world.runs("host-a", &old)).then_some(())).await;
+    assert!(bench.world.runs("host-a", &stranger), "that one may be a start that is not written down yet");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

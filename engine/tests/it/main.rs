@@ -8,6 +8,7 @@ mod direction;
 mod events;
 mod faults;
 mod hangs;
+mod mirroring;
 mod moves;
 mod planner;
 mod previous;

@@ -5,8 +5,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use peregrine_engine::model::{HoldThen, PLAN_FORMAT, Phase, RolloutId, RolloutState};
+use futures_util::StreamExt as _;
+use peregrine_engine::model::{EventBody, HoldThen, PLAN_FORMAT, Phase, RolloutId, RolloutState};
 use peregrine_engine::store::{Batch, SqliteStore, Store as _, Write};
 
 use crate::support::life::Life;
@@ -90,6 +92,15 @@ async fn a_plan_of_a_version_that_is_not_known_is_held_and_stops_no_other() {
     assert_eq!(bench.end_of(&soak).await.state, RolloutState::Succeeded);
     let held = bench.engine.state().rollouts[&id(AT_HALF)].clone();
     assert_eq!((held.state, held.weight_percent), (RolloutState::Running, 50), "it stands where it stood");
+    let alarms = bench.engine.alarms();
+    assert_eq!(alarms.len(), 1, "{alarms:?}");
+    assert_eq!(alarms[0].code, "plan.unknown_format");
+    let mut held = Box::pin(bench.engine.events(0).filter_map(async |event| match event.body {
+        EventBody::Held { problem } => Some((event.rollout, problem.code)),
+        _ => None,
+    }));
+    let told = tokio::time::timeout(Duration::from_secs(30), held.next()).await.expect("it is told");
+    assert_eq!(told, Some((Some(id(AT_HALF)), "plan.unknown_format".to_owned())));
     until("both copies of its service to serve", || {
         let state = bench.engine.state();
         let copies: Vec<_> = state.instances_of("shop").collect();

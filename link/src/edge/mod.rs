@@ -12,6 +12,7 @@
 
 mod identity;
 mod session;
+mod status;
 mod table;
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -26,6 +27,7 @@ use tokio::sync::watch;
 
 use self::identity::Identity;
 pub use self::identity::{Joined, join};
+pub use self::status::LinkStatus;
 use self::table::EdgeTable;
 use crate::authority::AuthorityError;
 use crate::files;
@@ -105,6 +107,7 @@ pub struct EdgeLink {
     table: EdgeTable,
     reader: TableReader,
     ready: watch::Sender<bool>,
+    status: watch::Sender<LinkStatus>,
     incarnation: u64,
     cores: u32,
     clock: Arc<dyn Fn() -> u64 + Send + Sync>,
@@ -157,8 +160,10 @@ impl EdgeLink {
         if let Some(saved) = found {
             table.restore(saved)?;
         }
+        let status = LinkStatus::away(table.epoch(), has_table);
         Ok(Self {
             identity,
+            status: watch::Sender::new(status),
             folder: folder.to_owned(),
             table,
             reader,
@@ -181,6 +186,12 @@ impl EdgeLink {
     #[must_use]
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.ready.subscribe()
+    }
+
+    /// How the link stands, from now on.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.status.subscribe()
     }
 
     /// Its name in the installation.
@@ -238,8 +249,10 @@ impl EdgeLink {
             return (false, error);
         }
         tracing::info!(%engine, epoch, "connected to the engine");
+        self.status.send_modify(|status| status.connected(engine, epoch));
+        let told = session::Told { ready: &self.ready, status: &self.status };
         let mut session =
-            session::Session::new(&mut self.table, stream, lease_ms, &self.ready, Arc::clone(&self.clock));
+            session::Session::new(&mut self.table, stream, lease_ms, told, Arc::clone(&self.clock));
         let ended = tokio::select! {
             ended = session.run() => ended,
             () = shutdown => {
@@ -251,6 +264,8 @@ impl EdgeLink {
                 }
             }
         };
+        drop(session);
+        self.status.send_modify(LinkStatus::lost);
         let source = ended.err().unwrap_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof).into());
         (true, EdgeError::Stream { address: engine.to_owned(), source })
     }

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_rustls::client::TlsStream;
 
+use super::status::LinkStatus;
 use super::table::EdgeTable;
 use crate::BEATS_PER_LEASE;
 use crate::wire::{self, Down, FrameError, MAX_FRAME_BYTES, Up, WireTally};
@@ -30,9 +31,15 @@ const MAX_QUEUED_FRAMES: usize = 256;
 /// The outcome of using a publication: its version, and whether the table is on the disk.
 type Used = (u64, bool);
 
+/// Whom a session tells how it goes.
+pub(super) struct Told<'e> {
+    pub(super) ready: &'e watch::Sender<bool>,
+    pub(super) status: &'e watch::Sender<LinkStatus>,
+}
+
 pub(super) struct Session<'e> {
     table: &'e mut EdgeTable,
-    ready: &'e watch::Sender<bool>,
+    told: Told<'e>,
     clock: Arc<dyn Fn() -> u64 + Send + Sync>,
     lease: Duration,
     incoming: mpsc::Receiver<Result<Down, FrameError>>,
@@ -58,7 +65,7 @@ impl<'e> Session<'e> {
         table: &'e mut EdgeTable,
         stream: TlsStream<TcpStream>,
         lease_ms: u32,
-        ready: &'e watch::Sender<bool>,
+        told: Told<'e>,
         clock: Arc<dyn Fn() -> u64 + Send + Sync>,
     ) -> Self {
         let (mut input, outgoing) = tokio::io::split(stream);
@@ -75,7 +82,7 @@ impl<'e> Session<'e> {
         });
         Self {
             table,
-            ready,
+            told,
             clock,
             lease: Duration::from_millis(u64::from(lease_ms)),
             incoming,
@@ -105,6 +112,7 @@ impl<'e> Session<'e> {
             tokio::select! {
                 frame = self.incoming.recv() => {
                     heard = Instant::now();
+                    self.told.status.send_modify(|status| status.heard = Some(heard));
                     self.hear(frame.unwrap_or_else(|| Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()))?).await?;
                 }
                 Some(used) = self.using.next() => self.acknowledge(used).await?,
@@ -170,13 +178,15 @@ impl<'e> Session<'e> {
             Ok(own) => own,
             Err(why) => {
                 tracing::error!(version, %why, "the engine's table cannot be used; this edge keeps the one that it has");
-                return self.say(&Up::Unusable { version, why: why.to_string() }).await;
+                let why = why.to_string();
+                self.told.status.send_modify(|status| status.problem = Some(why.clone()));
+                return self.say(&Up::Unusable { version, why }).await;
             }
         };
         let used = self.table.acknowledged(own);
-        let never_saved = !*self.ready.borrow();
+        let never_saved = !*self.told.ready.borrow();
         let saved = (!changes.is_empty() || never_saved).then(|| self.table.save());
-        self.ready.send_replace(true);
+        self.told.ready.send_replace(true);
         self.using.push_back(Box::pin(async move {
             used.await;
             let Some(saved) = saved else { return (version, true) };
@@ -190,6 +200,7 @@ impl<'e> Session<'e> {
     }
 
     async fn acknowledge(&mut self, (version, saved): Used) -> Result<(), FrameError> {
+        self.told.status.send_modify(|status| status.uses(version, saved));
         // What is over has its last word before the acknowledgement that says so.
         self.tell_news().await?;
         let open = self.table.open().into_iter().map(|generation| generation.0).collect();

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use peregrine_routing::{
-    Change, Generation, ServiceSpec, TableError, TableWriter, Tally, TrafficClass, Upstream,
+    Change, DrainTime, Due, Generation, PerClass, ServiceSpec, TableError, TableWriter, Tally, TrafficClass,
+    Upstream,
 };
 use tokio::time::Instant;
 
@@ -99,8 +100,11 @@ impl EdgeTable {
         if changes.is_empty() {
             return Ok(self.writer.version());
         }
+        let times = self.drain_times(changes);
         let applied = self.writer.apply(changes)?;
         for upstream in applied.retired {
+            let times = times.get(&upstream.generation()).copied().unwrap_or_default();
+            tokio::spawn(drain(Arc::clone(&upstream), times));
             self.retired.insert(upstream.generation(), Retired { upstream, last_word: None });
         }
         let changed = Instant::now();
@@ -116,6 +120,21 @@ impl EdgeTable {
             }
         }
         Ok(applied.version)
+    }
+
+    /// How long traffic may stay with each upstream that these changes may retire.
+    fn drain_times(&self, changes: &[Change]) -> HashMap<Generation, PerClass<DrainTime>> {
+        let mut times = HashMap::new();
+        for change in changes {
+            let name = name_of(change);
+            let spec = match change {
+                Change::Put(spec) => Some(spec),
+                Change::Remove(name) => self.writer.service(name),
+            };
+            let (Some(spec), Some(known)) = (spec, self.services.get(name)) else { continue };
+            times.extend(known.upstreams.iter().map(|upstream| (upstream.generation(), spec.policy.drain)));
+        }
+        times
     }
 
     fn live(&self, spec: &ServiceSpec) -> Vec<Arc<Upstream>> {
@@ -224,13 +243,30 @@ impl EdgeTable {
         let Some(retired) = self.retired.get(&generation) else { return };
         for class in TrafficClass::ALL {
             let has = |bits: u8| bits & 1 << class.index() != 0;
-            if has(closing) && !retired.upstream.is_closing(class) {
-                retired.upstream.close_class(class);
+            if has(closing) {
+                Due::Close.tell(&retired.upstream, class);
             }
-            if has(cut) && !retired.upstream.is_class_cut(class) {
-                retired.upstream.cut_class(class);
+            if has(cut) {
+                Due::Cut.tell(&retired.upstream, class);
             }
         }
+    }
+}
+
+/// Ends what is inside of a retired upstream at the deadlines of its classes. The engine says the same when it is there;
+/// a drain that it has begun ends without it.
+async fn drain(upstream: Arc<Upstream>, times: PerClass<DrainTime>) {
+    let begun = Instant::now();
+    let mut drained = std::pin::pin!(upstream.drained());
+    for (due_ms, due, class) in times.timetable() {
+        // The time that is left, and not a point in time: a deadline of centuries is no overflow.
+        let left = Duration::from_millis(due_ms).saturating_sub(begun.elapsed());
+        tokio::select! {
+            biased;
+            () = &mut drained => return,
+            () = tokio::time::sleep(left) => {}
+        }
+        due.tell(&upstream, class);
     }
 }
 

@@ -13,9 +13,12 @@
 //!   Up::Leaving                                      ─►
 //! ```
 
+mod mirror;
 mod spec;
 mod tally;
 
+#[cfg(test)]
+pub(crate) use mirror::tests as mirror_tests;
 #[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
 pub use spec::{WireChange, WireService};
@@ -29,7 +32,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Version of everything below. Both sides have to speak the same one: an installation is one version, and an edge
 /// serves from its last table while it is being brought up to the engine's.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Longest frame: four times the largest record that the engine's store takes.
 pub const MAX_FRAME_BYTES: u32 = 16 << 20;
 /// Longest first frame of somebody who has not said who he is.

@@ -4,8 +4,13 @@
 use std::net::SocketAddr;
 
 use peregrine_routing as routing;
-use routing::{Address, Balance, Change, HealthCheckKind, HostPattern, UpstreamProtocol};
+use routing::{
+    Address, Balance, Change, DrainTime, HealthCheckKind, HostPattern, PerClass, TrafficClass,
+    UpstreamProtocol,
+};
 use serde::{Deserialize, Serialize};
+
+use super::mirror::WireMirror;
 
 /// One [`Change`] on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +72,8 @@ struct Policy {
     body_idle_timeout_ms: u32,
     tunnel_idle_timeout_ms: u32,
     websocket_close_spread_ms: u32,
+    /// Close and cut of each class, in the order of the classes.
+    drain: [(u64, u64); TrafficClass::COUNT],
     max_request_body_bytes: u64,
     max_idle_connections_per_upstream: u32,
     upstream_idle_timeout_ms: u32,
@@ -75,6 +82,7 @@ struct Policy {
     slow_start_ms: u32,
     sticky_cookie: Option<String>,
     preserve_host: bool,
+    mirror: Option<WireMirror>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -244,6 +252,7 @@ impl From<&routing::ServicePolicy> for Policy {
             body_idle_timeout_ms,
             tunnel_idle_timeout_ms,
             websocket_close_spread_ms,
+            drain,
             max_request_body_bytes,
             max_idle_connections_per_upstream,
             upstream_idle_timeout_ms,
@@ -252,6 +261,7 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms,
             sticky,
             preserve_host,
+            mirror,
         } = policy;
         Self {
             connect_timeout_ms: *connect_timeout_ms,
@@ -259,6 +269,7 @@ impl From<&routing::ServicePolicy> for Policy {
             body_idle_timeout_ms: *body_idle_timeout_ms,
             tunnel_idle_timeout_ms: *tunnel_idle_timeout_ms,
             websocket_close_spread_ms: *websocket_close_spread_ms,
+            drain: drain.0.map(|time| (time.close_ms, time.cut_ms)),
             max_request_body_bytes: *max_request_body_bytes,
             max_idle_connections_per_upstream: *max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: *upstream_idle_timeout_ms,
@@ -267,6 +278,7 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms: *slow_start_ms,
             sticky_cookie: sticky.as_ref().map(|sticky| sticky.cookie.to_string()),
             preserve_host: *preserve_host,
+            mirror: mirror.as_deref().map(WireMirror::from),
         }
     }
 }
@@ -280,6 +292,7 @@ impl From<Policy> for routing::ServicePolicy {
             body_idle_timeout_ms: policy.body_idle_timeout_ms,
             tunnel_idle_timeout_ms: policy.tunnel_idle_timeout_ms,
             websocket_close_spread_ms: policy.websocket_close_spread_ms,
+            drain: PerClass(policy.drain.map(|(close_ms, cut_ms)| DrainTime { close_ms, cut_ms })),
             max_request_body_bytes: policy.max_request_body_bytes,
             max_idle_connections_per_upstream: policy.max_idle_connections_per_upstream,
             upstream_idle_timeout_ms: policy.upstream_idle_timeout_ms,
@@ -288,6 +301,7 @@ impl From<Policy> for routing::ServicePolicy {
             slow_start_ms: policy.slow_start_ms,
             sticky: policy.sticky_cookie.map(|cookie| routing::Sticky { cookie: cookie.into() }),
             preserve_host: policy.preserve_host,
+            mirror: policy.mirror.map(|mirror| Box::new(mirror.into())),
         }
     }
 }
@@ -392,6 +406,7 @@ pub(crate) mod tests {
                 health,
                 sticky: Some(routing::Sticky { cookie: "c".into() }),
                 preserve_host: false,
+                mirror: Some(Box::new(super::super::mirror::tests::spec())),
                 slow_start_ms: 9,
                 max_request_body_bytes: 1 << 40,
                 ..ServicePolicy::default()

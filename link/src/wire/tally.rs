@@ -3,6 +3,8 @@
 use peregrine_routing::{Health, LatencyBuckets, OutcomeCounts, PerClass, Tally, TrafficClass};
 use serde::{Deserialize, Serialize};
 
+use super::mirror::WireMirrored;
+
 type Classes = [u64; TrafficClass::COUNT];
 
 /// A [`Tally`] on its way.
@@ -14,7 +16,8 @@ pub struct WireTally {
     in_flight: Classes,
     bytes_to_upstream: u64,
     bytes_to_client: u64,
-    hard_cut: Vec<String>,
+    /// Index of the class, and id.
+    hard_cut: Vec<(u8, String)>,
     responses: [u64; 5],
     failed: u64,
     client_gone: u64,
@@ -24,6 +27,7 @@ pub struct WireTally {
     health: u8,
     ejected_for_ms: u64,
     probe_latency_us: u64,
+    mirrored: Option<Box<WireMirrored>>,
 }
 
 impl WireTally {
@@ -37,7 +41,7 @@ impl WireTally {
             in_flight: tally.in_flight.0,
             bytes_to_upstream: tally.bytes_to_upstream,
             bytes_to_client: tally.bytes_to_client,
-            hard_cut: tally.hard_cut,
+            hard_cut: tally.hard_cut.into_iter().map(|(class, id)| (class.index() as u8, id)).collect(),
             responses: tally.outcomes.responses,
             failed: tally.outcomes.failed,
             client_gone: tally.outcomes.client_gone,
@@ -50,6 +54,7 @@ impl WireTally {
             },
             ejected_for_ms: tally.ejected_until_ms.saturating_sub(now_ms),
             probe_latency_us: tally.probe_latency_us,
+            mirrored: tally.mirrored.map(|counts| Box::new((&*counts).into())),
         }
     }
 
@@ -64,7 +69,7 @@ impl WireTally {
             in_flight: PerClass(self.in_flight),
             bytes_to_upstream: self.bytes_to_upstream,
             bytes_to_client: self.bytes_to_client,
-            hard_cut: self.hard_cut,
+            hard_cut: self.hard_cut.into_iter().map(|(class, id)| (class_at(class), id)).collect(),
             outcomes: OutcomeCounts {
                 responses: self.responses,
                 failed: self.failed,
@@ -79,8 +84,14 @@ impl WireTally {
             },
             ejected_until_ms: if ejected { now_ms.saturating_add(self.ejected_for_ms) } else { 0 },
             probe_latency_us: self.probe_latency_us,
+            mirrored: self.mirrored.map(|counts| Box::new((*counts).into())),
         }
     }
+}
+
+/// A class that is not known here is a request: that it was cut counts, whatever it was.
+fn class_at(index: u8) -> TrafficClass {
+    TrafficClass::ALL.get(usize::from(index)).copied().unwrap_or(TrafficClass::Request)
 }
 
 #[cfg(test)]
@@ -93,7 +104,7 @@ mod tests {
             started: 3,
             completed: PerClass([1, 2, 3, 4, 5, 6]),
             in_flight: PerClass([6, 5, 4, 3, 2, 1]),
-            hard_cut: vec!["a".into()],
+            hard_cut: vec![(TrafficClass::Request, "a".into()), (TrafficClass::Sse, "b".into())],
             outcomes: OutcomeCounts {
                 responses: [1, 2, 3, 4, 5],
                 latency: LatencyBuckets::from_filled([(0, 7), (199, 8)]),
@@ -101,6 +112,10 @@ mod tests {
             },
             health: Health::Unhealthy,
             ejected_until_ms: 10_500,
+            mirrored: Some(Box::new(peregrine_routing::MirrorCounts {
+                sent: 3,
+                ..peregrine_routing::MirrorCounts::default()
+            })),
             ..Tally::default()
         };
         let arrived = WireTally::new(sent.clone(), 10_000).tally(77_000);

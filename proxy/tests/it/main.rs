@@ -2,6 +2,7 @@
 
 mod apart;
 mod bodies;
+mod closing;
 mod drain;
 mod forwarding;
 mod frames;
@@ -11,6 +12,7 @@ mod health;
 mod large;
 mod limits;
 mod malformed;
+mod mirror;
 mod names;
 mod observe;
 mod outage;

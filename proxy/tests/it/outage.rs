@@ -70,3 +70,50 @@ fn an_outage_is_not_made_worse_and_ends_with_its_cause() {
     let twice: Vec<_> = times.into_iter().filter(|(_, times)| *times > 1).collect();
     assert!(twice.is_empty(), "{twice:?}");
 }
+
+/// Answers while it is well; takes requests and says nothing while it is not.
+fn silent_origin(is_well: &Arc<AtomicBool>) -> Origin {
+    let is_well = Arc::clone(is_well);
+    Origin::scripted(move |conn| {
+        while conn.request().is_some() {
+            if is_well.load(Ordering::SeqCst) {
+                conn.answer("ok");
+            }
+        }
+    })
+}
+
+#[test]
+fn upstreams_that_fall_silent_are_asked_no_more_than_once_for_each_request_and_are_back_within_five_seconds()
+{
+    let well: Vec<Arc<AtomicBool>> = (0..2).map(|_| Arc::new(AtomicBool::new(true))).collect();
+    let origins: Vec<Origin> = well.iter().map(silent_origin).collect();
+    let mut web = service(origins.iter().map(|origin| upstream(origin.addr)).collect());
+    web.policy.response_head_timeout_ms = 100;
+    web.policy.body_idle_timeout_ms = 100;
+    let edge = TestEdge::start(web);
+    let sent = || origins.iter().map(|origin| origin.seen().len()).sum::<usize>();
+    let mut client = edge.client();
+    let mut asked = 0;
+    let mut ask_some = |count: usize| {
+        (0..count).filter(|_| ask(&mut client, std::mem::replace(&mut asked, asked + 1)) == 200).count()
+    };
+    assert_eq!(ask_some(100), 100);
+    well[0].store(false, Ordering::SeqCst);
+    let answered = ask_some(200);
+    // The silent one is ejected after five in a row, and asked again when its time is over.
+    assert!(answered >= 180, "{answered} of 200 with one of two");
+    well[1].store(false, Ordering::SeqCst);
+    assert_eq!(ask_some(30), 0);
+    assert_eq!(sent(), 330, "a request that was not answered in time is not sent again");
+    well.iter().for_each(|origin| origin.store(true, Ordering::SeqCst));
+    let (back, mut in_a_row) = (Instant::now(), 0);
+    while in_a_row < 50 {
+        assert!(back.elapsed() < Duration::from_secs(5), "not back after {:?}", back.elapsed());
+        in_a_row = if ask_some(1) == 1 { in_a_row + 1 } else { 0 };
+    }
+    let lines: Vec<String> =
+        origins.iter().flat_map(Origin::seen).map(|seen| seen.line().to_owned()).collect();
+    let different: std::collections::HashSet<_> = lines.iter().collect();
+    assert_eq!(different.len(), lines.len(), "each came once");
+}

@@ -17,6 +17,7 @@ use event_listener::{Event, EventListener};
 
 use crate::class::{PerClass, TrafficClass};
 use crate::hash::stable_hash;
+use crate::mirror::{MirrorCounters, MirrorCounts, MirrorOutcome};
 use crate::outcome::{Outcome, OutcomeCounters, OutcomeCounts};
 use crate::spec::{Address, Passive, UpstreamProtocol, UpstreamSpec};
 
@@ -82,6 +83,7 @@ pub struct Upstream {
     vitals: Vitals,
     keep_alive: KeepAlive,
     outcomes: OutcomeCounters,
+    mirrored: MirrorCounters,
     /// What edges in other processes say. Last, so that what requests touch lies together.
     remote: Remote,
 }
@@ -138,6 +140,7 @@ impl Upstream {
             vitals: Vitals::default(),
             keep_alive: KeepAlive::default(),
             outcomes: OutcomeCounters::default(),
+            mirrored: MirrorCounters::default(),
             remote: Remote::default(),
         }
     }
@@ -357,7 +360,10 @@ impl Upstream {
         receipt.in_flight.add(&sum.tally.in_flight);
         receipt.bytes_to_upstream += sum.tally.bytes_to_upstream;
         receipt.bytes_to_client += sum.tally.bytes_to_client;
-        receipt.hard_cut.extend(sum.tally.hard_cut);
+        for (class, id) in sum.tally.hard_cut {
+            receipt.hard_cut.push(id);
+            receipt.hard_cut_classes.push(class);
+        }
         receipt.lost = sum.lost;
         receipt
     }
@@ -505,6 +511,28 @@ impl Upstream {
         self.vitals.latency_estimate_us(now_ms)
     }
 
+    // --- copies of requests -----------------------------------------------------------------------
+
+    /// Counts a copy of a request that is about to be written here.
+    pub fn note_mirrored(&self) {
+        self.mirrored.note_sent();
+    }
+
+    /// Counts how a copy of a request ended, or why there is none. It says nothing about health.
+    pub fn record_mirrored(&self, outcome: MirrorOutcome) {
+        self.mirrored.record(outcome);
+    }
+
+    /// A reading of what was mirrored here, over all edges.
+    #[must_use]
+    pub fn mirrored(&self) -> MirrorCounts {
+        let mut counts = self.mirrored.read().map_or_else(MirrorCounts::default, |counts| *counts);
+        if let Some(elsewhere) = self.remote.sum().and_then(|sum| sum.tally.mirrored) {
+            counts.add(&elsewhere);
+        }
+        counts
+    }
+
     // --- edges in other processes -----------------------------------------------------------------
 
     /// What the edge in this process has to say of it to the engine in another.
@@ -518,12 +546,13 @@ impl Upstream {
             in_flight: receipt.in_flight,
             bytes_to_upstream: receipt.bytes_to_upstream,
             bytes_to_client: receipt.bytes_to_client,
-            hard_cut: receipt.hard_cut,
+            hard_cut: receipt.hard_cut_classes.into_iter().zip(receipt.hard_cut).collect(),
             outcomes: self.outcomes.read(),
             ready_connections: self.ready_here(),
             health: self.health_here(),
             ejected_until_ms: self.vitals.ejected_until_ms.load(Relaxed),
             probe_latency_us: self.vitals.probe_latency_us.load(Relaxed),
+            mirrored: self.mirrored.read(),
         }
     }
 

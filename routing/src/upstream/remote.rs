@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::Health;
 use crate::class::{PerClass, TrafficClass};
+use crate::mirror::MirrorCounts;
 use crate::outcome::OutcomeCounts;
 
 /// One life of one edge process. Chosen at random when it starts: counts begin anew with it.
@@ -35,8 +36,8 @@ pub struct Tally {
     pub bytes_to_upstream: u64,
     /// Body bytes sent to clients.
     pub bytes_to_client: u64,
-    /// Ids of requests that were cut.
-    pub hard_cut: Vec<String>,
+    /// Requests that were cut: class and id.
+    pub hard_cut: Vec<(TrafficClass, String)>,
     /// What became of the requests.
     pub outcomes: OutcomeCounts,
     /// Connections that are open ahead and not used yet.
@@ -47,6 +48,8 @@ pub struct Tally {
     pub ejected_until_ms: u64,
     /// Time of the last good probe in microseconds; 0 before the first.
     pub probe_latency_us: u64,
+    /// What was mirrored to it; `None` is nothing ever.
+    pub mirrored: Option<Box<MirrorCounts>>,
 }
 
 /// Leases of an edge that was lost: what became of them is not known, and they are in no other count.
@@ -164,8 +167,14 @@ impl Sum {
             sum.completed[class] += now.completed[class].saturating_sub(base.completed[class]);
             sum.soft_closed[class] += now.soft_closed[class].saturating_sub(base.soft_closed[class]);
         }
-        sum.hard_cut.extend(now.hard_cut.iter().skip(base.hard_cut.len()).cloned());
+        // All of them: what is cut is cut once, in the one drain of this stretch of service, which may have begun before us.
+        sum.hard_cut.extend(now.hard_cut.iter().cloned());
         sum.outcomes.add(&now.outcomes.since(&base.outcomes));
+        if let Some(mirrored) = &now.mirrored {
+            let before = base.mirrored.as_deref();
+            let since = before.map_or_else(|| mirrored.clone(), |before| Box::new(mirrored.since(before)));
+            sum.mirrored.get_or_insert_default().add(&since);
+        }
         match part.standing {
             Standing::Inside => {
                 sum.in_flight.add(&now.in_flight);

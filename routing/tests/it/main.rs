@@ -6,6 +6,7 @@ mod channel;
 mod drain;
 mod health;
 mod matching;
+mod mirror;
 mod ready;
 mod remote;
 mod shares;

@@ -149,7 +149,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
                 );
             }
             checks.push(check);
-            for name in ["token", "clock", "machines"] {
+            for name in ["token", "clock", "alarms", "machines"] {
                 checks.push(Check::skipped(name, "needs the server"));
             }
             return false;
@@ -160,7 +160,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
     match session.ask("reading the status", session.client.status()).await {
         Err(failure) => {
             checks.push(Check::of_failure("token", &failure));
-            for name in ["clock", "machines"] {
+            for name in ["clock", "alarms", "machines"] {
                 checks.push(Check::skipped(name, "needs the token"));
             }
         }
@@ -168,6 +168,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
             checks.push(Check::ok("token", format!("accepted, from {}", session.credential_source())));
             checks.push(version(&status));
             checks.push(clock(status.time, asked_at, Timestamp::now()));
+            alarms(&status, checks);
             engines(session, &status, checks).await;
         }
     }
@@ -183,6 +184,20 @@ fn ready(readiness: &Readiness, url: &str, checks: &mut Vec<Check>) {
         } else {
             Check::failed(&name, part.detail.clone(), "the log of `peregrine serve` says more")
         });
+    }
+}
+
+/// What the server holds because it cannot read it.
+fn alarms(status: &Status, checks: &mut Vec<Check>) {
+    if status.alarms.is_empty() {
+        checks.push(Check::ok("alarms", "none"));
+    }
+    for alarm in &status.alarms {
+        checks.push(Check::failed(
+            &format!("alarm {}", alarm.code),
+            alarm.message.clone(),
+            alarm.hint.clone(),
+        ));
     }
 }
 

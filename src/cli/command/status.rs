@@ -57,6 +57,10 @@ async fn again_and_again(session: &Session, every: Duration) -> Result {
 
 fn page(status: &StatusDocument, out: &Output) -> String {
     let mut text = String::new();
+    for alarm in &status.alarms {
+        let what = out.paint(clap::builder::styling::AnsiColor::Red, "alarm");
+        text.push_str(&format!("{what}: {}\n  {}\n\n", clean(&alarm.message), clean(&alarm.hint)));
+    }
     if status.services.is_empty() {
         text.push_str("no services yet: peregrine deploy -f peregrine.toml\n");
     } else {

@@ -217,7 +217,7 @@ pub(crate) fn shop() -> ServiceSpec {
             step_hold_ms: 5,
             step_min_samples: 1,
             step_max_ms: 20,
-            warm: Warm { probes: 1, probe_interval_ms: 5, paths: Vec::new() },
+            warm: Warm { probes: 1, probe_interval_ms: 5, paths: Vec::new(), mirror: None },
             start_timeout_ms: 10_000,
             stop_grace_ms: 100,
             ..MoveSettings::default()

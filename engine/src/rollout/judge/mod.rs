@@ -21,6 +21,7 @@
 mod chance;
 mod errors;
 mod latency;
+mod mirrored;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,7 @@ use peregrine_routing::OutcomeCounts;
 
 use self::errors::{Errors, Finding, Table};
 use self::latency::Latency;
+pub(crate) use self::mirrored::MirrorJudge;
 use crate::model::Guards;
 
 /// A step that lasts is looked at afresh so often, so that what went well for long hides nothing.

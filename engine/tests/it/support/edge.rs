@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use peregrine_routing::{Address, Enter, Failure, Outcome, Passive, RoutingTable, TableReader, TrafficClass};
+use peregrine_routing::{
+    Address, Enter, Failure, Mirror, MirrorOutcome, Outcome, Passive, RoutingTable, TableReader, TrafficClass,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -159,6 +161,41 @@ impl Drop for Edge {
 }
 
 async fn request(reader: &TableReader, path: &str, id: &str, random: u64) -> Result<u16, String> {
+    let mirror = reader.load().lookup(super::HOST, path).and_then(|found| found.service.mirror().cloned());
+    let begun = Instant::now();
+    let status = request_of_client(reader, path, id, random).await?;
+    if let Some(mirror) = mirror {
+        copy(&mirror, path, id, (status, us(begun))).await;
+    }
+    Ok(status)
+}
+
+/// As the real edge: a copy of a request that was answered, if the table still wants one.
+async fn copy(mirror: &Arc<Mirror>, path: &str, id: &str, client: (u16, u64)) {
+    if !mirror.is_on(now_ms()) {
+        return;
+    }
+    let (Some(target), Some(_slot)) = (mirror.next_target(), mirror.admit()) else { return };
+    let Address::Socket(address) = *target.address() else { return };
+    let outcome = match TcpStream::connect(address).await {
+        Err(_) => MirrorOutcome::Failed { client_status: client.0 },
+        Ok(stream) => {
+            target.note_mirrored();
+            let begun = Instant::now();
+            match exchange(stream, address, path, &format!("{id}\r\nperegrine-mirror: 1")).await {
+                Ok(status) => MirrorOutcome::Compared { client, mirror: (status, us(begun)) },
+                Err(_) => MirrorOutcome::Failed { client_status: client.0 },
+            }
+        }
+    };
+    target.record_mirrored(outcome);
+}
+
+fn us(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+async fn request_of_client(reader: &TableReader, path: &str, id: &str, random: u64) -> Result<u16, String> {
     let mut tried = Vec::new();
     // A dial that fails was not sent: another copy is asked. What was sent is not sent twice.
     for _ in 0..4 {
@@ -193,9 +230,8 @@ async fn request(reader: &TableReader, path: &str, id: &str, random: u64) -> Res
             Ok(stream) => {
                 lease.mark_sent();
                 let answer = exchange(stream, address, path, id).await;
-                let latency_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
                 let outcome = match answer {
-                    Ok(status) => Outcome::Response { status, latency_us },
+                    Ok(status) => Outcome::Response { status, latency_us: us(begun) },
                     Err(_) => Outcome::Failed(Failure::Reset),
                 };
                 upstream.record(outcome, &Passive::default(), now_ms());

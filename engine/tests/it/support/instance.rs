@@ -41,9 +41,14 @@ impl Default for Behaviour {
 
 /// What an origin knows of the requests that reached it, by request id.
 #[derive(Debug, Default)]
-pub(crate) struct Seen(Mutex<BTreeMap<String, u32>>);
+pub(crate) struct Seen(Mutex<BTreeMap<String, u32>>, AtomicU64);
 
 impl Seen {
+    /// Copies of requests; they are no requests of clients.
+    pub(crate) fn copies(&self) -> u64 {
+        self.1.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn requests(&self) -> u64 {
         self.0.lock().expect("not poisoned").values().map(|times| u64::from(*times)).sum()
     }
@@ -109,7 +114,9 @@ async fn answer(
     let status = if path == "/healthz" {
         how.health_status.load(Ordering::SeqCst)
     } else {
-        if let Some(id) = request.headers().get("x-request-id").and_then(|id| id.to_str().ok()) {
+        if request.headers().contains_key("peregrine-mirror") {
+            who.1.fetch_add(1, Ordering::SeqCst);
+        } else if let Some(id) = request.headers().get("x-request-id").and_then(|id| id.to_str().ok()) {
             *who.0.lock().expect("not poisoned").entry(id.to_owned()).or_default() += 1;
         }
         how.status.load(Ordering::SeqCst)

@@ -71,13 +71,24 @@ impl Bench {
     }
 
     pub(crate) async fn open(world: Arc<World>, store: Arc<dyn Store>, life: Arc<Life>) -> Self {
+        Self::open_with(world, store, life, 300).await
+    }
+
+    /// With another grace for instances that nobody knows.
+    pub(crate) async fn open_with(
+        world: Arc<World>,
+        store: Arc<dyn Store>,
+        life: Arc<Life>,
+        orphan_grace_ms: u64,
+    ) -> Self {
         let (writer, reader) = peregrine_routing::table();
         let edge = Edge::new(reader);
         let mortal = Arc::new(MortalStore::new(Arc::clone(&store), Arc::clone(&life)));
         let config = EngineConfig {
             edge_clock: Arc::new(edge::now_ms),
             reconcile_interval_ms: 100,
-            orphan_grace_ms: 300,
+            orphan_grace_ms,
+            unreachable_patience_ms: 500,
             ..EngineConfig::default()
         };
         let (of, mortality) = (Arc::clone(&world), Arc::clone(&life));
@@ -232,7 +243,7 @@ pub(crate) fn shop() -> ServiceSpec {
             step_hold_ms: 5,
             step_min_samples: 1,
             step_max_ms: 20,
-            warm: WarmSettings { probes: 1, probe_interval_ms: 5, paths: Vec::new() },
+            warm: WarmSettings { probes: 1, probe_interval_ms: 5, paths: Vec::new(), mirror: None },
             start_timeout_ms: 5_000,
             ..MoveSettings::default()
         },

@@ -133,12 +133,17 @@ impl World {
     /// An instance that nobody knows, with the label of an installation.
     pub(crate) async fn plant(&self, machine: &str, install: &str) -> InstanceId {
         let id = InstanceId::generate();
+        self.plant_as(machine, install, &id).await;
+        id
+    }
+
+    /// An instance of this id, behind the engine's back.
+    pub(crate) async fn plant_as(&self, machine: &str, install: &str, id: &InstanceId) {
         let running = Running::start(Arc::default(), Arc::default()).await;
-        let mut spec = blank_spec(&id);
+        let mut spec = blank_spec(id);
         spec.install = install.to_owned();
         let copy = Placed { spec, running: Some(running), exit_code: None };
         self.lock().machines.get_mut(machine).expect("a known machine").instances.insert(id.clone(), copy);
-        id
     }
 
     /// What a runtime was told of an instance that is there.
