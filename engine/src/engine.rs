@@ -138,7 +138,8 @@ fn adopt_retired(core: &Arc<Core>) {
     let state = core.state();
     let leaving = |state: InstanceState| matches!(state, InstanceState::Draining | InstanceState::Releasing);
     for instance in state.instances.values() {
-        let present = Some(instance.generation).filter(|generation| leaving(instance.state) && *generation > 0);
+        let present =
+            Some(instance.generation).filter(|generation| leaving(instance.state) && *generation > 0);
         for generation in instance.former.iter().copied().chain(present) {
             if let Some(copy) = crate::render::copy(&state, instance, generation) {
                 core.table.adopt_retired(&copy);

@@ -13,6 +13,7 @@ use crate::upstream::Generation;
 /// One change of the table. A change is whole for its service: it says all of the service's routes and
 /// pools, and leaves every other service untouched.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "nearly every change is the large one, and none lives for long")]
 pub enum Change {
     /// Adds a service or replaces the one of the same name. Upstreams whose generation is kept keep
     /// their live state; those that are not named any more are retired.
