@@ -10,7 +10,7 @@ use crate::support::apart::{
     Apart, Edge, LEASE_MS, Standby, Way, answers, engine_configuration, files_below, invite, open_files,
     seen, wait_for_state,
 };
-use crate::support::server::{Peregrine, free_address, http_get, said, signal};
+use crate::support::server::{Peregrine, free_address, http, http_get, said, signal};
 use crate::support::shop::{Shop, id_of};
 use crate::support::traffic::{Traffic, assert_nothing_lost};
 use crate::support::wait_for;
@@ -500,6 +500,71 @@ fn an_engine_that_stood_still_in_the_middle_of_a_shift_and_was_replaced_writes_n
     let before = traffic.answered();
     wait_for("traffic", || (traffic.answered() > before + 40).then_some(()));
     assert_nothing_lost(&traffic.stop(), &apart.shop.records());
+}
+
+/// A copy that is stopped with somebody inside is gone before they have their answer.
+const IMPATIENT: &str = r#"
+[service.shop.move]
+steps = [50, 100]
+step_hold = "20ms"
+step_max = "40ms"
+stop_grace = "100ms"
+warm = { probes = 1, interval = "20ms" }
+abort_on = { p95_increase = false }
+"#;
+
+/// A request that is inside of the shop for so long, when it has got there.
+fn inside(apart: &Apart, wait_ms: u64) -> std::thread::JoinHandle<Option<String>> {
+    let edge = apart.edge.http();
+    let ask = format!(
+        "GET /slow?ms={wait_ms} HTTP/1.1\r\nhost: {edge}\r\nx-req-id: inside-1\r\nconnection: close\r\n\r\n"
+    );
+    let asking = std::thread::spawn(move || http(edge, &ask));
+    wait_for("the request to be inside", || {
+        apart.shop.records().iter().any(|record| *record.id == *"inside-1").then_some(())
+    });
+    asking
+}
+
+#[track_caller]
+fn assert_answered(asking: std::thread::JoinHandle<Option<String>>) {
+    let answer = asking.join().expect("no panic").expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[test]
+fn whoever_is_inside_of_a_drain_when_the_engine_dies_is_waited_for_when_it_is_back() {
+    let mut apart = Apart::open(IMPATIENT);
+    let asking = inside(&apart, 5_000);
+    let id = kill_in_phase(&mut apart.shop, "host-b", "drain");
+    apart.shop.server.start_again();
+    assert_eq!(apart.shop.ended(&id)["state"], "succeeded");
+    assert!(asking.is_finished(), "the copy was stopped with a request inside");
+    assert_answered(asking);
+}
+
+#[test]
+fn whoever_is_inside_of_a_drain_that_was_given_up_is_waited_for_although_the_engine_has_died_since() {
+    let mut apart = Apart::open(IMPATIENT);
+    let asking = inside(&apart, 8_000);
+    let id = in_phase(&apart.shop, "host-b", "drain");
+    apart.shop.server.ok(&["moves", "abort", &id]);
+    // The old copy serves again, in a stretch of service that knows nothing of the former one.
+    assert_eq!(apart.shop.ended(&id)["state"], "aborted");
+    apart.shop.server.kill();
+    apart.shop.server.start_again();
+    wait_for_state(&apart.shop.server, "edge-1", "connected");
+    assert!(!asking.is_finished(), "it is inside all along");
+    let ended = apart.shop.move_to("host-b");
+    assert_eq!(ended.get("move").unwrap_or(&ended)["state"], "succeeded", "{ended:#}");
+    assert!(asking.is_finished(), "the copy was stopped with a request inside");
+    assert_answered(asking);
+    let receipt = apart.shop.server.ok(&["moves", "receipt", &id]);
+    assert_eq!(
+        (&receipt["failed"], &receipt["hard_cut"]),
+        (&0.into(), &serde_json::json!([])),
+        "{receipt:#}"
+    );
 }
 
 fn unix_ns(of: &Value, field: &str) -> u64 {

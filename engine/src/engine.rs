@@ -132,13 +132,18 @@ async fn take_install(core: &Arc<Core>) -> Result<(), EngineError> {
     .await
 }
 
-/// What is inside of a copy that is on its way out did not end with the engine: edges elsewhere carried it on.
+/// What is inside of a copy that is on its way out, or of a stretch of service that was given up, did not end with the
+/// engine: edges elsewhere carried it on.
 fn adopt_retired(core: &Arc<Core>) {
     let state = core.state();
     let leaving = |state: InstanceState| matches!(state, InstanceState::Draining | InstanceState::Releasing);
-    for instance in state.instances.values().filter(|i| leaving(i.state) && i.generation > 0) {
-        if let Some(copy) = crate::render::copy(&state, instance) {
-            core.table.adopt_retired(&copy);
+    for instance in state.instances.values() {
+        let present =
+            Some(instance.generation).filter(|generation| leaving(instance.state) && *generation > 0);
+        for generation in instance.former.iter().copied().chain(present) {
+            if let Some(copy) = crate::render::copy(&state, instance, generation) {
+                core.table.adopt_retired(&copy);
+            }
         }
     }
 }

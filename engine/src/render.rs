@@ -132,9 +132,10 @@ fn is_routed(instance: &Instance) -> bool {
 }
 
 /// A copy as edges know it.
-pub(crate) fn copy(state: &State, instance: &Instance) -> Option<UpstreamSpec> {
+pub(crate) fn copy(state: &State, instance: &Instance, generation: u64) -> Option<UpstreamSpec> {
     let service = state.services.get(&instance.service)?;
-    upstream(instance, protocol(service.spec.traffic.protocol), &HashMap::new())
+    let spec = upstream(instance, protocol(service.spec.traffic.protocol), &HashMap::new())?;
+    Some(UpstreamSpec { generation: Generation(generation), ..spec })
 }
 
 fn upstream(

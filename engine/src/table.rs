@@ -109,7 +109,9 @@ impl Table {
 
     /// Takes in a copy that was retired before this process began, and that edges elsewhere may be inside of.
     pub(crate) fn adopt_retired(&self, copy: &UpstreamSpec) {
-        self.lock().writer.adopt_retired(copy);
+        let mut inner = self.lock();
+        let upstream = inner.writer.adopt_retired(copy);
+        inner.leaving.push(upstream);
     }
 
     /// Cores of edges.

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use peregrine_routing::TrafficClass;
+use peregrine_routing::{Failure, Outcome, TrafficClass};
 
 use crate::error::Reason;
 use crate::grpc::{self, Messages};
@@ -141,6 +141,12 @@ impl RequestBody {
             *self.incoming.borrow_mut() = None;
         }
         untouched
+    }
+
+    /// Whether it is a large body of which the client has more to send, for all that is known.
+    pub(crate) fn is_far_from_its_end(&self) -> bool {
+        let left = self.incoming.borrow().as_ref().map_or(0, |incoming| incoming.size_hint().lower());
+        !self.ended.get() && self.flight.bytes_in.get().max(left) > MAX_KEPT_BYTES as u64
     }
 
     pub(crate) fn is_abandoned(&self) -> bool {
@@ -520,7 +526,12 @@ impl ReplyBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(_))) => {
-                flight.strike();
+                // Its head was counted as an answer; one that was an error is one already.
+                if flight.status.get() < 500 {
+                    flight.record(Outcome::Failed(Failure::Reset));
+                } else {
+                    flight.strike();
+                }
                 fail(flight, &mut slot, Reason::UpstreamBodyAborted, cx)
             }
             Poll::Ready(None) => {

@@ -423,18 +423,20 @@ async fn send(
                 }
                 return match answer(&entry, guard, &out, choice.prefer, found) {
                     Ok(response) => response,
-                    Err((error, guard)) => give_up(&error, out.form(), guard),
+                    Err((error, guard)) => give_up(&error, &out, guard),
                 };
             }
             Err(error) => error,
         };
         if !may_retry(core, &entry, &flight, &out, &error) {
-            return give_up(&error, out.form(), guard);
+            return give_up(&error, &out, guard);
         }
         if error.reason != Reason::UpstreamRefused {
             flight.strike();
         }
-        out.fresh |= error.evidence == Some(Evidence::Ambiguous);
+        // An upstream that leaves all of its connections at once is not met on one after the other.
+        let left_twice = error.evidence == Some(Evidence::LeftBehind) && flight.attempts.get() > 1;
+        out.fresh |= left_twice || error.evidence == Some(Evidence::Ambiguous);
         choice.tried.extend(flight.generation());
         flight.release_lease();
     }
@@ -450,7 +452,8 @@ fn may_retry(core: &Core, entry: &ServiceEntry, flight: &Flight, out: &Outgoing,
     if !safe || !out.is_whole() || flight.attempts.get() >= MAX_ATTEMPTS || flight.is_cut() {
         return false;
     }
-    let paid = entry.service.retry_budget().spend(core.coarse_now_ms());
+    let free = error.evidence == Some(Evidence::LeftBehind);
+    let paid = free || entry.service.retry_budget().spend(core.coarse_now_ms());
     if let (true, Some(class)) = (paid, class) {
         core.metrics.retry(class);
         flight.upstream.borrow().iter().for_each(|upstream| upstream.note_retried());
@@ -458,8 +461,8 @@ fn may_retry(core: &Core, entry: &ServiceEntry, flight: &Flight, out: &Outgoing,
     paid
 }
 
-fn give_up(error: &ProxyError, form: Form, guard: FlightGuard) -> Response<ReplyBody> {
-    let flight = &guard.0;
+fn give_up(error: &ProxyError, out: &Outgoing, guard: FlightGuard) -> Response<ReplyBody> {
+    let flight = Rc::clone(&guard.0);
     if let Some(failure) = error.reason.failure() {
         flight.record(Outcome::Failed(failure));
     } else if error.reason.blame() == Blame::Client {
@@ -476,7 +479,13 @@ fn give_up(error: &ProxyError, form: Form, guard: FlightGuard) -> Response<Reply
         tracing::debug!(reason = error.reason.as_str(), upstream, source = ?error.source, "request failed");
     }
     flight.release_lease();
-    respond::answer(error.reason, form, guard)
+    let mut response = respond::answer(error.reason, out.form(), guard);
+    if !flight.conn.http2.get() && out.body.as_ref().is_some_and(|body| body.is_far_from_its_end()) {
+        // Nobody wants the rest: the client is told, and has its answer before the connection goes.
+        flight.conn.linger.set(true);
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 async fn attempt(
@@ -649,7 +658,8 @@ fn classify_http2(out: &Outgoing, error: hyper::Error) -> ProxyError {
         // With NO_ERROR, h2 gives this error to exactly the streams above the last one that was named.
         let above_last = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
         if refused || above_last {
-            return ProxyError::with(Reason::UpstreamRefused, Evidence::NotProcessed).because(error);
+            let evidence = if above_last { Evidence::LeftBehind } else { Evidence::NotProcessed };
+            return ProxyError::with(Reason::UpstreamRefused, evidence).because(error);
         }
     }
     if error.is_parse() {
@@ -696,7 +706,8 @@ async fn attempt_http2(
 ) -> Result<Answer, ProxyError> {
     let not_sent =
         |error: hyper::Error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
-    let (mut ticket, reused) = match pool.join_http2() {
+    let open = if out.fresh { None } else { pool.join_http2() };
+    let (mut ticket, reused) = match open {
         Some(ticket) => (ticket, true),
         None => {
             let socket = connect(core, upstream, policy, flight).await?;

@@ -13,7 +13,7 @@ pub enum Outcome {
         /// From the start of sending to the head.
         latency_us: u64,
     },
-    /// No response head came, and the upstream is to blame.
+    /// No response head came, or it broke off behind it, and the upstream is to blame.
     Failed(Failure),
     /// The client left or sent rubbish: says nothing about the upstream.
     ClientGone,
@@ -24,7 +24,7 @@ pub enum Outcome {
 pub enum Failure {
     /// No connection.
     Connect,
-    /// The connection broke before the response head.
+    /// The connection broke before the end of the response.
     Reset,
     /// The response head did not come in time.
     Timeout,
@@ -149,7 +149,7 @@ impl OutcomeCounts {
         self.responses.iter().sum::<u64>() + self.failed
     }
 
-    /// Answers 5xx and requests without an answer.
+    /// Answers 5xx, and requests without an answer or with one that broke off.
     #[must_use]
     pub const fn errors(&self) -> u64 {
         self.responses[4] + self.failed

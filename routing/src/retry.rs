@@ -7,9 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub enum Evidence {
     /// Not one byte of it was written: the dial failed, or the connection was found closed.
     NotSent,
-    /// The upstream says that it did not process it: HTTP/2 `REFUSED_STREAM` (RFC 9113 §8.7), or a
-    /// stream above the last one named by GOAWAY (§6.8).
+    /// The upstream says that it did not process it: HTTP/2 `REFUSED_STREAM` (RFC 9113 §8.7).
     NotProcessed,
+    /// The upstream was leaving the connection, and says that it did not process it: a stream above the last one
+    /// named by GOAWAY (RFC 9113 §6.8). No sign of distress, and everything that was under way comes at once: it
+    /// is no retry that the budget is there to bound.
+    LeftBehind,
     /// It was written, whole or in part, and the connection broke before the first byte of an answer.
     Ambiguous,
     /// A byte of the answer has gone to the client.
@@ -35,7 +38,7 @@ impl Evidence {
     pub const fn class(self) -> RetryClass {
         match self {
             Self::NotSent => RetryClass::A,
-            Self::NotProcessed => RetryClass::B,
+            Self::NotProcessed | Self::LeftBehind => RetryClass::B,
             Self::Ambiguous => RetryClass::C,
             Self::Committed => RetryClass::D,
         }

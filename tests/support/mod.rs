@@ -1,6 +1,7 @@
 //! What the stories stand on: the built binary with a data folder of its own, traffic, and the oracle.
 
 pub(crate) mod apart;
+pub(crate) mod bad_disk;
 pub(crate) mod docker;
 pub(crate) mod server;
 pub(crate) mod shop;

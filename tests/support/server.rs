@@ -19,6 +19,8 @@ pub(crate) struct Peregrine {
     levels: &'static str,
     /// The command that it is run by: `serve`, or `engine` with edges elsewhere.
     command: &'static str,
+    /// What it is started with besides what the tests themselves are.
+    environment: Vec<(String, PathBuf)>,
 }
 
 /// What a command said.
@@ -66,7 +68,7 @@ impl Peregrine {
     fn start_as(command: &'static str, more: &str, levels: &'static str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-test-").tempdir().expect("a scratch folder");
         let (edge, api) = (free_address(), free_address());
-        let mut server = Self { dir, edge, api, child: None, levels, command };
+        let mut server = Self { dir, edge, api, child: None, levels, command, environment: Vec::new() };
         server.configure(more);
         server.start_again();
         server
@@ -77,6 +79,11 @@ impl Peregrine {
         let Self { edge, api, .. } = self;
         let config = format!("[edge]\nhttp = [\"{edge}\"]\n\n[api]\nlisten = \"{api}\"\n{more}\n");
         std::fs::write(self.dir.path().join("server.toml"), config).expect("configuration is written");
+    }
+
+    /// What it is started with from the next start on.
+    pub(crate) fn set_environment(&mut self, environment: Vec<(String, PathBuf)>) {
+        self.environment = environment;
     }
 
     /// Asks the server to read its configuration again.
@@ -94,6 +101,7 @@ impl Peregrine {
             .arg("--data")
             .arg(self.data())
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| self.levels.to_owned()))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log file"))
             .stderr(log)
@@ -120,6 +128,12 @@ impl Peregrine {
     /// The process.
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("it runs").id()
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let child = self.child.as_mut().expect("it was started");
+        child.try_wait().expect("a child can be asked").is_some()
     }
 
     /// Waits until the server ends by itself; its exit code.

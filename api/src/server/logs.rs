@@ -327,6 +327,7 @@ mod tests {
             rollout: peregrine_engine::model::RolloutId("mov_1".into()),
             address: None,
             generation: 0,
+            former: Vec::new(),
             state: InstanceState::Serving,
             created_at: 0,
         }

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
@@ -73,6 +73,27 @@ pub(super) fn events(shared: Arc<Shared>, first: u64, last: u64, wait: Duration)
         Some((Ok(Frame::data(Bytes::from(event))), (numbers, shared)))
     });
     StreamBody::new(events).boxed_unsync()
+}
+
+/// A gRPC message: one byte "not compressed", four bytes length, then the text.
+pub(super) fn message(text: &str) -> Bytes {
+    let mut message = BytesMut::with_capacity(5 + text.len());
+    message.put_u8(0);
+    message.put_u32(u32::try_from(text.len()).unwrap_or(u32::MAX));
+    message.put_slice(text.as_bytes());
+    message.freeze()
+}
+
+/// gRPC messages that name the instance, without an end.
+pub(super) fn messages(shared: Arc<Shared>, wait: Duration) -> AnswerBody {
+    let messages = stream::unfold(shared, move |shared| async move {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = shared.stopped() => return None,
+        }
+        Some((Ok(Frame::data(message(&shared.instance))), shared))
+    });
+    StreamBody::new(messages).boxed_unsync()
 }
 
 /// `message`, then `trailers`.

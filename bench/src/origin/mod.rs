@@ -16,6 +16,7 @@
 //! | `/upload` | length and SHA-256 of the body, as JSON |
 //! | `/ws` | WebSocket echo |
 //! | `/trailers` | a gRPC-shaped answer with trailers |
+//! | `/messages?ms=` | gRPC messages with a wait before each, until shutdown |
 //! | `/status/N` | status N |
 //! | `/headers` | the request as it arrived, as JSON |
 //! | `/cookie` | two `Set-Cookie` lines; the body is the request's cookies |
@@ -40,6 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use http::Method;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -197,6 +199,17 @@ impl Shared {
             open_connections: self.counters.open.load(Ordering::Relaxed),
             in_flight: self.counters.in_flight.load(Ordering::Relaxed),
             ..self.ledger.stats(&self.instance)
+        }
+    }
+
+    /// Records how a WebSocket ended, as the execution of "`<id>/closed`": its status is the code of the client's close
+    /// frame, 1006 if there was none or a frame was torn.
+    fn websocket_ended(&self, id: Option<&str>, connection: &serve::Connection, code: u16) {
+        let Some(id) = id.map(|id| format!("{id}/closed")) else { return };
+        let via = (connection.protocol, connection.number);
+        let close = Method::from_bytes(b"CLOSE").expect("a token");
+        if let Err(error) = self.ledger.arrived(Some(&id), &close, via, code) {
+            eprintln!("origin {}: cannot record: {error}", self.instance);
         }
     }
 

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, SEC_WEBSOCKET_ACCEPT, SET_COOKIE, TRAILER, UPGRADE,
 };
@@ -121,6 +121,7 @@ async fn answer_without_body(
             answer
         }
         Route::Trailers => trailers(&shared.instance),
+        Route::Messages(wait) => typed("application/grpc", body::messages(shared.clone(), wait)),
         Route::Status(status) => status_only(status),
         Route::Headers => headers_as_json(head, connection),
         Route::Cookie => cookies(shared, &head.headers),
@@ -169,8 +170,9 @@ async fn upload(mut body: Incoming) -> Answer {
 }
 
 fn switch_to_websocket(connection: &Connection, key: &str, mut request: Request<Incoming>) -> Answer {
+    let id = request.headers().get(REQUEST_ID_HEADER).and_then(|id| id.to_str().ok()).map(str::to_owned);
     let upgrade = hyper::upgrade::on(&mut request);
-    *connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some(upgrade);
+    *connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some((upgrade, id));
     let mut answer = Response::new(body::empty());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = answer.headers_mut();
@@ -183,12 +185,8 @@ fn switch_to_websocket(connection: &Connection, key: &str, mut request: Request<
 }
 
 fn trailers(instance: &str) -> Answer {
-    // A gRPC message: one byte "not compressed", four bytes length, then the message.
-    let mut message = BytesMut::new();
-    message.put_u8(0);
-    message.put_u32(u32::try_from(instance.len()).unwrap_or(u32::MAX));
-    message.put_slice(instance.as_bytes());
-    let body = body::with_trailers(message.freeze(), &[("grpc-status", "0"), ("grpc-message", "done")]);
+    let body =
+        body::with_trailers(body::message(instance), &[("grpc-status", "0"), ("grpc-message", "done")]);
     let mut answer = typed("application/grpc", body);
     answer.headers_mut().insert(TRAILER, HeaderValue::from_static("grpc-status, grpc-message"));
     answer

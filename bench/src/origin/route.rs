@@ -32,6 +32,8 @@ pub(super) enum Route {
         key: String,
     },
     Trailers,
+    /// A stream of gRPC messages, one in so much time.
+    Messages(Duration),
     Status(StatusCode),
     Headers,
     Cookie,
@@ -51,6 +53,7 @@ impl Route {
             "/upload" => Ok(Self::Upload),
             "/ws" => Ok(websocket(request.headers())),
             "/trailers" => Ok(Self::Trailers),
+            "/messages" => query.wait(100).map(Self::Messages),
             "/headers" => Ok(Self::Headers),
             "/cookie" => Ok(Self::Cookie),
             path => numbered(path),

@@ -36,8 +36,9 @@ pub(super) struct Connection {
     pub(super) number: u64,
     pub(super) protocol: Protocol,
     pub(super) peer: SocketAddr,
-    /// Set by a request that switches protocols; served by the connection's own task after HTTP has let go.
-    pub(super) upgrade: Mutex<Option<OnUpgrade>>,
+    /// Set by a request that switches protocols, with its id; served by the connection's own task after HTTP has let
+    /// go.
+    pub(super) upgrade: Mutex<Option<(OnUpgrade, Option<String>)>>,
 }
 
 pub(super) async fn accept_until_stopped(listener: TcpListener, shared: Arc<Shared>) {
@@ -138,8 +139,9 @@ async fn serve_h1(
         }
     }
     let upgrade = connection.upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(upgrade) = upgrade {
-        websocket::echo(upgrade, &shared).await;
+    if let Some((upgrade, id)) = upgrade {
+        let end = websocket::echo(upgrade, &shared).await;
+        shared.websocket_ended(id.as_deref(), &connection, end);
     }
     Ok(())
 }

@@ -237,6 +237,7 @@ pub(super) fn accept(
             rollout: id.clone(),
             address: None,
             generation: 0,
+            former: Vec::new(),
             state: InstanceState::Planned,
             created_at: now,
         });

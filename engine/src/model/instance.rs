@@ -25,10 +25,31 @@ pub struct Instance {
     pub address: Option<SocketAddr>,
     /// Routing generation of its present stretch of service; 0 before the first.
     pub generation: u64,
+    /// Generations of earlier stretches that were given up before they were known to be empty: somebody may be inside
+    /// still, at an edge that outlives the engine. The newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<u64>,
     /// Where it is in its life.
     pub state: InstanceState,
     /// When it was planned.
     pub created_at: UnixMs,
+}
+
+/// Most stretches of a copy that are remembered after they were given up. Each is one way back; who stays inside over
+/// so many of them is cut by the deadlines of the first.
+const MAX_FORMER: usize = 8;
+
+impl Instance {
+    /// Begins a new stretch of service although somebody may be inside of the present one.
+    pub fn begin_stretch(&mut self, generation: u64) {
+        if self.generation > 0 {
+            self.former.push(self.generation);
+        }
+        if self.former.len() > MAX_FORMER {
+            self.former.remove(0);
+        }
+        self.generation = generation;
+    }
 }
 
 /// Where an instance is in its life.

@@ -80,7 +80,7 @@ fn serve(draft: &mut Draft<'_>, plan: &Plan) {
         }
         let mut instance = instance.clone();
         if instance.state != InstanceState::Started || instance.generation == 0 {
-            instance.generation = draft.generation();
+            instance.begin_stretch(draft.generation());
         }
         instance.state = InstanceState::Serving;
         draft.put_instance(&instance);
@@ -312,7 +312,7 @@ fn restore(draft: &mut Draft<'_>, rollout: &Rollout, plan: &Plan) -> Result<(), 
         }
         let mut instance = instance.clone();
         if instance.state != InstanceState::Soaking {
-            instance.generation = draft.generation();
+            instance.begin_stretch(draft.generation());
         }
         instance.state = InstanceState::Serving;
         draft.put_instance(&instance);

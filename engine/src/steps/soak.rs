@@ -18,6 +18,7 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
                 }
                 // A new stretch of service, in which it is asked only if the new copies fail.
                 let mut instance = instance.clone();
+                instance.former.clear(); // the drain has seen everybody out
                 instance.generation = draft.generation();
                 instance.state = InstanceState::Soaking;
                 draft.put_instance(&instance);

@@ -64,6 +64,7 @@ fn copy(id: &str, spec: &ServiceSpec, number: u32, machine: &str) -> Instance {
         rollout: RolloutId("mov_1".to_owned()),
         address: Some(([127, 0, 0, 1], 4000).into()),
         generation: 1,
+        former: Vec::new(),
         state: InstanceState::Serving,
         created_at: 1,
     }

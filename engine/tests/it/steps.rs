@@ -1,4 +1,4 @@
-//! Every step of a plan, one after the other: done twice, undone twice, and with an undo that fails. The steps
+//! Every step of a plan, one after the other: done twice, undone twice, failed, and with an undo that fails. The steps
 //! are those of the plan itself, so that a new one is covered without being named here.
 
 use std::sync::Arc;
@@ -129,6 +129,33 @@ async fn a_way_back_on_which_any_undo_is_done_twice_ends_where_the_move_began() 
         assert_eq!(ended.state, RolloutState::Aborted, "step {index}: {:?}", ended.problem);
         assert_eq!(ended.leftovers, [] as [String; 0]);
         assert_serves(&third, "host-a").await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whichever_step_fails_what_runs_is_what_ran_before_and_the_service_goes_on() {
+    let (steps, past_return) = steps_of_the_plan().await;
+    let shifts = steps.iter().position(|step| matches!(step, Step::Shift { .. })).expect("it shifts");
+    for_each_step(0..past_return, move |index| async move {
+        let (first, rollout) = move_up_to(Border::Begun(index, Direction::Forward)).await;
+        let new = &rollout.plan.add[0].id;
+        // From here on nothing new comes to that machine, and what was there has died: whatever the step needs of it.
+        first.world.faults("host-b", |faults| {
+            faults.fail.extend([("import", u32::MAX), ("ensure", u32::MAX)]);
+        });
+        if first.world.runs("host-b", new) {
+            first.world.kill(new);
+        }
+        let second = next_life(&first, None).await;
+        let ended = second.end_of(&rollout).await;
+        let end = if index < shifts { RolloutState::Failed } else { RolloutState::RolledBack };
+        assert_eq!(ended.state, end, "step {index}: {:?}", ended.problem);
+        assert!(ended.problem.is_some(), "step {index}: it says why");
+        assert_eq!(ended.leftovers, [] as [String; 0]);
+        let left: Vec<String> = second.world.inventory().into_iter().map(|(machine, _)| machine).collect();
+        assert_eq!(left, ["host-a"], "step {index}");
+        assert_serves(&second, "host-a").await;
     })
     .await;
 }
