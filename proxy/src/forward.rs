@@ -706,7 +706,9 @@ async fn attempt_http2(
 ) -> Result<Answer, ProxyError> {
     let not_sent =
         |error: hyper::Error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
-    let open = if out.fresh { None } else { pool.join_http2() };
+    // Not before the last attempt: as many connections as requests would be a storm.
+    let is_last = flight.attempts.get() == MAX_ATTEMPTS;
+    let open = if out.fresh && is_last { None } else { pool.join_http2() };
     let (mut ticket, reused) = match open {
         Some(ticket) => (ticket, true),
         None => {

@@ -236,7 +236,6 @@ fn a_goaway_that_names_no_stream_under_load_is_not_noticed_and_nothing_is_execut
         }
     }
     assert_executed_once(load, &mut executed, ROUNDS);
-    origin.got_nothing_more();
     let upstream = edge.upstream(&spec);
     assert_eq!(
         (upstream.outcomes().failed, upstream.ejected_until_ms()),
