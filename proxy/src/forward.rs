@@ -737,7 +737,14 @@ async fn attempt_http2(
             let error = error.into_error();
             let only_stream = h2_cause(&error).is_some_and(h2::Error::is_reset);
             pool.leave_http2(&ticket, only_stream);
-            Err(if returned { not_sent(error) } else { classify_http2(out, error) })
+            Err(match returned {
+                // The connection was leaving already: no fault of the upstream, and it has seen nothing of the request.
+                true if reused => {
+                    ProxyError::with(Reason::UpstreamRefused, Evidence::LeftBehind).because(error)
+                }
+                true => not_sent(error),
+                false => classify_http2(out, error),
+            })
         }
         Err(reason) => Err(reason.into()),
     }

@@ -64,7 +64,7 @@ pub(crate) struct Sampled {
 enum Copied {
     /// The bytes of its head.
     Http1(Vec<u8>),
-    Http2(Request<ForwardBody>),
+    Http2(Box<Request<ForwardBody>>),
 }
 
 /// Takes a request into the sample, before it is sent to where it belongs. One branch where nothing is mirrored.
@@ -117,7 +117,7 @@ fn sample_for(
         UpstreamProtocol::H2c => {
             let mut request = out.for_http2(core, flight, &target, policy)?;
             request.headers_mut().insert(PEREGRINE_MIRROR, HeaderValue::from_static("1"));
-            Copied::Http2(request)
+            Copied::Http2(Box::new(request))
         }
     };
     Some(Box::new(Sampled { mirror: Arc::clone(mirror), target, method, request }))
@@ -125,6 +125,10 @@ fn sample_for(
 
 impl Sampled {
     /// Sends the copy in a task of its own: the client's answer has begun with this head, after so long.
+    #[expect(
+        clippy::boxed_local,
+        reason = "a request that is mirrored carries a pointer, and any other one nothing"
+    )]
     pub(crate) fn launch(self: Box<Self>, core: &Rc<Core>, entry: &ServiceEntry, head: &Head, head_us: u64) {
         let Self { mirror, target, method, request } = *self;
         let content_type = head.headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
@@ -173,7 +177,7 @@ impl Copy {
         let exchange = async {
             match request {
                 Copied::Http1(head) => self.ask_http1(&head, max_body_bytes).await,
-                Copied::Http2(request) => self.ask_http2(request, max_body_bytes).await,
+                Copied::Http2(request) => self.ask_http2(*request, max_body_bytes).await,
             }
         };
         match tokio::time::timeout(limit, exchange).await {

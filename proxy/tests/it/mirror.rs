@@ -374,7 +374,10 @@ fn copies_take_none_of_the_connections_that_were_opened_for_clients() {
     }
     assert_eq!(world.target.ready_connections(), 2, "they wait for clients");
     let connections = new.connections();
-    world.edge.put(service(vec![world.new.clone()]));
+    // None is asked for any more, so that none takes the place of the one that is used.
+    let serving = UpstreamSpec { ready_connections: 0, ..world.new.clone() };
+    let version = world.edge.put(service(vec![serving]));
+    world.edge.wait_acknowledged(version);
     assert_eq!(world.edge.client().get("/").status, 200);
     assert_eq!((new.connections(), world.target.ready_connections()), (connections, 1));
 }
