@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::apart::{Apart, wait_for_state};
 use crate::support::bad_disk::{BadDisk, Deed, Scope};
-use crate::support::shop::id_of;
+use crate::support::shop::{Shop, id_of};
 use crate::support::traffic::{Traffic, assert_nothing_lost};
 use crate::support::wait_for;
 
@@ -134,11 +134,13 @@ impl Installation {
             let now = shop.the_move(&id);
             (now["phase"] == "soak" && now["state"] == "running").then_some(())
         });
+        // While it is still there to be asked.
+        let copy = shop.address_of(&shop.instance_of(&id, "to"));
         self.disk.arm(Scope::Commits, deed, commit);
         let asking = if story == Story::Abort {
             Some(shop.server.spawn(&["moves", "abort", &id]))
         } else {
-            shop.fault(&shop.instance_of(&id, "to"), r#"{"healthy": false}"#);
+            Shop::fault_at(copy, r#"{"healthy": false}"#);
             None
         };
         (Some(id), asking)

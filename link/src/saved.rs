@@ -182,7 +182,7 @@ mod tests {
     fn a_table_from_the_disk_mirrors_nothing() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut mirroring = services(1);
-        mirroring[0].policy.mirror = Some(Box::new(crate::wire::mirror_tests::spec()));
+        mirroring[0].policy.mirror = Some(Box::new(wire::mirror_tests::spec()));
         save(folder.path(), 1, mirroring.iter().map(WireService::from).collect()).expect("it is saved");
         assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 1, services: services(1) }));
     }

@@ -194,12 +194,19 @@ ORIGIN_RECORD = "tcp://127.0.0.1:{}"
     /// Makes an instance behave: `{"error_percent": 100}` and the like, over its own port.
     #[track_caller]
     pub(crate) fn fault(&self, instance: &str, fault: &str) {
-        let address: SocketAddr = self
-            .instances()
+        Self::fault_at(self.address_of(instance), fault);
+    }
+
+    pub(crate) fn address_of(&self, instance: &str) -> SocketAddr {
+        self.instances()
             .iter()
             .find(|item| item["id"] == instance)
             .and_then(|item| item["address"].as_str()?.parse().ok())
-            .unwrap_or_else(|| panic!("{instance} has an address"));
+            .unwrap_or_else(|| panic!("{instance} has an address"))
+    }
+
+    /// As [`Shop::fault`], when there may be no server to ask where the copy is.
+    pub(crate) fn fault_at(address: SocketAddr, fault: &str) {
         let length = fault.len();
         let request = format!(
             "POST /__origin/fault HTTP/1.1\r\nhost: origin\r\ncontent-type: application/json\r\n\

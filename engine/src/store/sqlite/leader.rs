@@ -22,7 +22,7 @@ const REFUSED: &str = "engine/refused/";
 pub struct RefusedWrites {
     /// Its epoch.
     pub epoch: u64,
-    /// How many batches it tried to write.
+    /// How many batches it tried to write; 0 if it only tried to show that it leads.
     pub batches: u64,
 }
 

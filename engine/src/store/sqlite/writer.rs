@@ -162,7 +162,8 @@ impl Writer {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         if let Some(theirs) = leader::overtaken(&transaction, self.epoch)? {
             let refused = group.iter().filter(|job| matches!(job, Job::Commit { .. })).count();
-            if refused > 0 {
+            // Also of one that wrote nothing and only showed that it takes itself for the leader.
+            if refused > 0 || group.iter().any(|job| matches!(job, Job::Renew { .. })) {
                 leader::note(&transaction, self.epoch, refused)?;
                 transaction.commit()?;
             }
