@@ -109,10 +109,6 @@ impl Origin {
     }
 
     /// Connections so far.
-    pub(crate) fn connections(&self) -> usize {
-        self.sockets.lock().expect("lock").len()
-    }
-
     pub(crate) fn close(&self, conn: usize) {
         self.sockets.lock().expect("lock")[conn].shutdown(Shutdown::Both).expect("closes");
     }

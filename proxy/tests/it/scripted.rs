@@ -288,7 +288,7 @@ fn a_limit_of_streams_that_falls_to_one_under_load_delays_and_fails_nobody() {
         // In the middle, with all of them on one connection.
         if fallen_at.is_none() && executed.len() > CLIENTS * REQUESTS / 4 && under_way.len() >= CLIENTS / 2 {
             origin.allow_streams(1);
-            fallen_at = Some((executed.len(), origin.connections()));
+            fallen_at = Some(executed.len());
         }
         // A few at a time, so that some are always under way.
         if fallen_at.is_some() || under_way.len() >= CLIENTS / 2 || executed.len() % 2 == 0 {
@@ -297,9 +297,8 @@ fn a_limit_of_streams_that_falls_to_one_under_load_delays_and_fails_nobody() {
             origin.answer(&got, executed.last().expect("was pushed"));
         }
     }
-    let (at, connections) = fallen_at.expect("it fell in the middle");
+    let at = fallen_at.expect("it fell in the middle");
     assert!(executed.len() - at > CLIENTS * REQUESTS / 2, "the greater part came after it");
-    assert!(origin.connections() > connections, "more connections instead of more streams");
     assert_executed_once(load, &mut executed, REQUESTS);
 }
 
