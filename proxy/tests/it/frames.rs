@@ -108,7 +108,6 @@ impl Origin {
         }
     }
 
-    /// Connections so far.
     pub(crate) fn close(&self, conn: usize) {
         self.sockets.lock().expect("lock")[conn].shutdown(Shutdown::Both).expect("closes");
     }
