@@ -51,6 +51,7 @@ for switch in $(seq $((per_second * (seconds - 1)))); do
   [ "$switch" = 1 ] || echo next
   put $((19111 + switch % 2))
 done >"$folder/switches.curl"
+status=0
 for round in $(seq "$rounds"); do
   for kind in steady switching; do
     load http1 16 "http1-$kind" & one=$!
@@ -61,9 +62,12 @@ for round in $(seq "$rounds"); do
       curl -s --rate "$per_second/s" -K "$folder/switches.curl" >"$folder/codes"
       changed=$(grep -c '^200$' "$folder/codes" || true)
     fi
-    wait "$one" "$other"
+    # Each by itself: `wait` for both tells of the second alone. A load that has lost a request ends with a failure.
+    for waited in "$one" "$other"; do wait "$waited" || status=1; done
     for protocol in http1 h2c; do
       echo "round $round, $protocol, $kind ($changed switches): $(figure "$protocol-$kind" ok) of $(figure "$protocol-$kind" sent) ok, p99.9 $(figure "$protocol-$kind" p99_9) us"
     done
   done
 done
+[ "$status" = 0 ] || echo "a load has failed: see the lines whose requests are not all ok" >&2
+exit "$status"

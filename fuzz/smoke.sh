@@ -1,12 +1,14 @@
 #!/bin/sh
-# Runs every fuzz target for SECONDS from its seeds; fails on the first crash and says where its input is.
+# Runs every fuzz target for SECONDS from its seeds, or only builds them; fails on the first crash and says where its input is.
 # It needs the compiler of the workspace and a C++ compiler (for libFuzzer), neither a nightly nor cargo-fuzz.
 set -eu
 
 seconds=${1:-}
 case $seconds in
+    build) ;;
     '' | *[!0-9]* | 0*)
         echo "usage: fuzz/smoke.sh SECONDS [TARGET]…    (for each target, at least 1; without one, all)" >&2
+        echo "       fuzz/smoke.sh build" >&2
         exit 2
         ;;
 esac
@@ -27,12 +29,15 @@ coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-trace-compares"
 # The flags are for the host's triple by name: build scripts and macros are built without them.
 host=$(rustc -vV | sed -n 's/^host: //p')
+# A folder of its own: Cargo lets one build at a time into one.
+CARGO_TARGET_DIR=${CARGO_TARGET_DIR:+$CARGO_TARGET_DIR/fuzz}
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-fuzz/target}
 export CARGO_TARGET_DIR
 
 began=$(date +%s)
 RUSTFLAGS="$coverage --cfg fuzzing" cargo build --quiet --manifest-path fuzz/Cargo.toml --target "$host" --bins
 echo "fuzz: built in $(($(date +%s) - began)) s"
+[ "$seconds" != build ] || exit 0
 
 if [ $# -eq 0 ]; then
     set -- $(cd fuzz/fuzz_targets && ls | sed -n 's/\.rs$//p')

@@ -8,33 +8,61 @@
 //! stops accepting and finishes what is in flight, bounded; then the link gives its last report. What it says of itself to
 //! probes and collectors is in `edge_admin.rs`.
 
+use std::cell::RefCell;
 use std::io::Read;
-use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 
 use peregrine_config::ServerConfig;
-use peregrine_link::{EdgeError, EdgeLink, JoinToken};
-use peregrine_proxy::Edge;
+use peregrine_link::{EdgeError, JoinToken};
+use peregrine_proxy::Sockets;
 use serde_json::json;
-use tokio::sync::watch;
 
-use crate::cli::args::{EdgeAction, EdgeArgs, EdgeJoinArgs};
+use crate::certificates::{self, FileCertificates};
+use crate::cli::args::{EdgeAction, EdgeArgs, EdgeJoinArgs, EdgeUpgradeArgs};
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
 use crate::cli::output::Output;
-use crate::edge_admin;
-use crate::serve::{Signals, block_on, configuration, ended};
-use crate::telemetry;
+use crate::edge_life::{self, Own, Start};
+use crate::hand_over::{self, Inherited};
+use crate::serve::{block_on, configuration, wrong_certificates};
+use crate::{edge_admin, privileges, telemetry};
 
 /// A token file is a line.
 const MAX_TOKEN_BYTES: u64 = 4 << 10;
 
 /// Runs the command.
 pub(crate) fn run(args: &EdgeArgs, out: Output) -> Result {
-    if let Some(EdgeAction::Join(join)) = &args.action {
-        return block_on(joined(join, &args.data, out));
+    match &args.action {
+        Some(EdgeAction::Join(join)) => return block_on(joined(join, &args.data, out)),
+        Some(EdgeAction::Upgrade(upgrade)) => return block_on(upgraded(upgrade, &args.data, out)),
+        None => {}
     }
+    telemetry::log(args.log_format);
+    let Some((inherited, predecessor)) = hand_over::inherited()? else {
+        return start(args, Start::fresh(), None);
+    };
+    let Inherited { before, groups, admin, control, connected } = inherited;
+    let start_with = Start {
+        before: Some(before),
+        control,
+        connected,
+        predecessor: Some(predecessor.clone()),
+        takes_over: true,
+        taken: Vec::new(),
+    };
+    let result = start(args, start_with, Some((groups, admin)));
+    if let Err(failure) = &result {
+        predecessor.failed(&failure.message);
+    }
+    result
+}
+
+/// Sockets that are there: listening ones, and that for probes with the address that it was asked for.
+type There = (Vec<peregrine_proxy::Group>, Option<(std::net::SocketAddr, std::net::TcpListener)>);
+
+/// What may need root, then no root any more, then the rest.
+fn start(args: &EdgeArgs, mut begin: Start, there: Option<There>) -> Result {
+    no_engine_here(&args.data)?;
     let config = match &args.config {
         Some(file) => ServerConfig::load(file).map_err(|mistakes| configuration(&mistakes))?,
         None => ServerConfig::default(),
@@ -43,8 +71,37 @@ pub(crate) fn run(args: &EdgeArgs, out: Output) -> Result {
     if !args.http.is_empty() {
         edge.http.clone_from(&args.http);
     }
-    telemetry::log(args.log_format);
-    block_on(serve(edge, admin, args))
+    let (groups, admin_there) = there.unwrap_or_default();
+    let before: Vec<_> = groups.iter().map(|group| group.address).collect();
+    let sockets = Sockets::take_over(&edge, groups)
+        .map_err(|error| Failure::new(Exit::Failed, "edge.bind", error.to_string()))?;
+    let kept = sockets.groups().iter().map(|group| group.address).filter(|address| before.contains(address));
+    begin.taken.extend(kept);
+    let asked_admin = admin;
+    let admin = match (admin, admin_there) {
+        (Some(asked), Some((before, listener))) if asked == before => {
+            begin.taken.extend(listener.local_addr());
+            Some((asked, listener))
+        }
+        (Some(asked), _) => Some((asked, edge_admin::bind(asked)?)),
+        (None, _) => None,
+    };
+    privileges::lower(args.user.as_deref().or(config.user.as_deref()))?;
+    // As the user who reads them anew later on: what root alone may read would be there now and missing then. Which domains
+    // there are is the engine's matter; the files here are what this edge can present for them.
+    let mut loaded = certificates::load(&config.domains).map_err(wrong_certificates)?;
+    let certificates = FileCertificates::of(&mut loaded);
+    let (sockets, admin) = (RefCell::new(sockets), RefCell::new(admin));
+    block_on(edge_life::serve(&Own { args, config: edge, sockets, admin, asked_admin, certificates }, begin))
+}
+
+async fn upgraded(args: &EdgeUpgradeArgs, data: &Path, out: Output) -> Result {
+    let binary = args.binary.as_deref().map(std::path::absolute).transpose();
+    let binary = binary.map_err(|error| Failure::usage(format!("--binary: {error}")))?;
+    let (pid, version) = hand_over::ask(data, binary).await?;
+    out.data(&json!({ "pid": pid, "version": version }), || {
+        format!("process {pid} serves, version {version}; the one before ends what it has")
+    })
 }
 
 async fn joined(args: &EdgeJoinArgs, data: &Path, out: Output) -> Result {
@@ -79,89 +136,16 @@ fn no_engine_here(data: &Path) -> Result {
     Ok(())
 }
 
-async fn serve(config: peregrine_proxy::Config, admin: Option<SocketAddr>, args: &EdgeArgs) -> Result {
-    no_engine_here(&args.data)?;
-    let metrics = telemetry::metrics()
-        .map_err(|error| Failure::new(Exit::Failed, "edge.metrics", format!("{error:#}")))?;
-    peregrine_proxy::describe();
-    let mut signals = Signals::new()?;
-    let cores = u32::try_from(config.core_count()).unwrap_or(u32::MAX);
-    let link = EdgeLink::open(&args.data, &args.engine, cores, Arc::new(peregrine_proxy::now_ms))
-        .map_err(|error| failure(&error))?;
-    let (reader, mut ready) = (link.reader(), link.ready());
-    tracing::info!(edge = link.name(), engines = link.engines().join(" "), data = %args.data.display(), "an edge");
-    let (stop, stopped) = watch::channel(false);
-    let (stop_link, link_stopped) = watch::channel(false);
-    let (serving, told_serving) = watch::channel(false);
-    // To the end of this process.
-    let _probes = match admin {
-        Some(listen) => {
-            let name = link.name().to_owned();
-            let told = edge_admin::Told { name, link: link.status(), serving: told_serving, metrics };
-            let probes = edge_admin::start(listen, told).await?;
-            tracing::info!(admin = %format!("http://{}", probes.address()), "probes are answered");
-            Some(probes)
-        }
-        None => None,
-    };
-    let link = tokio::spawn(link.run(ended(&link_stopped)));
-    let has_table = tokio::select! {
-        ready = ready.wait_for(|ready| *ready) => ready.is_ok(),
-        () = signals.stop() => false,
-    };
-    let result = if has_table {
-        serve_table(config, reader, &mut signals, (&stop, &stopped), &serving).await
-    } else {
-        Ok(())
-    };
-    // Last: the counts of what has finished are told too.
-    stop_link.send_replace(true);
-    match link.await {
-        Ok(()) => result,
-        Err(error) => {
-            result.and(Err(Failure::new(Exit::Failed, "edge.panicked", format!("the link failed: {error}"))))
-        }
-    }
-}
-
-async fn serve_table(
-    config: peregrine_proxy::Config,
-    reader: peregrine_routing::TableReader,
-    signals: &mut Signals,
-    (stop, stopped): (&watch::Sender<bool>, &watch::Receiver<bool>),
-    serving: &watch::Sender<bool>,
-) -> Result {
-    let edge = Edge::bind(config, reader)
-        .map_err(|error| Failure::new(Exit::Failed, "edge.bind", error.to_string()))?;
-    let addrs: Vec<String> = edge.addrs().iter().map(|addr| format!("http://{addr}")).collect();
-    let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failed, "edge.failed", error.to_string());
-    let mut edge = tokio::spawn(edge.run(ended(stopped)));
-    serving.send_replace(true);
-    tracing::info!(edge = addrs.join(" "), "serving");
-    let ran = tokio::select! {
-        ran = &mut edge => ran,
-        () = signals.stop() => {
-            tracing::info!("stopping: no new connections; a second signal ends at once");
-            // Told first: whoever sends requests here looks elsewhere from now on.
-            serving.send_replace(false);
-            stop.send_replace(true);
-            tokio::select! {
-                ran = &mut edge => ran,
-                () = signals.stop() => {
-                    let what = "ended before requests in flight had finished";
-                    return Err(Failure::new(Exit::Failed, "edge.interrupted", what));
-                }
-            }
-        }
-    };
-    ran.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
-}
-
-fn failure(error: &EdgeError) -> Failure {
+pub(crate) fn failure(error: &EdgeError) -> Failure {
     let (exit, code, hint) = match error {
         EdgeError::Locked(_) => {
             (Exit::Conflict, "edge.locked", "stop that one, or choose another folder with --data")
         }
+        EdgeError::OtherFolder(_) => (
+            Exit::Conflict,
+            "edge.other_folder",
+            "an upgrade keeps the data folder: start another edge for another one",
+        ),
         EdgeError::NotJoined(_) => (
             Exit::NotFound,
             "edge.not_joined",
@@ -170,9 +154,11 @@ fn failure(error: &EdgeError) -> Failure {
         EdgeError::HasJoined(_) => {
             (Exit::Conflict, "edge.has_joined", "choose another folder with --data, or remove this one first")
         }
-        EdgeError::File { .. } => {
-            (Exit::Failed, "edge.file", "check that the folder can be written by this user")
-        }
+        EdgeError::File { .. } => (
+            Exit::Failed,
+            "edge.file",
+            "check that the folder belongs to the user that the edge runs as (chown -R)",
+        ),
         EdgeError::Table(_) => (
             Exit::Failed,
             "edge.table",

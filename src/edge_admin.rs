@@ -3,7 +3,7 @@
 //! An edge is ready when it listens and has a table: that its engine is away is told, and makes no difference to whether it
 //! should be sent requests.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use metrics::gauge;
@@ -61,16 +61,24 @@ struct Engine {
     heard_ms_ago: Option<u64>,
 }
 
-/// Listens, and answers until the probes are dropped.
-pub(crate) async fn start(listen: SocketAddr, told: Told) -> Result<Probes> {
+/// Listens, for probes to be answered later.
+pub(crate) fn bind(listen: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(listen).map_err(|error| failure(listen, &error))
+}
+
+/// Answers on a socket until the probes are dropped.
+pub(crate) fn start(asked: SocketAddr, listener: &TcpListener, told: Told) -> Result<Probes> {
     describe();
     let (reporting, measuring) = (told.clone(), told);
     let report = Arc::new(move || reporting.readiness());
     let metrics: peregrine_api::MetricsText = Arc::new(move || measuring.rendered());
-    Probes::bind(listen, report, Some(metrics)).await.map_err(|error| {
-        Failure::new(Exit::Failed, "edge.admin", format!("cannot listen on {listen} for probes: {error}"))
-            .hint("give it another address with [edge] admin or --admin, or none")
-    })
+    let probes = listener.try_clone().and_then(|listener| Probes::on(listener, report, Some(metrics)));
+    probes.map_err(|error| failure(asked, &error))
+}
+
+fn failure(listen: SocketAddr, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::Failed, "edge.admin", format!("cannot listen on {listen} for probes: {error}"))
+        .hint("give it another address with [edge] admin or --admin, or none")
 }
 
 fn describe() {

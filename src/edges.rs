@@ -1,8 +1,20 @@
-//! Edges in other processes, from the link's words into the API's.
+//! Edges in other processes, from the link's words into the API's; and what they are handed besides the table.
 
+use std::sync::Arc;
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use peregrine_api::types::{Edge, EdgeState, Invite, instant};
 use peregrine_api::{Edges, EdgesError};
-use peregrine_link::{EdgeState as Standing, EdgeView, LinkHandle, RegistryError};
+use peregrine_link::{
+    EdgeState as Standing, EdgeView, KeyedCertificate, LinkHandle, RegistryError, Secret, Secrets,
+};
+use peregrine_proxy::SourceError;
+use peregrine_routing::CertificateId;
+use tokio::sync::watch;
+
+use crate::certificates::AllCertificates;
+use crate::ticket_keys::InstallationKeys;
 
 /// The link as the API asks it.
 pub(crate) struct LinkedEdges {
@@ -14,6 +26,34 @@ impl LinkedEdges {
     /// Of a link that listens there.
     pub(crate) const fn new(link: LinkHandle, listen: std::net::SocketAddr) -> Self {
         Self { link, listen }
+    }
+}
+
+/// What edges in other processes are handed: the certificates that an edge beside the engine would have, and the keys of
+/// session tickets.
+pub(crate) struct Handed {
+    pub(crate) certificates: Arc<AllCertificates>,
+    pub(crate) ticket_keys: Arc<InstallationKeys>,
+}
+
+impl Secrets for Handed {
+    fn certificate(&self, id: CertificateId) -> BoxFuture<'_, Result<Option<KeyedCertificate>, String>> {
+        async move {
+            match self.certificates.find(id).await {
+                Ok(found) => Ok(Some(KeyedCertificate { chain: found.chain, key: Secret::new(found.key) })),
+                Err(SourceError::Unknown) => Ok(None),
+                Err(error @ SourceError::Failed(_)) => Err(error.to_string()),
+            }
+        }
+        .boxed()
+    }
+
+    fn wanted(&self, name: &str) {
+        self.certificates.is_wanted(name);
+    }
+
+    fn ticket_keys(&self) -> watch::Receiver<Secret> {
+        self.ticket_keys.told()
     }
 }
 

@@ -13,8 +13,8 @@ use tracing_subscriber::{EnvFilter, fmt, registry};
 
 use crate::cli::args::LogFormat;
 
-/// Levels unless `RUST_LOG` says otherwise.
-const DEFAULT_LEVELS: &str = "info";
+/// Levels unless `RUST_LOG` says otherwise. What rustls warns of is what strangers send; the edge counts their handshakes.
+const DEFAULT_LEVELS: &str = "info,rustls=error";
 /// Levels of the demo, which tells its own story: only what goes wrong is logged, unless `RUST_LOG` asks for more.
 const QUIET_LEVELS: &str = "error";
 /// The crate that speaks with Docker. Below "info" it prints the bodies of its requests, and with them the

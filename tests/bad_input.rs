@@ -13,8 +13,9 @@ start_timeout = "2s"
 warm = { probes = 1, interval = "20ms" }
 "#;
 
+/// The exit code, and an error that says what is wrong and what to do next.
 #[track_caller]
-fn teaches(said: &Said, code: i32) -> String {
+pub(crate) fn teaches(said: &Said, code: i32) -> String {
     assert_eq!(said.code, code, "{said:#?}");
     let error = said.error();
     for field in ["code", "message", "hint"] {
@@ -23,9 +24,10 @@ fn teaches(said: &Said, code: i32) -> String {
     error.to_string()
 }
 
+/// The shop is where it was, and serves.
 #[track_caller]
-fn untouched(shop: &Shop, place: &str) {
-    assert_eq!(shop.places(), [place]);
+pub(crate) fn untouched(shop: &Shop, place: &str) {
+    assert_eq!(shop.places(), [place], "{:#?}", shop.instances());
     assert!(http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"));
 }
 

@@ -2,11 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 
+use serde_json::Value;
+
 use crate::support::server::{first_line_then_ctrl_c, signal};
 use crate::support::{STATE_TIMEOUT, docker, wait_for};
+
+/// From the start to the first request that is served.
+const FIRST_REQUEST_LIMIT_S: f64 = 15.0;
 
 /// A demo that runs, in a folder that holds all that it may make.
 struct Demo {
@@ -21,15 +27,9 @@ impl Demo {
     fn start(arguments: &[&str]) -> Self {
         let home = tempfile::tempdir().expect("a scratch folder");
         let network = docker::network();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_peregrine"));
-        for name in ["TMPDIR", "HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"] {
-            command.env(name, home.path());
-        }
-        let mut child = command
+        let mut child = within(home.path(), env!("CARGO_BIN_EXE_peregrine"))
             .args(["demo", "--rate", "200"])
             .args(arguments)
-            .current_dir(home.path())
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .expect("peregrine runs");
@@ -85,6 +85,16 @@ impl Demo {
     }
 }
 
+/// A program that can make its files in this folder alone.
+fn within(home: &Path, program: &str) -> Command {
+    let mut command = Command::new(program);
+    for name in ["TMPDIR", "HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"] {
+        command.env(name, home);
+    }
+    command.current_dir(home).stdin(Stdio::null());
+    command
+}
+
 impl Drop for Demo {
     /// A test that fails leaves nothing behind either, if the demo can help it.
     fn drop(&mut self) {
@@ -106,6 +116,9 @@ fn assert_told(text: &str) {
         assert!(text.contains(told), "{told:?} is missing in:\n{text}");
     }
     assert!(text.contains(" 0 failed\n"), "{text}");
+    let served = text.split("first request served after ").nth(1).and_then(|rest| rest.split(" s").next());
+    let served: f64 = served.and_then(|seconds| seconds.parse().ok()).unwrap_or_else(|| panic!("{text}"));
+    assert!(served < FIRST_REQUEST_LIMIT_S, "{text}");
     assert!(text.contains("everything is gone"), "{text}");
 }
 
@@ -172,4 +185,59 @@ fn a_demo_that_stays_prints_commands_that_work_as_typed_and_ends_at_ctrl_c() {
     demo.interrupt();
     let (status, text) = demo.ended();
     assert!(status.success() && text.ends_with("everything is gone\n"), "{text}");
+}
+
+#[test]
+fn the_demo_with_json_is_one_document_and_tells_its_story_beside_it() {
+    let home = tempfile::tempdir().expect("a scratch folder");
+    let output = within(home.path(), env!("CARGO_BIN_EXE_peregrine"))
+        .args(["demo", "--json", "--rate", "200", "--moves", "2", "--runtime", "process"])
+        .output()
+        .expect("peregrine runs");
+    let story = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{story}");
+    assert_told(&story);
+    let document: Value = serde_json::from_slice(&output.stdout).expect("one document, and nothing else");
+    let data = &document["data"];
+    let receipts = data["receipts"].as_array().expect("receipts");
+    assert_eq!(receipts.len(), 2, "{document:#}");
+    for receipt in receipts {
+        assert_eq!((&receipt["service"], &receipt["failed"]), (&"shop".into(), &0.into()), "{receipt:#}");
+        assert!(story.contains(receipt["move"].as_str().expect("an id")), "{receipt:#}");
+    }
+    let in_moves: u64 = receipts.iter().filter_map(|receipt| receipt["requests"].as_u64()).sum();
+    let clients = &data["clients"];
+    // What the clients had sent when it was read, and what was sent during the moves: nearly the same here.
+    assert!(in_moves > 0 && clients["requests"].as_u64() > Some(in_moves / 2), "{document:#}");
+    assert_eq!((&clients["failed"], &data["interrupted"]), (&0.into(), &false.into()), "{document:#}");
+    assert_eq!(std::fs::read_dir(home.path()).expect("folder").count(), 0, "something is left behind");
+}
+
+#[test]
+fn on_a_terminal_the_demo_shows_phases_weights_and_the_longest_extra_wait_as_they_are() {
+    let home = tempfile::tempdir().expect("a scratch folder");
+    // `script` is part of every Debian, and gives what it starts a terminal of its own: a wide one, so that no line is cut.
+    let demo = format!(
+        "stty cols 200 rows 50; exec '{}' demo --rate 200 --moves 1 --runtime process",
+        env!("CARGO_BIN_EXE_peregrine")
+    );
+    let output = within(home.path(), "script")
+        .args(["--quiet", "--return", "--command", &demo, "/dev/null"])
+        .env("TERM", "xterm")
+        .env("SHELL", "/bin/sh")
+        .output()
+        .expect("script runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    // Lines that are drawn again and again, each time whole.
+    let shows = |words: &[&str]| {
+        let line = text.split(['\r', '\n']).find(|line| words.iter().all(|word| line.contains(word)));
+        assert!(line.is_some(), "no line with {words:?} in:\n{text}");
+    };
+    shows(&["✔ start", "✔ warm", "shift"]);
+    shows(&["host-a", "░", " %", "req/s", "in flight"]);
+    shows(&["host-b", "█", " 100 %", "req/s", "in flight"]);
+    shows(&["clients", "req/s", "failed 0", "longest extra wait", " ms   "]);
+    shows(&["everything is gone"]);
+    assert_eq!(std::fs::read_dir(home.path()).expect("folder").count(), 0, "something is left behind");
 }

@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use crate::bad_input::{teaches, untouched};
 use crate::moves::moved;
 use crate::support::docker::{self, Engines};
 use crate::support::server::Peregrine;
 use crate::support::shop::Shop;
-use crate::support::traffic::{Traffic, assert_nothing_lost};
+use crate::support::traffic::{Traffic, assert_nothing_lost, assert_rate_was_sent};
 
 /// Requests per second over HTTP/1.1 and HTTP/2 together.
 const REQUESTS_PER_SECOND: u32 = 2_000;
@@ -44,21 +45,28 @@ fn twenty_moves_between_two_docker_engines_at_2000_requests_per_second_lose_noth
     crate::support::wait_for("the last container to go", || (engines.containers() == 0).then_some(()));
     shop.runtime().block_on(shop.all_delivered());
     assert_nothing_lost(&summaries, &shop.records());
+    assert_rate_was_sent(&summaries, REQUESTS_PER_SECOND);
 }
 
 #[test]
-fn an_image_that_is_nowhere_is_told_with_everything_that_was_tried_and_blocks_the_deploy() {
+fn an_image_that_is_nowhere_is_told_with_what_to_do_and_the_version_that_runs_serves_on() {
     if !docker::is_there() {
         return;
     }
     let engines = Engines::start();
     let server = Peregrine::start(&engines.configuration());
-    let manifest = server.file(
+    let shop = Shop::closed(server);
+    shop.deploy_image(&engines, "", &[], "");
+    let before = shop.instances()[0]["id"].clone();
+    let manifest = shop.server.file(
         "missing.toml",
-        "[service.gone]\nhosts = [\"*\"]\nimage = \"localhost:1/nothing:1\"\nport = 80\n",
+        "[service.shop]\nhosts = [\"*\"]\nimage = \"localhost:1/nothing:1\"\nport = 80\n",
     );
-    let said = server.run(&["deploy", "-f", &manifest, "--machine", "host-a"]);
-    assert!(matches!(said.code, 8 | 9), "{said:#?}");
-    assert!(said.error().to_string().contains("localhost:1/nothing:1"), "{said:#?}");
-    assert_eq!(engines.containers(), 0);
+    let text = teaches(&shop.server.run(&["deploy", "-f", &manifest]), 9);
+    assert!(text.contains("localhost:1/nothing:1"), "{text}");
+    // The record of the copy that never was goes a moment after the end.
+    crate::support::wait_for("the record to go", || (shop.places().len() == 1).then_some(()));
+    untouched(&shop, "host-a");
+    assert_eq!(shop.instances()[0]["id"], before, "the copy is the one that ran before");
+    assert_eq!(engines.containers(), 1, "nothing is left of the attempt");
 }

@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::support::server::{Peregrine, http_get};
+use crate::support::server::{Peregrine, http_get, signal};
 use crate::support::shop::{Shop, TWO_HOSTS};
 use crate::support::wait_for;
 
@@ -17,18 +17,31 @@ step_max = "100ms"
 warm = { probes = 1, interval = "20ms" }
 "#;
 
+/// A move that is warming its new copy for some seconds, so that a backup falls into it.
+const LONG_WARM: &str = r#"
+[service.shop.move]
+steps = [50, 100]
+step_hold = "50ms"
+step_max = "100ms"
+warm = { probes = 150, interval = "20ms" }
+"#;
+
 #[test]
 fn a_backup_made_during_a_move_is_restored_elsewhere_and_a_server_goes_on_from_it() {
-    let mut shop = Shop::open(QUICK);
+    let mut shop = Shop::open(LONG_WARM);
     let file = shop.server.dir().join("peregrine.backup");
     let file = file.to_str().expect("UTF-8").to_owned();
-    let moving = shop.server.spawn(&["move", "shop", "--to", "host-b"]);
+    let id = shop.begin_move("host-b");
+    wait_for("the warming", || {
+        let now = shop.the_move(&id);
+        (now["state"] == "running" && now["phase"] == "warm").then_some(())
+    });
     let made = shop.server.ok(&["server", "backup", &file]);
     assert!(made["entries"].as_u64().expect("a number") > 5, "{made:#}");
     let sums = std::fs::read_to_string(format!("{file}.sha256")).expect("the checksum is beside it");
     assert!(sums.starts_with(made["sha256"].as_str().expect("text")), "{sums}");
-    let moved = moving.wait_with_output().expect("it ends");
-    assert!(moved.status.success(), "{moved:?}");
+    let ended = shop.ended(&id);
+    assert_eq!(ended["state"], "succeeded", "{ended:#}");
 
     let again = shop.server.run(&["server", "backup", &file]);
     assert_eq!((again.code, again.error()["code"].as_str()), (5, Some("backup.exists")));
@@ -36,10 +49,12 @@ fn a_backup_made_during_a_move_is_restored_elsewhere_and_a_server_goes_on_from_i
     assert_eq!((onto.code, onto.error()["code"].as_str()), (5, Some("store.locked")), "it runs");
 
     let moves = shop.server.ok(&["moves", "list"]);
+    let copies: Vec<_> = ["from", "to"].map(|side| shop.instance_of(&id, side)).into();
     shop.server.stop();
     let refused = shop.server.run(&["server", "restore", &file]);
     assert_eq!((refused.code, refused.error()["code"].as_str()), (5, Some("restore.not_empty")));
-    // Everything but the file is lost.
+    // Everything but the file is lost, with the machine: nothing runs on the next one.
+    lose_processes(&shop.server, &copies);
     std::fs::rename(shop.server.data(), shop.server.dir().join("lost")).expect("it can be moved");
     let restored = shop.server.ok(&["server", "restore", &file]);
     assert_eq!(restored["sha256"], made["sha256"]);
@@ -49,20 +64,33 @@ fn a_backup_made_during_a_move_is_restored_elsewhere_and_a_server_goes_on_from_i
     });
     let known = shop.server.ok(&["services", "show", "shop"]);
     assert_eq!(known["service"]["version"], 1, "{known:#}");
-    // The move that was under way at the backup comes to its end once more.
+    // The move was under way at the backup: it comes to its end once more, and is the last one here, too.
     let ids = |moves: &Value| -> Vec<String> {
         let items = moves["items"].as_array().expect("a list");
         items.iter().map(|item| item["id"].as_str().expect("an id").to_owned()).collect()
     };
-    wait_for("every move to have ended", || {
-        let now = shop.server.ok(&["moves", "list"]);
-        let ended = now["items"].as_array()?.iter().all(|item| item["state"] == "succeeded");
-        (ended && ids(&now).iter().all(|id| ids(&moves).contains(id))).then_some(())
-    });
+    assert_eq!(ids(&shop.server.ok(&["moves", "list"])), ids(&moves));
+    let again = shop.ended(&id);
+    assert_eq!(again["state"], "succeeded", "{again:#}");
+    assert_ne!(again["ended_at"], ended["ended_at"], "the backup is of before the end");
+    assert_eq!(shop.places(), ["host-b"]);
     assert_eq!(shop.server.ok(&["audit", "verify"])["verified"], true);
     let audit = shop.server.ok(&["audit", "list"]);
     let acts = audit["items"].as_array().expect("a list").iter();
     assert!(acts.filter(|entry| entry["act"] == "store_restored").count() == 1, "{audit:#}");
+}
+
+/// Ends every process of a server, and takes away the control groups of these instances.
+fn lose_processes(server: &Peregrine, instances: &[String]) {
+    server.pids_of("").into_iter().for_each(|pid| signal(pid, "KILL"));
+    wait_for("the end of all processes", || server.pids_of("").is_empty().then_some(()));
+    for instance in instances {
+        let name = format!("peregrine-{instance}-*");
+        let found = Command::new("find")
+            .args(["/sys/fs/cgroup", "-depth", "-type", "d", "-name", &name, "-exec", "rmdir", "{}", ";"])
+            .output();
+        assert!(found.is_ok(), "find cannot be run: {found:?}");
+    }
 }
 
 #[test]
@@ -72,7 +100,7 @@ fn a_byte_of_the_audit_that_is_changed_behind_the_servers_back_is_named_and_the_
     let whole = shop.server.ok(&["audit", "verify"]);
     assert_eq!((&whole["verified"], &whole["first"]), (&Value::Bool(true), &Value::from(1)));
     shop.server.stop();
-    // Somewhere in the file stands the reason of the first entry of the shop's deploy: one letter of it is changed.
+    // The second entry of the audit, "machine added: host-b": its last letter is changed.
     let file = shop.server.data().join("store.db");
     let mut bytes = std::fs::read(&file).expect("the store is one file");
     let entry = b"\"act\":{\"type\":\"machine_added\",\"machine\":\"host-b\"}";

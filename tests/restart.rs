@@ -77,7 +77,7 @@ fn killed_and_taken_up_again(shop: &mut Shop, at_a: bool, phase: &str) -> bool {
 
 /// Starts a move, waits until the stream of events tells of the phase, and kills the server at once.
 fn kill_in_phase(shop: &mut Shop, to: &str, phase: &str) -> String {
-    let mut listener = shop.server.spawn(&["events", "-f"]);
+    let mut listener = shop.server.listen();
     let lines = BufReader::new(listener.stdout.take().expect("stdout")).lines();
     let id = shop.begin_move(to);
     for line in lines {

@@ -68,6 +68,14 @@ codes! {
     NO_LINK = "edge.no_link" 404 NotFound false "The server does not listen for edges" "add [link] to its configuration file and start it again; `peregrine engine` always listens";
     NO_EDGE = "edge.unknown" 404 NotFound false "There is no such edge" "`peregrine edges list` shows the edges";
     EDGE_NAME = "edge.bad_name" 400 Invalid false "That is no name for an edge" "use 1 to 63 of a-z, 0-9 and hyphens, such as edge-fra-1";
+    NO_DOMAINS = "domain.none_kept" 404 NotFound false "The server keeps no domains" "ask the engine that leads";
+    NO_DOMAIN = "domain.unknown" 404 NotFound false "There is no such domain" "`peregrine domains list` shows the domains; `peregrine domains add` adds one";
+    DOMAIN_NAME = "domain.bad_name" 400 Invalid false "That is no name for a domain" "use a DNS name such as shop.example.com, or *.example.com for all names one label below";
+    DOMAIN_CONFIGURED = "domain.configured" 409 Conflict false "The configuration file decides on the domain" "change [domain] in the server's configuration file and reload it";
+    DOMAIN_BUSY = "domain.busy" 409 Conflict true "The domain is being worked on" "ask again in a moment";
+    NO_AUTHORITY = "certificate.no_authority" 409 Conflict false "There is no authority to order from" "add [acme] to the server's configuration file, or import a certificate: `peregrine certs import`";
+    NO_CERTIFICATE = "certificate.none" 404 NotFound false "The domain has no certificate yet" "`peregrine domains list` says what it waits for";
+    BAD_CERTIFICATE = "certificate.invalid" 422 Invalid false "That is no certificate with its key" "bring the chain and its private key in PEM, the chain beginning with its own certificate";
     INTERNAL = "server.internal" 500 Internal true "The server failed" "look into the server's log for the request id";
 }
 
@@ -75,6 +83,7 @@ codes! {
 pub const PASSING: &[&str] = &[
     "cleanup.incomplete",
     "move.going_back",
+    "move.holding",
     "move.in_progress",
     "move.past_return",
     "move.running",
@@ -88,6 +97,7 @@ pub const ENGINE: &[&str] = &[
     "backup.no_store",
     "claim.lost",
     "cleanup.incomplete",
+    "cutover.too_long",
     "engine.defect",
     "engine.overtaken",
     "engine.stopped",
@@ -107,6 +117,8 @@ pub const ENGINE: &[&str] = &[
     "instance.exited",
     "instance.never_healthy",
     "instance.not_removed",
+    "instance.not_restarted",
+    "instance.not_stopped",
     "instance.old_died",
     "instance.out_of_memory",
     "instance.start_timeout",
@@ -121,6 +133,7 @@ pub const ENGINE: &[&str] = &[
     "move.aborted",
     "move.ended",
     "move.going_back",
+    "move.holding",
     "move.in_progress",
     "move.nothing_there",
     "move.past_return",
@@ -146,8 +159,11 @@ pub const ENGINE: &[&str] = &[
     "runtime.unsupported",
     "scale.out_of_range",
     "scale.same",
+    "service.aside",
+    "service.copy_left",
     "service.not_removed",
     "service.not_running",
+    "service.single_writer",
     "service.unknown",
     "spec.invalid",
     "state.illegal",

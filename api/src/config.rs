@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::domains::Domains;
 use crate::types::{Edge, Invite, ReadinessCheck};
 
 /// Where the API listens unless told otherwise.
@@ -67,6 +68,8 @@ pub struct Config {
     pub readiness: Option<ReadinessChecks>,
     /// Edges in other processes; without it there are none.
     pub edges: Option<Arc<dyn Edges>>,
+    /// Domains and their certificates; without it there are none.
+    pub domains: Option<Arc<dyn Domains>>,
 }
 
 impl Config {
@@ -83,6 +86,7 @@ impl Config {
             metrics: None,
             readiness: None,
             edges: None,
+            domains: None,
         }
     }
 }

@@ -12,6 +12,7 @@
 pub mod client;
 pub mod codes;
 mod config;
+mod domains;
 pub mod probes;
 pub mod request;
 mod server;
@@ -19,5 +20,6 @@ mod token;
 pub mod types;
 
 pub use config::{Config, DEFAULT_LISTEN, Edges, EdgesError, Limits, MetricsText, ReadinessChecks};
+pub use domains::{Domains, DomainsError};
 pub use server::{Api, BindError, openapi_json};
 pub use token::{TOKEN_FILE, TOKEN_PREFIX, TokenError, read_token, token_file};

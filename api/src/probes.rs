@@ -34,6 +34,20 @@ impl Probes {
         metrics: Option<MetricsText>,
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
+        Self::on(listener.into_std()?, report, metrics)
+    }
+
+    /// As [`Probes::bind`], on a socket that listens already.
+    ///
+    /// # Errors
+    /// The socket cannot be used.
+    pub fn on(
+        listener: std::net::TcpListener,
+        report: Report,
+        metrics: Option<MetricsText>,
+    ) -> std::io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
         let address = listener.local_addr()?;
         let mut router = Router::new()
             .route("/livez", get(async || "ok\n"))

@@ -26,6 +26,8 @@ enum Command {
     Load(command::load::Arguments),
     /// Hold the acknowledged ids of a load against the records of origins.
     Check(command::check::Arguments),
+    /// Make a certificate for a load over TLS.
+    Certificate(command::certificate::Arguments),
     /// Measure Peregrine beside nginx and HAProxy.
     Compare(command::compare::Arguments),
     /// Measure the routing table at full size.
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
             Command::Origin(arguments) => command::origin::run(arguments).await,
             Command::Load(arguments) => command::load::run(arguments).await,
             Command::Check(arguments) => command::check::run(&arguments),
+            Command::Certificate(arguments) => command::certificate::run(&arguments),
             Command::Compare(arguments) => command::compare::run(arguments).await,
             Command::Table(arguments) => command::table::run(&arguments),
         }

@@ -6,6 +6,7 @@ use peregrine_proxy::{AccessLogConfig, AccessLogFormat, AccessLogTarget, Config,
 
 use crate::names;
 use crate::raw::{Fields, Node, quoted};
+use crate::service::unlimited;
 
 const HOUR_MS: u64 = 3_600_000;
 /// Where the edge listens unless told otherwise: on loopback, so that nothing is open that nobody opened, and
@@ -13,6 +14,8 @@ const HOUR_MS: u64 = 3_600_000;
 pub(crate) const DEFAULT_HTTP: &str = "127.0.0.1:8080";
 /// Most listeners of one kind.
 const MAX_LISTENERS: usize = 64;
+/// What an edge needs before its first request, and some connections.
+const MIN_MEMORY_BYTES: u64 = 64 << 20;
 /// More cores than any machine has.
 const MAX_CORES: i64 = 1_024;
 
@@ -27,9 +30,20 @@ pub(crate) fn edge(node: &Node<'_>) -> (Config, Option<SocketAddr>) {
     let Some(mut fields) = node.fields() else { return (config, None) };
     let mut admin = None;
     fields.set("admin", &mut admin, |node| names::listen_address(node, "127.0.0.1:9090").map(Some));
-    fields.set("http", &mut config.http, listeners);
+    fields.set("http", &mut config.http, |node| listeners(node, 1));
+    fields.set("https", &mut config.https, |node| {
+        let addresses = listeners(node, 0)?;
+        let taken = addresses.iter().find(|address| address.port() != 0 && config.http.contains(address));
+        if let Some(address) = taken {
+            let message = format_args!("{address} is in edge.http and in edge.https");
+            node.wrong("config.duplicate", message, "take one out: an address speaks clear text or TLS");
+        }
+        taken.is_none().then_some(addresses)
+    });
+    fields.set_integer("https_port", &mut config.https_port, 1..=65_535);
     fields.set_integer("cores", &mut config.cores, 0..=MAX_CORES);
     fields.set("trusted_proxies", &mut config.trusted_proxies, networks);
+    fields.set("proxy_protocol_from", &mut config.proxy_protocol_from, networks);
     fields.set("access_log", &mut config.access_log, |node| access_log(node).map(Some));
     fields.set_duration("drain_timeout", &mut config.drain_timeout_ms, 0..=HOUR_MS);
     fields.set("via_name", &mut config.via_name, |node| {
@@ -59,6 +73,13 @@ fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
     fields.set_size("max_header", &mut limits.max_header_bytes, u64::from(MIN_HEADER_BYTES)..=16 << 20);
     fields.set_integer("max_headers", &mut limits.max_headers, 16..=10_000);
     fields.set_integer("max_connections", &mut limits.max_connections, 1..=100_000_000);
+    fields.set_integer("max_connections_per_source", &mut limits.max_connections_per_source, 0..=100_000_000);
+    fields.set_integer("source_v4_prefix", &mut limits.source_v4_prefix_bits, 0..=32);
+    fields.set_integer("source_v6_prefix", &mut limits.source_v6_prefix_bits, 0..=128);
+    fields.set("max_memory", &mut limits.max_memory_bytes, |node| {
+        unlimited(node).or_else(|| node.size_bytes(MIN_MEMORY_BYTES..=1 << 50))
+    });
+    fields.set_size("min_request_body_per_second", &mut limits.min_request_body_bytes_per_s, 0..=1 << 30);
     fields.set_integer(
         "http2_max_concurrent_streams",
         &mut limits.http2_max_concurrent_streams,
@@ -75,6 +96,11 @@ fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
         &mut limits.http2_max_pending_reset_streams,
         1..=MAX_COUNT,
     );
+    fields.set_integer("http2_max_glitches", &mut limits.http2_max_glitches, 100..=MAX_COUNT);
+    fields.set_duration("handshake_timeout", &mut limits.handshake_timeout_ms, 1..=HOUR_MS);
+    fields.set_integer("max_handshakes_per_core", &mut limits.max_handshakes_per_core, 1..=MAX_COUNT);
+    fields.set_integer("max_handshakes_per_network", &mut limits.max_handshakes_per_network, 1..=MAX_COUNT);
+    fields.set_integer("max_certificates", &mut limits.max_certificates, 2..=100 * MAX_COUNT);
     fields.set_integer(
         "http2_max_local_error_resets",
         &mut limits.http2_max_local_error_resets,
@@ -82,11 +108,11 @@ fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
     );
 }
 
-fn listeners(node: &Node<'_>) -> Option<Vec<SocketAddr>> {
+fn listeners(node: &Node<'_>, least: usize) -> Option<Vec<SocketAddr>> {
     let items = node.list("[\"0.0.0.0:80\"]")?;
-    if items.is_empty() || items.len() > MAX_LISTENERS {
+    if items.len() < least || items.len() > MAX_LISTENERS {
         let message = format_args!("{} has {} addresses", node.path, items.len());
-        node.bad(message, format_args!("write 1 to {MAX_LISTENERS} of them: [\"0.0.0.0:80\"]"));
+        node.bad(message, format_args!("write {least} to {MAX_LISTENERS} of them: [\"0.0.0.0:80\"]"));
         return None;
     }
     let mut addresses = Vec::with_capacity(items.len());
@@ -104,7 +130,7 @@ fn listeners(node: &Node<'_>) -> Option<Vec<SocketAddr>> {
     (addresses.len() == items.len()).then_some(addresses)
 }
 
-fn networks(node: &Node<'_>) -> Option<Vec<IpNet>> {
+pub(crate) fn networks(node: &Node<'_>) -> Option<Vec<IpNet>> {
     let items = node.texts("10.0.0.0/8")?;
     let network = |(text, item): (&str, Node<'_>)| {
         let network = text.parse().ok();

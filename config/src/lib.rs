@@ -12,7 +12,9 @@
 //! Reading starts nothing, opens nothing but the file itself, and never stops at the first mistake. Values of
 //! environments are never shown: not in a mistake, not in `Debug`.
 
+mod acme;
 mod api;
+mod domain;
 mod edge;
 mod link;
 mod machine;
@@ -30,7 +32,9 @@ use std::path::Path;
 
 use peregrine_engine::model::{MachineKind, MachineSpec, Workload};
 
+pub use acme::{AcmeAuthority, AcmeChallenge, AcmeDns, AcmeExternalAccount, AcmeSettings, TsigAlgorithm};
 pub use api::ApiSettings;
+pub use domain::{ClientAuthSettings, DomainEntry, DomainFiles, HstsSettings};
 pub use link::LinkSettings;
 pub use mistake::{MAX_MISTAKES, Mistake, Mistakes};
 pub use service::ServiceEntry;
@@ -45,10 +49,16 @@ pub struct ServerConfig {
     pub edge: peregrine_proxy::Config,
     /// Where an edge in a process of its own answers probes; `None` if it does not. Not for `serve`, which has the API.
     pub edge_admin: Option<SocketAddr>,
+    /// The user to become once the ports are bound; `None` stays who it is.
+    pub user: Option<String>,
     /// The API.
     pub api: ApiSettings,
     /// Where edges in other processes connect; `None` if there are none.
     pub link: Option<LinkSettings>,
+    /// Names that are served over TLS with certificates from files, sorted by name.
+    pub domains: Vec<DomainEntry>,
+    /// Where certificates are ordered; `None` if they are not.
+    pub acme: Option<AcmeSettings>,
     /// Machines, in the order of the file.
     pub machines: Vec<MachineSpec>,
     /// Services, in the order of the file. Each that is run has its machine.
@@ -60,8 +70,11 @@ impl Default for ServerConfig {
         Self {
             edge: edge::default_edge(),
             edge_admin: None,
+            user: None,
             api: ApiSettings::default(),
             link: None,
+            domains: Vec::new(),
+            acme: None,
             machines: Vec::new(),
             services: Vec::new(),
         }
@@ -119,14 +132,30 @@ fn read_server(source: &Source) -> (Result<ServerConfig, Mistakes>, Asked) {
     raw::read(source, |fields| {
         let (edge, edge_admin) =
             fields.take("edge").map_or_else(|| (edge::default_edge(), None), |node| edge::edge(&node));
+        let mut user = None;
+        fields.set("user", &mut user, |node| user_name(node).map(Some));
         let api = fields.take("api").map(|node| api::api(&node)).unwrap_or_default();
         let link = fields.take("link").map(|node| link::link(&node));
+        let domains = fields.take("domain").map(|node| domain::domains(&node)).unwrap_or_default();
+        let acme = fields.take("acme").map(|node| acme::acme(&node));
         let machines = fields.take("machine").map(|node| machine::machines(&node)).unwrap_or_default();
         let mut services = fields.take("service").map(|node| service::services(&node)).unwrap_or_default();
         services.iter_mut().for_each(|service| place(service, &machines));
         let services = services.into_iter().map(|read| read.entry).collect();
-        Some(ServerConfig { edge, edge_admin, api, link, machines, services })
+        Some(ServerConfig { edge, edge_admin, user, api, link, domains, acme, machines, services })
     })
+}
+
+/// A name as the system's own tools make it.
+fn user_name(node: &raw::Node<'_>) -> Option<String> {
+    let text = node.text("peregrine")?;
+    let fine = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-' || b == b'.';
+    let sound = !text.is_empty() && text.len() <= 32 && !text.starts_with('-') && text.bytes().all(fine);
+    if !sound {
+        let message = format_args!("{} is no name of a user", quoted(text));
+        node.bad(message, "write 1 to 32 of A-Z, a-z, 0-9, - _ and ., and begin without a hyphen");
+    }
+    sound.then(|| text.to_owned())
 }
 
 fn read_manifest(source: &Source) -> (Result<Manifest, Mistakes>, Asked) {

@@ -1,5 +1,6 @@
 //! Names, hosts, paths and addresses: what may be called what.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::raw::{Node, quoted};
@@ -58,7 +59,15 @@ pub(crate) fn host_pattern(text: &str) -> Result<String, &'static str> {
     if name.contains('*') {
         return Err("a wildcard stands for whole labels at the front: *.example.com");
     }
-    let name = name.strip_suffix('.').unwrap_or(name);
+    // As the table has it: in A-labels. A dot of another script is one afterwards.
+    let name = if name.is_ascii() {
+        Cow::Borrowed(name)
+    } else if name.len() > 4 * MAX_HOST_BYTES {
+        return Err("a host has at most 253 characters");
+    } else {
+        idna::domain_to_ascii(name).map_err(|_| "a host has letters, digits, hyphens and dots")?.into()
+    };
+    let name = name.strip_suffix('.').unwrap_or(&name);
     host_name(name).map(|()| format!("{prefix}{}", name.to_ascii_lowercase()))
 }
 
@@ -79,7 +88,7 @@ fn host_name(name: &str) -> Result<(), &'static str> {
             return Err("a label of a host has at most 63 characters");
         }
         if !label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
-            return Err("a host has letters, digits, hyphens and dots; write others in their xn-- form");
+            return Err("a host has letters, digits, hyphens and dots");
         }
     }
     Ok(())
@@ -95,6 +104,15 @@ pub(crate) fn path_prefix(text: &str) -> Result<String, &'static str> {
     }
     if text.bytes().any(|b| b <= b' ' || b == b'?' || b == b'#' || b >= 0x7f) {
         return Err("a path prefix has no ?, #, spaces or unescaped characters beyond ASCII");
+    }
+    let lower = text.to_ascii_lowercase();
+    let several = [";", "\\", "%2f", "%5c", "%25", "%00", "%2e"];
+    if several.iter().any(|part| lower.contains(part))
+        || text.split('/').any(|part| part == "." || part == "..")
+    {
+        return Err(
+            "a path prefix has no ;, backslash, %2F, %5C, %25 or dot segments, which origins read in different ways",
+        );
     }
     let trimmed = text.trim_end_matches('/');
     Ok(if trimmed.is_empty() { "/".to_owned() } else { trimmed.to_owned() })
@@ -142,6 +160,17 @@ pub(crate) fn listen_address(node: &Node<'_>, example: &str) -> Option<SocketAdd
     address
 }
 
+/// An address of somebody else, with a port.
+pub(crate) fn socket_address(node: &Node<'_>, example: &str) -> Option<SocketAddr> {
+    let text = node.text(example)?;
+    let address = text.parse().ok();
+    if address.is_none() {
+        let message = format_args!("{} is no IP address with a port", quoted(text));
+        node.bad(message, format_args!("write it as in {example:?}"));
+    }
+    address
+}
+
 /// An IP address.
 pub(crate) fn ip_address(node: &Node<'_>) -> Option<IpAddr> {
     let text = node.text("10.0.0.2")?;
@@ -180,6 +209,8 @@ mod tests {
             ("10.0.0.1", "10.0.0.1"),
             ("[2001:DB8::1]", "[2001:db8::1]"),
             ("my_service", "my_service"),
+            ("Ä.example", "xn--4ca.example"),
+            ("*.bücher。example．", "*.xn--bcher-kva.example"),
         ] {
             assert_eq!(host_pattern(said).as_deref(), Ok(meant), "{said}");
         }
@@ -194,7 +225,7 @@ mod tests {
             "a.*",
             "*a.b",
             "*.",
-            "ä.example",
+            "a\u{ad}b c.example",
             "[::1",
             "[::1]:80",
             "::1",
@@ -214,7 +245,9 @@ mod tests {
         {
             assert_eq!(path_prefix(said).as_deref(), Ok(meant), "{said}");
         }
-        for said in ["", "api", "/a b", "/a?b", "/a#b", "/ä", "/a\n"] {
+        for said in
+            ["", "api", "/a b", "/a?b", "/a#b", "/ä", "/a\n", "/a;b", "/a/../b", "/a%2Fb", "/%2e", "/a\\b"]
+        {
             assert!(path_prefix(said).is_err(), "{said}");
         }
     }

@@ -1,11 +1,13 @@
 //! What is held because this version cannot read it, and waits for a person. Everything else goes on.
 
+use crate::error::{EngineError, ErrorKind};
+use crate::keys;
 use crate::model::{Finding, PLAN_FORMAT, Rollout};
 use crate::state::State;
 
 /// Every alarm of now.
 pub(crate) fn of(state: &State) -> Vec<Finding> {
-    let held = state.rollouts.values().filter_map(held);
+    let held = state.rollouts.values().filter_map(|rollout| held(state, rollout));
     let aside = state.aside.iter().map(|(key, reason)| Finding {
         code: "store.record_aside".to_owned(),
         message: format!("the stored record {key} is kept aside: {reason}"),
@@ -14,16 +16,47 @@ pub(crate) fn of(state: &State) -> Vec<Finding> {
     held.chain(aside).collect()
 }
 
-/// Why a rollout is held for its plan, if it is.
-pub(crate) fn held(rollout: &Rollout) -> Option<Finding> {
-    let format = rollout.plan.format;
-    (!rollout.state.is_terminal() && format != PLAN_FORMAT).then(|| Finding {
-        code: "plan.unknown_format".to_owned(),
-        message: format!(
-            "{} of {} is held: its plan is of format {format}, and this version knows {PLAN_FORMAT}",
-            rollout.id, rollout.plan.service
-        ),
-        hint: "Its service goes on as it is. Run the version that has begun it, and let it end there."
-            .to_owned(),
+/// Why a rollout is held, if it is: its plan, or the record of its service, cannot be read.
+pub(crate) fn held(state: &State, rollout: &Rollout) -> Option<Finding> {
+    if rollout.state.is_terminal() {
+        return None;
+    }
+    let (id, service, format) = (&rollout.id, &rollout.plan.service, rollout.plan.format);
+    if format != PLAN_FORMAT {
+        return Some(Finding {
+            code: "plan.unknown_format".to_owned(),
+            message: format!(
+                "{id} of {service} is held: its plan is of format {format}, and this version knows {PLAN_FORMAT}"
+            ),
+            hint: "Its service goes on as it is. Run the version that has begun it, and let it end there."
+                .to_owned(),
+        });
+    }
+    is_service_aside(state, service).then(|| Finding {
+        code: "service.aside".to_owned(),
+        message: format!("{id} of {service} is held: the record of its service cannot be read"),
+        hint: ASIDE_HINT.to_owned(),
     })
 }
+
+/// Whether the record of a service is there and cannot be read: that is not the same as no service.
+pub(crate) fn is_service_aside(state: &State, service: &str) -> bool {
+    state.aside.contains_key(&keys::service(service))
+}
+
+/// Services whose records cannot be read.
+pub(crate) fn services_aside(state: &State) -> impl Iterator<Item = &str> {
+    state.aside.keys().filter_map(|key| key.strip_prefix(keys::SERVICES))
+}
+
+/// Refuses what would be decided without knowing the service.
+pub(crate) fn refuse_aside(state: &State, service: &str) -> Result<(), EngineError> {
+    if !is_service_aside(state, service) {
+        return Ok(());
+    }
+    let message = format!("the record of service {service} cannot be read, so nothing about it is changed");
+    Err(EngineError::new(ErrorKind::Conflict, "service.aside", message, ASIDE_HINT))
+}
+
+const ASIDE_HINT: &str =
+    "Its copies run on, and edges in other processes serve it as they did. Restore a backup of the store.";

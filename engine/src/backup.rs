@@ -4,8 +4,8 @@
 //! its SHA-256 beside it (`FILE.sha256`, as `sha256sum` writes it). It holds what the store holds: also the values
 //! of environments. Both files are readable by their owner alone.
 //!
-//! A restored store begins a new reign: epochs and generations go up by a great step, because machines and edges may
-//! have seen higher ones than the backup knows, and refuse lower ones.
+//! A restored store begins a new reign: epochs (also the one under which the engine leads) and generations go up by a great
+//! step, because machines and edges may have seen higher ones than the backup knows, and refuse lower ones.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -18,7 +18,7 @@ use crate::audit::AuditAct;
 use crate::draft::Draft;
 use crate::engine::replay;
 use crate::error::{EngineError, ErrorKind};
-use crate::model::UnixMs;
+use crate::model::{Rollout, UnixMs};
 use crate::outside::Outside;
 use crate::store::{self, Batch, Revision, STORE_FILE, SqliteStore, Store as _};
 
@@ -135,9 +135,9 @@ async fn restore_in(
     Ok(put_aside)
 }
 
-/// Raises epochs and generations, and says in the audit that the store was restored.
+/// Raises epochs (of who leads, of services and of copies) and generations, and says in the audit that the store was restored.
 async fn begin_reign(dir: &Path, revision: Revision) -> Result<(), EngineError> {
-    let store = SqliteStore::open(dir)?;
+    let store = SqliteStore::open_for_reign(dir, REIGN_STEP)?;
     let mut state = replay(store.survey("").await?);
     let names: Vec<String> = state.services.keys().cloned().collect();
     let mut batches: Vec<Vec<String>> =
@@ -152,7 +152,7 @@ async fn begin_reign(dir: &Path, revision: Revision) -> Result<(), EngineError> 
             draft.put_service(&service);
             // A running rollout acts under the epoch that its service has.
             if let Some(rollout) = service.rollout.as_ref().and_then(|id| state.rollouts.get(id)) {
-                let mut rollout = rollout.clone();
+                let mut rollout = Rollout::clone(rollout);
                 rollout.epoch = service.epoch;
                 draft.put_rollout(&rollout);
             }

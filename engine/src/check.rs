@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use peregrine_routing::HostPattern;
+use peregrine_routing::{HostPattern, IpNet, canonical_prefix};
 
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{CAPABILITIES, MachineSpec, MoveSettings, ServiceSpec, Workload};
+use crate::model::{
+    CAPABILITIES, CutoverSettings, MachineSpec, MoveSettings, RulesSpec, ServiceSpec, Workload,
+};
 use crate::render;
 
 /// Longest DNS label (RFC 1035 §2.3.4).
@@ -22,9 +24,10 @@ pub(crate) fn service(spec: &ServiceSpec) -> Result<(), EngineError> {
     for route in &spec.routes {
         HostPattern::parse(&route.host)
             .map_err(|error| invalid(format!("{what}: route host {:?}: {error}", route.host), HOST_HINT))?;
-        if !route.path.starts_with('/') || route.path.bytes().any(|b| b"?# ".contains(&b)) {
-            let hint = "A path prefix begins with / and has no ?, # or spaces.";
-            return Err(invalid(format!("{what}: route path {:?} is no path prefix", route.path), hint));
+        if let Err(error) = canonical_prefix(&route.path.as_str().into()) {
+            let hint =
+                "A path prefix is written as it is matched: from / on, without query and without steps up.";
+            return Err(invalid(format!("{what}: route path {:?}: {error}", route.path), hint));
         }
     }
     let routes: BTreeSet<_> = spec.routes.iter().map(|r| (r.host.to_lowercase(), &r.path)).collect();
@@ -36,6 +39,8 @@ pub(crate) fn service(spec: &ServiceSpec) -> Result<(), EngineError> {
         return Err(invalid(format!("{what}: replicas must be from 1 to {MAX_REPLICAS}"), hint));
     }
     workload(&what, &spec.workload)?;
+    rules(&what, &spec.traffic.rules)?;
+    single_writer(&what, spec)?;
     steps(&what, &spec.move_settings)
 }
 
@@ -82,12 +87,61 @@ fn workload(what: &str, workload: &Workload) -> Result<(), EngineError> {
     }
 }
 
-/// Refuses steps that do not rise to 100, and a mirror that cannot be meant.
+/// Refuses a service of which one copy may run, and that is to have several.
+fn single_writer(what: &str, spec: &ServiceSpec) -> Result<(), EngineError> {
+    if !spec.move_settings.single_writer {
+        return Ok(());
+    }
+    if matches!(spec.workload, Workload::Fixed { .. }) {
+        let hint = "Take single_writer out: Peregrine does not run these servers and cannot stop them.";
+        return Err(invalid(format!("{what}: fixed upstreams cannot be single_writer"), hint));
+    }
+    if spec.replicas > 1 {
+        let hint = "Write replicas = 1, or take single_writer out of its move settings.";
+        let message =
+            format!("{what}: a single_writer service has one copy, and replicas is {}", spec.replicas);
+        return Err(invalid(message, hint));
+    }
+    Ok(())
+}
+
+/// Refuses rules that no edge could follow.
+fn rules(what: &str, rules: &RulesSpec) -> Result<(), EngineError> {
+    for network in rules.allow.iter().chain(&rules.deny) {
+        network.parse::<IpNet>().map_err(|error| {
+            invalid(format!("{what}: rules: {error}"), "Write 10.0.0.0/8, 192.0.2.7 or 2001:db8::/32.")
+        })?;
+    }
+    let most = RulesSpec::MAX_NETWORKS;
+    if rules.allow.len().max(rules.deny.len()) > most {
+        let hint = "Put them together into larger networks.";
+        return Err(invalid(format!("{what}: rules: a list has more than {most} networks"), hint));
+    }
+    rules
+        .check_changes()
+        .map_err(|unfit| invalid(format!("{what}: rules: {}", unfit.message), unfit.hint))?;
+    let Some(limit) = &rules.rate_limit else { return Ok(()) };
+    if limit.requests == 0 || limit.per_ms == 0 || limit.burst == 0 {
+        let hint = "Give requests, time and burst, each at least 1.";
+        return Err(invalid(format!("{what}: rules: a rate limit of nothing lets nobody in"), hint));
+    }
+    if u64::from(limit.requests) > u64::from(limit.per_ms) * 1_000 {
+        let hint = "Say fewer requests, or a longer time.";
+        return Err(invalid(
+            format!("{what}: rules: more than a million requests a second is no limit"),
+            hint,
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses steps that do not rise to 100, and bounds of a cutover and a mirror that cannot be meant.
 pub(crate) fn steps(what: &str, settings: &MoveSettings) -> Result<(), EngineError> {
     let steps = &settings.steps;
     let rising = steps.windows(2).all(|pair| pair[0] < pair[1]);
     let ends = steps.last() == Some(&100) && steps.first().is_some_and(|first| *first > 0);
     if rising && ends && steps.len() <= MAX_SHIFT_STEPS {
+        cutover(what, &settings.cutover)?;
         return mirror(what, settings);
     }
     Err(invalid(
@@ -96,6 +150,34 @@ pub(crate) fn steps(what: &str, settings: &MoveSettings) -> Result<(), EngineErr
         ),
         "Write steps such as [1, 10, 50, 100].",
     ))
+}
+
+/// Refuses bounds under which nobody could be held, or nothing could be switched in time.
+fn cutover(what: &str, settings: &CutoverSettings) -> Result<(), EngineError> {
+    type Bounds = CutoverSettings;
+    let longest_ms = u64::from(Bounds::MAX_MS);
+    let bounds = [
+        (
+            "hold_deadline_ms",
+            settings.hold_deadline_ms.into(),
+            Bounds::MIN_HOLD_DEADLINE_MS.into(),
+            longest_ms,
+        ),
+        ("hold_max_requests", settings.hold_max_requests.into(), 1, Bounds::MAX_HOLD_REQUESTS.into()),
+        ("hold_max_bytes", settings.hold_max_bytes, Bounds::MIN_HOLD_BYTES, Bounds::MAX_HOLD_BYTES),
+        ("hold_max_age_ms", settings.hold_max_age_ms.into(), 1, longest_ms),
+        ("hold_release_per_s", settings.hold_release_per_s.into(), 1, Bounds::MAX_HOLD_RELEASE_PER_S.into()),
+        ("drain_max_ms", settings.drain_max_ms.into(), 0, longest_ms),
+    ];
+    for (name, value, least, most) in bounds {
+        if !(least..=most).contains(&value) {
+            return Err(invalid(
+                format!("{what}: cutover {name} is {value}"),
+                format!("Write {least} to {most}, or leave it out."),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a mirror that could not be meant.

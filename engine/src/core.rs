@@ -13,7 +13,7 @@ use crate::latest::{Follower, Latest};
 use crate::model::{Event, EventBody, InstanceId, Machine, RolloutId, UnixMs};
 use crate::runtime::Runtime;
 use crate::state::State;
-use crate::store::{Batch, Committed, Store, Write};
+use crate::store::{Batch, Committed, Revision, Store, Write};
 use crate::table::Table;
 
 /// How a machine is reached. Given from outside, so that tests and the binary decide.
@@ -95,6 +95,15 @@ impl Core {
         F: FnOnce(&mut Draft<'_>) -> Result<T, EngineError> + Send + 'static,
         T: Send + 'static,
     {
+        self.commit_at(make).await.map(|(value, _)| value)
+    }
+
+    /// The same, with the revision that it got; that of the state if there was nothing to write.
+    pub(crate) async fn commit_at<T, F>(self: &Arc<Self>, make: F) -> Result<(T, Revision), EngineError>
+    where
+        F: FnOnce(&mut Draft<'_>) -> Result<T, EngineError> + Send + 'static,
+        T: Send + 'static,
+    {
         let core = Arc::clone(self);
         // A task of its own: dropping the asker must not part the store from the state.
         let done = tokio::spawn(async move { core.commit_here(make).await }).await;
@@ -108,7 +117,7 @@ impl Core {
         })
     }
 
-    async fn commit_here<T, F>(&self, make: F) -> Result<T, EngineError>
+    async fn commit_here<T, F>(&self, make: F) -> Result<(T, Revision), EngineError>
     where
         F: FnOnce(&mut Draft<'_>) -> Result<T, EngineError>,
     {
@@ -118,7 +127,7 @@ impl Core {
         let value = make(&mut draft)?;
         let (batch, events) = draft.finish();
         if batch.writes.is_empty() {
-            return Ok(value);
+            return Ok((value, state.revision));
         }
         refuse_illegal(&state, &batch)?;
         drop(state); // so that it is changed in place unless somebody reads it
@@ -128,7 +137,7 @@ impl Core {
         let revision = stored?;
         self.apply(&Committed { revision, writes });
         self.events.tell(events);
-        Ok(value)
+        Ok((value, revision))
     }
 
     /// Why the store takes nothing at present.

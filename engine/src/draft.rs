@@ -64,6 +64,11 @@ impl<'a> Draft<'a> {
         (self.batch, self.events)
     }
 
+    /// A write for the vault, whose content is not the engine's matter.
+    pub(crate) fn vault(&mut self, write: Write) {
+        self.batch.writes.push(write);
+    }
+
     pub(crate) fn require(&mut self, precondition: Precondition) {
         self.batch.preconditions.push(precondition);
     }

@@ -13,6 +13,7 @@ use crate::model::{
 };
 use crate::runtime::{InstanceStats, LogLine, LogOptions, RuntimeInfo};
 use crate::state::State;
+use crate::vault::Vault;
 
 /// A change of the settings of one rollout; `None` keeps the service's own.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -69,6 +70,19 @@ pub enum Ask {
         /// Where new ones go; `None` is where the others are.
         machine: Option<String>,
     },
+}
+
+impl Ask {
+    /// The service that it is about.
+    #[must_use]
+    pub fn service(&self) -> &str {
+        match self {
+            Self::Deploy { spec, .. } => &spec.name,
+            Self::Move { service, .. } | Self::Rollback { service, .. } | Self::Scale { service, .. } => {
+                service
+            }
+        }
+    }
 }
 
 /// What a machine check found.
@@ -137,7 +151,7 @@ pub struct ConfigApplied {
 /// The way to ask the engine. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    core: Arc<Core>,
+    pub(crate) core: Arc<Core>,
 }
 
 impl std::fmt::Debug for EngineHandle {
@@ -161,6 +175,12 @@ impl EngineHandle {
     #[must_use]
     pub fn install(&self) -> String {
         self.core.install()
+    }
+
+    /// Durable records of a room that the engine knows nothing of.
+    #[must_use]
+    pub fn vault(&self) -> Vault {
+        Vault::new(Arc::clone(&self.core))
     }
 
     // --- machines
@@ -275,10 +295,11 @@ impl EngineHandle {
         asks::control::promote(&self.core, id).await
     }
 
-    /// Goes back, whatever the phase; returns once the ask is durable.
+    /// Goes back; returns once the ask is durable.
     ///
     /// # Errors
-    /// It is not known, has ended, or is removing the old copies already.
+    /// It is not known, has ended, or is past its return: it is removing the old copies already, or the new copy of a
+    /// single-writer service takes over.
     pub async fn abort(&self, id: &RolloutId) -> Result<Rollout, EngineError> {
         asks::control::abort(&self.core, id).await
     }
@@ -346,6 +367,12 @@ impl EngineHandle {
     #[must_use]
     pub fn alarms(&self) -> Vec<crate::model::Finding> {
         crate::alarms::of(&self.core.state())
+    }
+
+    /// Services whose records cannot be read: they are in no table of this process, and nobody has taken them away.
+    #[must_use]
+    pub fn unreadable_services(&self) -> Vec<String> {
+        crate::alarms::services_aside(&self.core.state()).map(str::to_owned).collect()
     }
 
     // --- audit

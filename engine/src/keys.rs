@@ -7,13 +7,15 @@ pub(crate) const GENERATION: &str = "meta/generation";
 pub(crate) const AUDIT_HEAD: &str = "meta/audit";
 pub(crate) const AUDIT: &str = "audit/";
 pub(crate) const EVENTS: &str = "events/";
+pub(crate) const SERVICES: &str = "services/";
+pub(crate) const VAULT: &str = "vault/";
 
 pub(crate) fn machine(name: &str) -> String {
     format!("machines/{name}")
 }
 
 pub(crate) fn service(name: &str) -> String {
-    format!("services/{name}")
+    format!("{SERVICES}{name}")
 }
 
 pub(crate) fn version(service: &str, number: u32) -> String {
@@ -42,6 +44,15 @@ pub(crate) fn audit(number: u64) -> String {
 
 pub(crate) fn event(id: u64) -> String {
     format!("{EVENTS}{id:020}")
+}
+
+/// The number of an event's key.
+pub(crate) fn event_number(key: &str) -> Option<u64> {
+    key.strip_prefix(EVENTS)?.parse().ok()
+}
+
+pub(crate) fn vault(key: &str) -> String {
+    format!("{VAULT}{key}")
 }
 
 pub(crate) fn idempotency(key: &str) -> String {

@@ -10,11 +10,14 @@ use crate::model::{Phase, Step};
 pub enum Kind {
     Claim,
     Prepare,
+    Hold,
+    Stop,
     Start,
     Warm,
     Shift,
     Drain,
     Soak,
+    Switch,
     Release,
 }
 
@@ -36,6 +39,10 @@ pub enum Undo {
     Nothing,
     /// The copy that it started is removed.
     Remove,
+    /// The copy that it stopped is started again. No copy that was started since runs any more.
+    Restart,
+    /// Requests that are held are released to the old copies.
+    Release,
     /// The old copies get all of the traffic back, then the new ones are drained. Once for all such steps.
     Traffic,
 }
@@ -60,20 +67,31 @@ pub struct Row {
 }
 
 const fn row(kind: Kind, phase: Phase, traffic: Traffic, undo: Undo) -> Row {
-    let repeats = matches!(kind, Kind::Prepare | Kind::Start | Kind::Shift | Kind::Release);
+    let repeats = matches!(kind, Kind::Prepare | Kind::Stop | Kind::Start | Kind::Shift | Kind::Release);
     let by_health = matches!(kind, Kind::Shift | Kind::Drain | Kind::Soak | Kind::Release);
-    Row { kind, phase, repeats, traffic, undo, by_health, returns: !matches!(kind, Kind::Release) }
+    Row {
+        kind,
+        phase,
+        repeats,
+        traffic,
+        undo,
+        by_health,
+        returns: !matches!(kind, Kind::Switch | Kind::Release),
+    }
 }
 
 /// Every kind, in order.
-pub const TABLE: [Row; 8] = [
+pub const TABLE: [Row; 11] = [
     row(Kind::Claim, Phase::Plan, Traffic::Old, Undo::Nothing), // the claim goes with the rollout's end
     row(Kind::Prepare, Phase::Prepare, Traffic::Old, Undo::Nothing), // others may share the image; it costs nothing
+    row(Kind::Hold, Phase::Drain, Traffic::Old, Undo::Release),
+    row(Kind::Stop, Phase::Drain, Traffic::Old, Undo::Restart),
     row(Kind::Start, Phase::Start, Traffic::Old, Undo::Remove),
     row(Kind::Warm, Phase::Warm, Traffic::Old, Undo::Nothing),
     row(Kind::Shift, Phase::Shift, Traffic::Both, Undo::Traffic),
     row(Kind::Drain, Phase::Drain, Traffic::New, Undo::Traffic),
     row(Kind::Soak, Phase::Soak, Traffic::New, Undo::Traffic),
+    row(Kind::Switch, Phase::Shift, Traffic::New, Undo::Nothing), // the old copy is stopped: there is none to go back to
     row(Kind::Release, Phase::Release, Traffic::New, Undo::Nothing),
 ];
 
@@ -82,6 +100,14 @@ impl Kind {
     #[must_use]
     pub const fn row(self) -> &'static Row {
         &TABLE[self as usize]
+    }
+
+    /// Whether somebody may notice that a step of this kind was done, so that its undo is a way back and not merely
+    /// a failure.
+    #[must_use]
+    pub const fn is_noticed(self) -> bool {
+        !matches!(self.row().traffic, Traffic::Old)
+            || matches!(self.row().undo, Undo::Release | Undo::Restart)
     }
 
     /// Whether a step of kind `next` may come after one of this kind.
@@ -98,11 +124,14 @@ impl Step {
         match self {
             Self::Claim => Kind::Claim,
             Self::Prepare { .. } => Kind::Prepare,
+            Self::Hold => Kind::Hold,
+            Self::Stop { .. } => Kind::Stop,
             Self::Start { .. } => Kind::Start,
             Self::Warm => Kind::Warm,
             Self::Shift { .. } => Kind::Shift,
             Self::Drain => Kind::Drain,
             Self::Soak => Kind::Soak,
+            Self::Switch => Kind::Switch,
             Self::Release { .. } => Kind::Release,
         }
     }
@@ -116,7 +145,7 @@ pub fn to_undo(steps: &[Kind], begun: impl Fn(usize) -> bool) -> Vec<usize> {
     let mut traffic_undone = false;
     indices.retain(|index| match steps[*index].row().undo {
         Undo::Traffic => !std::mem::replace(&mut traffic_undone, true),
-        Undo::Nothing | Undo::Remove => true,
+        Undo::Nothing | Undo::Remove | Undo::Restart | Undo::Release => true,
     });
     indices
 }

@@ -12,10 +12,11 @@ use std::time::Duration;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
+use crate::alarms;
 use crate::core::Core;
 use crate::model::{EventBody, Finding, Instance, InstanceId, InstanceState, Rollout};
 use crate::state::State;
-use crate::steps::{Problem, instance_spec, remove_instance};
+use crate::steps::{Problem, instance_spec, no_longer_left, remove_instance};
 
 /// Longest time that a runtime may take to say what runs.
 const INSPECT_LIMIT_MS: u64 = 5_000;
@@ -118,7 +119,7 @@ async fn keep_sweeping(core: &Arc<Core>) {
     loop {
         core.try_store_again().await;
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-        metrics::gauge!("peregrine_alarms").set(crate::alarms::of(&core.state()).len() as f64);
+        metrics::gauge!("peregrine_alarms").set(alarms::of(&core.state()).len() as f64);
         sweep(core, &mut seen).await;
         tokio::time::sleep(Duration::from_millis(core.config.reconcile_interval_ms)).await;
     }
@@ -146,8 +147,9 @@ fn strays(state: &State) -> impl Iterator<Item = InstanceId> {
         .instances
         .values()
         .filter(|i| i.state != InstanceState::Serving)
-        // A service that is held by a rollout whose record cannot be read is left alone.
+        // A service that is held by a rollout whose record cannot be read is left alone, and one whose own cannot be.
         .filter(|i| state.services.get(&i.service).is_none_or(|service| service.rollout.is_none()))
+        .filter(|i| !alarms::is_service_aside(state, &i.service))
         .map(|i| i.id.clone())
 }
 
@@ -181,6 +183,16 @@ pub(crate) async fn ensure(core: &Arc<Core>, id: &InstanceId) -> Result<(), Find
     drop(state);
     if address != instance.address {
         moved(core, id, address).await.map_err(|error| finding(error.into()))?;
+    }
+    let names_it = |rollout: &Arc<Rollout>| rollout.leftovers.iter().any(|left| left.contains(id.as_str()));
+    if core.state().rollouts.values().any(names_it) {
+        // A way back could not start it again: now it runs.
+        let known = id.clone();
+        let stored = core.commit(move |draft| {
+            no_longer_left(draft, &known);
+            Ok(())
+        });
+        stored.await.map_err(|error| finding(error.into()))?;
     }
     Ok(())
 }

@@ -6,16 +6,19 @@
 //!                 new ── rising share; weight 0 and not standby until the shift begins
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use peregrine_routing as routing;
-use routing::{Address, Generation, HealthCheck, HealthCheckKind, HostPattern, PoolSpec, UpstreamSpec};
+use routing::{
+    Address, Generation, HealthCheck, HealthCheckKind, HoldSpec, HostPattern, PoolSpec, UpstreamSpec,
+};
 
 use crate::model::{
-    BalanceSpec, FixedUpstream, HashBy, HealthKind, HealthSpec, Instance, InstanceState, Protocol, Rollout,
-    Service, ServiceSpec, Workload,
+    BalanceSpec, CompressionSpec, FixedUpstream, ForwardAuthSpec, HashBy, HeaderEditsSpec, HealthKind,
+    HealthSpec, Instance, InstanceState, Protocol, RedirectSpec, Rollout, RulesSpec, Service, ServiceSpec,
+    Workload,
 };
 use crate::state::State;
 use crate::steps::drain_times;
@@ -32,6 +35,7 @@ pub(crate) fn render(
     name: &str,
     fixed: &[FixedGeneration],
     ready: &HashMap<u64, u16>,
+    hold: Option<HoldSpec>,
 ) -> Option<routing::ServiceSpec> {
     let service = state.services.get(name)?;
     let rollout = state.rollout_of(name);
@@ -45,7 +49,7 @@ pub(crate) fn render(
         pools: pools(state, service, rollout, fixed, ready),
         routes: routes(&service.spec),
         balance: balance(&service.spec.traffic.balance),
-        policy: policy(state, service, rollout),
+        policy: policy(state, service, rollout, hold),
         name,
     })
 }
@@ -78,8 +82,10 @@ fn pools(
         upstreams: members.into_iter().filter_map(|i| upstream(i, protocol, ready)).collect(),
     };
     let Some(rollout) = rollout else {
-        let serving = present.into_iter().filter(|i| i.state == InstanceState::Serving).collect();
-        return vec![pool("serving", 1, false, serving)];
+        let (serving, standby) = at_rest(service, present);
+        let mut pools = vec![pool("serving", 1, false, serving), pool("standby", 0, true, standby)];
+        pools.retain(|pool| !pool.standby || !pool.upstreams.is_empty());
+        return pools;
     };
     let plan = &rollout.plan;
     let is_new = |i: &Instance| plan.add.iter().any(|added| added.id == i.id);
@@ -94,6 +100,20 @@ fn pools(
         pool(NEW_POOL, weights.new, false, new),
     ];
     pools.into_iter().filter(|pool| !pool.upstreams.is_empty()).collect()
+}
+
+/// Who serves without a rollout, and who stands by. If there is one whose record cannot be read, nobody knows what share of the
+/// traffic its copies had been given: they get none of it while a copy from before it serves.
+fn at_rest<'a>(service: &Service, present: Vec<&'a Instance>) -> (Vec<&'a Instance>, Vec<&'a Instance>) {
+    let is_new = |i: &&Instance| service.rollout.is_some() && i.epoch == service.epoch;
+    let (serving, others): (Vec<&Instance>, Vec<&Instance>) =
+        present.into_iter().partition(|i| i.state == InstanceState::Serving);
+    let (new, old): (Vec<&Instance>, Vec<&Instance>) = serving.into_iter().partition(is_new);
+    if !old.is_empty() {
+        return (old, new);
+    }
+    let soaks = |i: &&Instance| service.rollout.is_some() && i.state == InstanceState::Soaking;
+    (new, others.into_iter().filter(soaks).collect())
 }
 
 /// Exact shares at a percentage: the service's traffic is split as it was before (kept and old) for the one
@@ -203,16 +223,24 @@ fn balance(balance: &BalanceSpec) -> routing::Balance {
     }
 }
 
-fn policy(state: &State, service: &Service, rollout: Option<&Rollout>) -> routing::ServicePolicy {
+fn policy(
+    state: &State,
+    service: &Service,
+    rollout: Option<&Rollout>,
+    hold: Option<HoldSpec>,
+) -> routing::ServicePolicy {
     let traffic = &service.spec.traffic;
     // What leaves now leaves by the rollout that has it leave.
     let drain = rollout.map_or(&service.spec.move_settings.drain, |rollout| &rollout.plan.settings.drain);
+    // While requests wait, nobody is given time to close a WebSocket at leisure.
+    let close_spread_ms = if hold.is_some() { 0 } else { drain.websocket_spread_ms() };
     routing::ServicePolicy {
         connect_timeout_ms: traffic.connect_timeout_ms,
         response_head_timeout_ms: traffic.response_head_timeout_ms,
         body_idle_timeout_ms: traffic.body_idle_timeout_ms,
         tunnel_idle_timeout_ms: traffic.tunnel_idle_timeout_ms,
-        websocket_close_spread_ms: drain.websocket_spread_ms(),
+        websocket_close_spread_ms: close_spread_ms,
+        hold: hold.map(Box::new),
         drain: drain_times(drain),
         max_request_body_bytes: traffic.max_request_body_bytes,
         slow_start_ms: traffic.slow_start_ms,
@@ -222,7 +250,83 @@ fn policy(state: &State, service: &Service, rollout: Option<&Rollout>) -> routin
             .as_ref()
             .map(|cookie| routing::Sticky { cookie: cookie.as_str().into() }),
         health: health(state, service, rollout),
+        rules: rules(&traffic.rules).map(Box::new),
         ..routing::ServicePolicy::default()
+    }
+}
+
+/// Rules, if there are any. Networks were checked when the service was put; a record whose networks cannot be read lets
+/// nobody in rather than everybody.
+fn rules(spec: &RulesSpec) -> Option<routing::Rules> {
+    if *spec == RulesSpec::default() {
+        return None;
+    }
+    let RulesSpec {
+        allow,
+        deny,
+        max_in_flight,
+        rate_limit,
+        headers,
+        redirects,
+        rewrite,
+        basic_auth,
+        forward_auth,
+        compression,
+        error_pages: _,
+    } = spec;
+    let nets =
+        |texts: &[String]| texts.iter().map(|text| text.parse()).collect::<Result<Vec<routing::IpNet>, _>>();
+    let everybody = || ["0.0.0.0/0", "::/0"].iter().filter_map(|text| text.parse().ok()).collect();
+    let (allow, deny) = match (nets(allow), nets(deny)) {
+        (Ok(allow), Ok(deny)) => (allow, deny),
+        _ => (Vec::new(), everybody()),
+    };
+    let rate = rate_limit.as_ref().map(|limit| routing::RateLimit {
+        requests: limit.requests,
+        per_ms: limit.per_ms,
+        burst: limit.burst,
+        by: match &limit.by {
+            HashBy::ClientAddress => routing::RateKey::ClientAddress,
+            HashBy::Header(name) => routing::RateKey::Header(name.to_ascii_lowercase().into()),
+            HashBy::Cookie(name) => routing::RateKey::Cookie(name.as_str().into()),
+        },
+    });
+    Some(routing::Rules {
+        allow,
+        deny,
+        max_in_flight: *max_in_flight,
+        rate,
+        request_headers: edits(&headers.request),
+        response_headers: edits(&headers.response),
+        redirects: redirects.iter().map(RedirectSpec::rendered).collect(),
+        rewrite: rewrite.as_ref().map(|rewrite| routing::Rewrite {
+            strip_prefix: rewrite.strip_prefix.as_deref().map(Into::into),
+            add_prefix: rewrite.add_prefix.as_deref().map(Into::into),
+        }),
+        basic_auth: basic_auth.as_ref().map(|auth| routing::BasicAuth {
+            realm: auth.realm.as_str().into(),
+            users: auth
+                .users
+                .iter()
+                .map(|(name, hash)| (name.as_str().into(), hash.as_str().into()))
+                .collect(),
+            forward: auth.forward,
+        }),
+        forward_auth: forward_auth.as_ref().map(ForwardAuthSpec::rendered),
+        compression: compression.as_ref().map(CompressionSpec::rendered),
+        error_pages: spec.rendered_error_pages(),
+    })
+}
+
+fn edits(spec: &HeaderEditsSpec) -> routing::HeaderEdits {
+    let lower = |name: &String| name.to_ascii_lowercase().into();
+    let pairs = |fields: &BTreeMap<String, String>| {
+        fields.iter().map(|(name, value)| (lower(name), value.as_str().into())).collect()
+    };
+    routing::HeaderEdits {
+        remove: spec.remove.iter().map(lower).collect(),
+        set: pairs(&spec.set),
+        add: pairs(&spec.add),
     }
 }
 
@@ -268,6 +372,21 @@ pub(crate) fn probe_host(spec: &ServiceSpec) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_that_cannot_be_read_let_nobody_in() {
+        let client = "192.0.2.1".parse().expect("address");
+        let of = |allow: &[&str], deny: &[&str]| {
+            let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
+            rules(&RulesSpec { allow: texts(allow), deny: texts(deny), ..RulesSpec::default() })
+        };
+        assert_eq!(of(&[], &[]), None);
+        assert!(of(&["192.0.2.0/24"], &[]).expect("rules").admits(client));
+        assert!(!of(&[], &["192.0.2.0/24"]).expect("rules").admits(client));
+        for (allow, deny) in [(&["192.0.2.0/24", "rubbish"][..], &[][..]), (&[][..], &["rubbish"][..])] {
+            assert!(!of(allow, deny).expect("rules").admits(client));
+        }
+    }
 
     #[test]
     fn an_upstream_is_an_address_or_a_name_with_a_port() {

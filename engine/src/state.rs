@@ -5,6 +5,7 @@
 //! read or may not follow is kept aside under its key, with the reason; it never stops the others.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,10 @@ use crate::audit::{self, AuditHead};
 use crate::journal::{Answered, Install, JournalRecord, ServiceChange};
 use crate::model::{Instance, InstanceId, Machine, Rollout, RolloutId, Service, Version};
 use crate::store::{Committed, Revision, Write};
+
+/// Highest number of an event or an entry of the audit that is believed: a million a second for ten thousand years, and far
+/// from the end of what can be counted.
+const MAX_GIVEN: u64 = 1 << 58;
 
 /// The whole (small) state.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,11 +29,11 @@ pub struct State {
     /// Services by name.
     pub services: BTreeMap<String, Service>,
     /// Versions by service and number.
-    pub versions: BTreeMap<(String, u32), Version>,
+    pub versions: BTreeMap<(String, u32), Arc<Version>>,
     /// Instances by id.
     pub instances: BTreeMap<InstanceId, Instance>,
-    /// Rollouts by id (which sorts by time).
-    pub rollouts: BTreeMap<RolloutId, Rollout>,
+    /// Rollouts by id (which sorts by time). A thousand that have ended are kept: a copy of the state shares them.
+    pub rollouts: BTreeMap<RolloutId, Arc<Rollout>>,
     /// Journals of running rollouts.
     pub journals: BTreeMap<RolloutId, BTreeMap<u64, JournalRecord>>,
     /// What running rollouts change of their services.
@@ -75,6 +80,8 @@ enum Change {
     Audit(u64, Option<String>),
     AuditHead(AuditHead),
     Answered(String, Option<Answered>),
+    /// Not the engine's matter, see [`crate::vault`].
+    Vault,
 }
 
 impl State {
@@ -182,9 +189,9 @@ impl State {
             Change::Generation(generation) => self.last_generation = generation,
             Change::Machine(name, value) => set(&mut self.machines, name, value),
             Change::Service(name, value) => set(&mut self.services, name, value),
-            Change::Version(service, number, value) => set(&mut self.versions, (service, number), value),
+            Change::Version(service, number, value) => share(&mut self.versions, (service, number), value),
             Change::Instance(id, value) => set(&mut self.instances, id, value),
-            Change::Rollout(id, value) => set(&mut self.rollouts, id, value),
+            Change::Rollout(id, value) => share(&mut self.rollouts, id, value),
             Change::Pending(id, value) => set(&mut self.changes, id, value),
             Change::Answered(key, value) => set(&mut self.answered, key, value.map(Box::new)),
             Change::Journal(id, sequence, Some(record)) => {
@@ -207,7 +214,7 @@ impl State {
                 self.audit = AuditHead { number, hash };
             }
             Change::AuditHead(head) if head.number >= self.audit.number => self.audit = head,
-            Change::Audit(..) | Change::AuditHead(_) => {}
+            Change::Audit(..) | Change::AuditHead(_) | Change::Vault => {}
             Change::Event(id, false) => self.first_event = self.first_event.max(id + 1),
         }
     }
@@ -221,13 +228,13 @@ impl State {
     #[must_use]
     pub fn rollout_of(&self, service: &str) -> Option<&Rollout> {
         let id = self.services.get(service)?.rollout.as_ref()?;
-        self.rollouts.get(id)
+        self.rollouts.get(id).map(Arc::as_ref)
     }
 
     /// The version record.
     #[must_use]
     pub fn version(&self, service: &str, number: u32) -> Option<&Version> {
-        self.versions.get(&(service.to_owned(), number))
+        self.versions.get(&(service.to_owned(), number)).map(Arc::as_ref)
     }
 }
 
@@ -248,12 +255,20 @@ fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<Box<V>>) {
     }
 }
 
+fn share<K: Ord, V>(map: &mut BTreeMap<K, Arc<V>>, key: K, value: Option<Box<V>>) {
+    set(map, key, value.map(|value| Box::new(Arc::from(value))));
+}
+
 fn parse(key: &str, value: Option<&Bytes>) -> Result<Change, String> {
     let (family, rest) = key.split_once('/').ok_or("a key without a family")?;
     Ok(match family {
         "meta" => match (rest, value) {
             ("install", Some(value)) => Change::Install(read(value)?),
-            ("audit", Some(value)) => Change::AuditHead(read(value)?),
+            ("audit", Some(value)) => {
+                let head: AuditHead = read(value)?;
+                believed(head.number)?;
+                Change::AuditHead(head)
+            }
             ("generation", Some(value)) => Change::Generation(read(value)?),
             _ => return Err("this version does not know it".into()),
         },
@@ -270,8 +285,9 @@ fn parse(key: &str, value: Option<&Bytes>) -> Result<Change, String> {
             let (rollout, sequence) = pair(rest)?;
             Change::Journal(RolloutId(rollout), sequence, value.map(read).transpose()?)
         }
-        "audit" => Change::Audit(number(rest)?, value.map(|value| audit::fingerprint(value))),
-        "events" => Change::Event(number(rest)?, value.is_some()),
+        "audit" => Change::Audit(given(rest)?, value.map(|value| audit::fingerprint(value))),
+        "events" => Change::Event(given(rest)?, value.is_some()),
+        "vault" => Change::Vault,
         "idempotency" => Change::Answered(rest.into(), value.map(read).transpose()?),
         _ => return Err("this version does not know it".into()),
     })
@@ -284,6 +300,15 @@ fn pair<N: std::str::FromStr>(rest: &str) -> Result<(String, N), String> {
 
 fn number<N: std::str::FromStr>(text: &str) -> Result<N, String> {
     text.parse().map_err(|_| format!("{text:?} is no number"))
+}
+
+/// A number after which others are given out.
+fn given(text: &str) -> Result<u64, String> {
+    number(text).and_then(believed)
+}
+
+fn believed(number: u64) -> Result<u64, String> {
+    if number > MAX_GIVEN { Err(format!("{number} was never given out")) } else { Ok(number) }
 }
 
 fn boxed<T: DeserializeOwned>(value: Option<&Bytes>) -> Result<Option<Box<T>>, String> {

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use peregrine_routing::{
-    Change, Generation, MirrorSpec, PoolSpec, TableError, TableWriter, Upstream, UpstreamSpec,
+    Change, Generation, HoldCounts, HoldSpec, MirrorSpec, PoolSpec, TableError, TableWriter, Upstream,
+    UpstreamSpec,
 };
 
 use crate::core::Core;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
-use crate::model::{DrainDeadlines, InstanceId, InstanceState, Phase, RolloutState, Workload};
+use crate::model::{DrainDeadlines, InstanceId, InstanceState, Phase, Rollout, RolloutState, Workload};
 use crate::render::{FixedGeneration, render};
 use crate::state::State;
 
@@ -21,14 +22,46 @@ pub(crate) struct Table {
 struct Inner {
     writer: TableWriter,
     fixed: HashMap<String, Vec<FixedGeneration>>,
-    /// Retired upstreams that somebody may still be inside of. A copy may have several: a way back gives it a
-    /// new stretch of service before the one that was given up is empty.
+    /// Retired upstreams that were not forgotten. A copy may have several: a way back gives it a new stretch of service
+    /// before the one that was given up is empty. One that is empty may not stay so: an edge that was given up inside
+    /// of it comes back.
     leaving: Vec<Arc<Upstream>>,
     /// New copies that edges open connections to before their first request, by generation, with how many.
     ready: HashMap<u64, u16>,
+    holds: Holds,
     /// Services whose new copies get copies of requests, with the attempt that wants it. Kept nowhere else: a table
     /// that is made anew mirrors nothing.
     mirrors: HashMap<String, (u64, MirrorSpec)>,
+}
+
+/// When the holds that are in force end by the edges' clock, by service. Read off once, so that a table that is
+/// rendered again says the same.
+#[derive(Default)]
+struct Holds(HashMap<String, (u64, u64)>);
+
+impl Holds {
+    fn of(&mut self, core: &Core, rollout: &Rollout) -> Option<HoldSpec> {
+        let service = &rollout.plan.service;
+        let Some(hold) = rollout.hold.as_ref().filter(|hold| hold.released_at.is_none()) else {
+            self.0.remove(service);
+            return None;
+        };
+        let settings = &rollout.plan.settings.cutover;
+        let known = self.0.get(service).filter(|(id, _)| *id == hold.id).map(|(_, until_ms)| *until_ms);
+        let until_ms = known.unwrap_or_else(|| {
+            let longest_ms = u64::from(settings.hold_deadline_ms);
+            core.edge_now_ms() + hold.until.saturating_sub(core.now()).min(longest_ms)
+        });
+        self.0.insert(service.clone(), (hold.id, until_ms));
+        Some(HoldSpec {
+            id: hold.id,
+            until_ms,
+            max_requests: settings.hold_max_requests,
+            max_bytes: settings.hold_max_bytes,
+            max_age_ms: settings.hold_max_age_ms,
+            release_per_s: settings.hold_release_per_s,
+        })
+    }
 }
 
 /// A publication.
@@ -47,6 +80,7 @@ impl Table {
                 fixed: HashMap::new(),
                 leaving: Vec::new(),
                 ready: HashMap::new(),
+                holds: Holds::default(),
                 mirrors: HashMap::new(),
             }),
         }
@@ -83,10 +117,21 @@ impl Table {
         inner.leaving.iter().filter(own).cloned().collect()
     }
 
-    pub(crate) fn forget(&self, generation: u64) {
+    /// Lets go of a stretch of service whose receipt is written. As long as its copy is there, one in which edges were
+    /// given up is kept: whoever comes back is found inside.
+    pub(crate) fn forget(&self, state: &State, upstream: &Upstream) {
+        let is_there = state.instances.keys().any(|id| *id.as_str() == **upstream.name());
+        if !is_there || upstream.receipt().lost.is_empty() {
+            self.lock().forget(upstream.generation());
+        }
+    }
+
+    /// Lets go of every stretch of service of a copy that was removed.
+    pub(crate) fn forget_copy(&self, copy: &InstanceId) {
         let mut inner = self.lock();
-        inner.writer.forget(Generation(generation));
-        inner.ready.remove(&generation);
+        let own = |u: &&Arc<Upstream>| **u.name() == *copy.as_str();
+        let gone: Vec<_> = inner.leaving.iter().filter(own).map(|upstream| upstream.generation()).collect();
+        gone.into_iter().for_each(|generation| inner.forget(generation));
     }
 
     /// Has the next publication ask every core of every edge for connections to a copy without traffic. The
@@ -121,7 +166,8 @@ impl Table {
 
     /// Renders a service from the newest state and publishes it. Whoever publishes last has rendered last.
     pub(crate) fn publish(&self, core: &Core, service: &str) -> Result<Published, EngineError> {
-        let mut inner = self.lock();
+        let mut guard = self.lock();
+        let inner = &mut *guard;
         let state = core.state();
         // What is not waiting for its first traffic any more is not asked for again.
         let waits = |generation: &u64| {
@@ -129,8 +175,9 @@ impl Table {
             of_service.is_none_or(|instance| instance.state == InstanceState::Started)
         };
         inner.ready.retain(|generation, _| waits(generation));
+        let hold = state.rollout_of(service).and_then(|rollout| inner.holds.of(core, rollout));
         let fixed = inner.fixed.get(service).map_or(&[][..], Vec::as_slice);
-        let mut spec = render(&state, service, fixed, &inner.ready);
+        let mut spec = render(&state, service, fixed, &inner.ready, hold);
         if let Some(spec) = &mut spec {
             spec.policy.mirror = inner.mirror_of(&state, service, &spec.pools);
         }
@@ -144,9 +191,19 @@ impl Table {
             return Ok(Published { version: inner.writer.version(), retired: Vec::new() });
         };
         let applied = inner.writer.apply(&[change]).map_err(|error| refused(&error))?;
-        inner.leaving.retain(|upstream| !upstream.is_empty());
         inner.leaving.extend(applied.retired.iter().cloned());
         Ok(Published { version: applied.version, retired: applied.retired })
+    }
+
+    /// Applies changes that are about no service; says with which version.
+    pub(crate) fn apply_domains(&self, changes: &[Change]) -> Result<u64, EngineError> {
+        let applied = self.lock().writer.apply(changes).map_err(|error| refused(&error))?;
+        Ok(applied.version)
+    }
+
+    /// What became of the requests of a service that were held, over all edges.
+    pub(crate) fn hold_counts(&self, service: &str) -> HoldCounts {
+        self.lock().writer.hold_counts(service)
     }
 
     /// Waits until every edge uses table `version`.
@@ -165,6 +222,12 @@ impl Table {
 }
 
 impl Inner {
+    fn forget(&mut self, generation: Generation) {
+        self.writer.forget(generation);
+        self.ready.remove(&generation.0);
+        self.leaving.retain(|upstream| upstream.generation() != generation);
+    }
+
     /// What edges are to mirror of a service: only while its new copies warm, whatever is remembered.
     fn mirror_of(&self, state: &State, service: &str, pools: &[PoolSpec]) -> Option<Box<MirrorSpec>> {
         let (_, mirror) = self.mirrors.get(service)?;
@@ -220,7 +283,7 @@ impl Core {
             let left = crate::steps::drain_one(&upstream, &deadlines, tokio::time::Instant::now());
             tokio::select! {
                 biased;
-                () = left => core.table.forget(upstream.generation().0),
+                () = left => core.table.forget(&core.state(), &upstream),
                 () = core.stop.cancelled() => {}
             }
         });

@@ -219,14 +219,22 @@ impl Model {
     }
 
     fn client(&self, sent: &Sent) -> IpAddr {
+        let listed = |name: &str| -> Vec<String> {
+            let values = sent.all(name).into_iter().flat_map(|value| listed(&latin1(value)));
+            values.filter(|entry| !entry.is_empty()).collect()
+        };
+        // Quotations are for the standard field alone.
+        let plain = sent.all("x-forwarded-for").into_iter().map(latin1).collect::<Vec<_>>().join(",");
+        let plain = plain.split(',').map(|entry| entry.trim_matches(is_space).to_owned());
+        let mut chain: Vec<_> = plain.filter(|entry| !entry.is_empty()).map(|entry| node(&entry)).collect();
+        if chain.is_empty() {
+            chain = listed("forwarded").iter().map(|element| named_for(element)).collect();
+        }
         let mut client = self.peer;
-        let chain = sent.all("x-forwarded-for").join(&b","[..]);
-        let mut chain = chain.rsplit(|b| *b == b',');
         while self.trusts(client)
-            && let Some(before) = chain.next()
-            && let Some(before) = text(before).and_then(|before| before.trim().parse::<IpAddr>().ok())
+            && let Some(before) = chain.pop()
         {
-            client = before.to_canonical();
+            client = before.map_or(IpAddr::from([0; 4]), |address| address.to_canonical());
         }
         client
     }
@@ -281,7 +289,7 @@ impl Model {
             let name = name.as_str();
             // "close" is an option of the connection and never the name of a field (RFC 9110 §7.6.1).
             let ends_here = HOP_BY_HOP.contains(&name)
-                || (name != "close" && nominated.iter().any(|token| token == name))
+                || (name != "close" && !is_kept(name) && nominated.iter().any(|token| token == name))
                 || ["host", "x-request-id", "traceparent"].contains(&name)
                 || is_lookalike(name)
                 || (is_forwarding(name) && !self.trusts(self.peer));
@@ -334,12 +342,85 @@ impl Model {
     }
 }
 
+const fn is_space(character: char) -> bool {
+    matches!(character, ' ' | '\t')
+}
+
+/// The elements of a list with quotations in it.
+fn listed(value: &str) -> Vec<String> {
+    let mut elements = vec![String::new()];
+    let mut characters = value.chars();
+    let mut quoted = false;
+    while let Some(character) = characters.next() {
+        let last = elements.last_mut().expect("there is one");
+        match character {
+            ',' if !quoted => elements.push(String::new()),
+            '\\' if quoted => {
+                last.push(character);
+                last.extend(characters.next());
+            }
+            _ => {
+                quoted ^= character == '"';
+                last.push(character);
+            }
+        }
+    }
+    elements.iter().map(|element| element.trim_matches(is_space).to_owned()).collect()
+}
+
+/// Whom an element of `Forwarded` names; nobody if it is not `NAME=VALUE` in all of its parts, with one `for` among them.
+fn named_for(element: &str) -> Option<IpAddr> {
+    let mut named = Vec::new();
+    let parts = listed(&element.replace(',', "\u{1}").replace(';', ",").replace('\u{1}', ";"));
+    for part in parts {
+        // What was swapped lies in quotations only, and no address has it.
+        let (name, value) = part.split_once('=')?;
+        let inner = value.strip_prefix('"').and_then(|value| value.strip_suffix('"'));
+        let value = inner.filter(|_| value.len() > 1).unwrap_or(value);
+        if value.contains('"') || inner.is_some() && value.contains('\\') {
+            return None;
+        }
+        if name.eq_ignore_ascii_case("for") {
+            named.push(node(value)?);
+        }
+    }
+    if named.len() == 1 { named.pop() } else { None }
+}
+
+/// An address, alone or with a port that is a number or hidden.
+fn node(text: &str) -> Option<IpAddr> {
+    if let Ok(address) = text.parse() {
+        return Some(address);
+    }
+    let (address, port) = match text.strip_suffix(']') {
+        Some(_) => (text, None),
+        None => text.rsplit_once(':').map(|(address, port)| (address, Some(port)))?,
+    };
+    let fine = port.is_none_or(|port| match port.strip_prefix('_') {
+        Some(name) => {
+            !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+        }
+        None => (1..=5).contains(&port.len()) && port.chars().all(|c| c.is_ascii_digit()),
+    });
+    let v6 = address.strip_prefix('[').and_then(|address| address.strip_suffix(']'));
+    let address = match v6 {
+        Some(v6) => IpAddr::V6(v6.parse().ok()?),
+        None => IpAddr::V4(address.parse().ok()?),
+    };
+    fine.then_some(address)
+}
+
 fn fields_of(headers: &HeaderMap) -> Fields {
     let mut fields = Fields::new();
     for (name, value) in headers {
         fields.entry(name.as_str().to_owned()).or_default().push(value.as_bytes().to_vec());
     }
     fields
+}
+
+/// What frames a message or is guarded by the edge is no option of a connection.
+fn is_kept(name: &str) -> bool {
+    is_forwarding(name) || ["content-length", "host", "via", "peregrine-mirror"].contains(&name)
 }
 
 fn is_forwarding(name: &str) -> bool {

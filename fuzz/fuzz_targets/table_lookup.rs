@@ -10,8 +10,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use libfuzzer_sys::fuzz_target;
 use peregrine_routing::{
-    Address, Balance, Change, Generation, HostPattern, PoolSpec, RouteSpec, ServicePolicy, ServiceSpec,
-    TableReader, TableWriter, UpstreamProtocol, UpstreamSpec, canonical_host, table,
+    Address, Balance, CanonicalPath, Change, Generation, HostPattern, PoolSpec, RouteSpec, ServicePolicy,
+    ServiceSpec, TableReader, TableWriter, UpstreamProtocol, UpstreamSpec, canonical_host, canonical_path,
+    table,
 };
 
 /// Longer scripts only take longer.
@@ -117,6 +118,7 @@ impl Model {
             match change {
                 Change::Put(spec) => last.insert(&spec.name, Some(spec)),
                 Change::Remove(name) => last.insert(name, None),
+                _ => None,
             };
         }
         for (name, spec) in last {
@@ -173,8 +175,12 @@ fn fits_host(pattern: &str, host: &str) -> bool {
     }
 }
 
+/// A prefix in the form that it is matched in, without a slash at its end.
 fn prefix(path: &str) -> Option<String> {
-    let is_path =
-        path.starts_with('/') && !path.contains(|c: char| c <= ' ' || c == '\x7f' || "?#".contains(c));
-    is_path.then(|| path.trim_end_matches('/').to_owned())
+    let CanonicalPath { path, other_reading } = canonical_path(path).ok()?;
+    let segments =
+        |path: &str| path.split('/').filter(|s| !s.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+    let parts = segments(&path);
+    (other_reading.is_none_or(|other| segments(&other) == parts))
+        .then(|| parts.iter().map(|s| format!("/{s}")).collect())
 }

@@ -35,7 +35,7 @@ pub enum AuthorityError {
     },
     /// One of the two files is there and the other is not, or they do not fit.
     #[error(
-        "{0}: the authority's key or certificate is damaged; restore both from a backup, or remove both and let every edge join anew"
+        "{0}: the authority's key or certificate is damaged; restore both from a copy of that folder, or remove both and let every edge join anew"
     )]
     Damaged(String),
     /// A certificate cannot be made.

@@ -36,7 +36,8 @@ pub(crate) fn write_keeping(path: &Path, before: &Path, bytes: &[u8]) -> io::Res
     flush_folder(path)
 }
 
-fn write_flushed(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a file that nobody else reads, in its place; the place is not flushed.
+pub(crate) fn write_flushed(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
     file.sync_all()

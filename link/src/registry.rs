@@ -1,8 +1,8 @@
 //! Which edges belong to the installation, and who may become one: small files in the engine's data folder.
 //!
 //! ```text
-//!   edges/NAME.json      fingerprint of its certificate, its last incarnation, whether it is waited for at a start
-//!   invites/DIGEST.json  a token that has not been used; named by the digest of its secret
+//!   edges/EPOCH/NAME.json  fingerprint of its certificate, its last incarnation, whether it is waited for at a start
+//!   invites/DIGEST.json    a token that has not been used; named by the digest of its secret
 //! ```
 
 use std::io;
@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::authority::{Authority, AuthorityError, PUBLIC_KEY_BYTES, fingerprint};
 use crate::files;
+use crate::records::Records;
 use crate::token::{JoinToken, digest, hex};
 
-const MAX_FILE_BYTES: u64 = 64 << 10;
+pub(crate) const MAX_FILE_BYTES: u64 = 64 << 10;
 /// Longest name: it becomes a label of a host name (RFC 1035 §2.3.4).
 const MAX_NAME_BYTES: usize = 63;
 
@@ -38,6 +39,16 @@ pub enum RegistryError {
     /// What was sent is no public key.
     #[error("that is no public key")]
     BadKey,
+    /// An engine of a higher epoch has taken the edges up.
+    #[error(
+        "this engine is of epoch {ours}, and one of epoch {theirs} has the edges: ask that one; if there is none, bring back the store that belongs to this folder of the link, or put the folder aside and have every edge join anew"
+    )]
+    Replaced {
+        /// Of this engine.
+        ours: u64,
+        /// Of that one.
+        theirs: u64,
+    },
     /// A file.
     #[error("{path}: {source}")]
     Io {
@@ -78,6 +89,9 @@ pub(crate) struct EdgeRecord {
     pub(crate) joined_at: u64,
     /// Its last process.
     pub(crate) incarnation: Option<u64>,
+    /// Processes before it that still end what they have, and their cores.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) beside: Vec<(u64, u32)>,
     pub(crate) cores: u32,
     /// When it was last heard of, to the minute or better, in Unix milliseconds; 0 is never.
     pub(crate) seen_at: u64,
@@ -85,55 +99,42 @@ pub(crate) struct EdgeRecord {
     pub(crate) away: bool,
 }
 
-/// The registry in its folder.
+/// An edge that was let in.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    pub(crate) name: String,
+    pub(crate) certificate: Vec<u8>,
+    pub(crate) record: EdgeRecord,
+}
+
+/// The registry in its folder, as the engine of an epoch has it.
 #[derive(Clone, Debug)]
 pub(crate) struct Registry {
     folder: PathBuf,
+    records: Records,
 }
 
 impl Registry {
-    pub(crate) fn open(folder: &Path) -> Result<Self, RegistryError> {
-        for part in ["edges", "invites"] {
-            let path = folder.join(part);
-            files::private_folder(&path).map_err(|source| RegistryError::Io { path, source })?;
-        }
-        Ok(Self { folder: folder.to_owned() })
+    /// Takes the registry up; an engine of a lower epoch changes nothing in it from here on.
+    pub(crate) fn open(folder: &Path, epoch: u64) -> Result<Self, RegistryError> {
+        let invites = folder.join("invites");
+        files::private_folder(&invites).map_err(|source| RegistryError::Io { path: invites, source })?;
+        let records = Records::open(folder.join(crate::records::FOLDER), epoch)?;
+        Ok(Self { folder: folder.to_owned(), records })
     }
 
     /// Every edge, by name. A file that cannot be read is told and left out: it shuts out its edge and no other.
     pub(crate) fn edges(&self) -> Result<Vec<(String, EdgeRecord)>, RegistryError> {
-        let folder = self.folder.join("edges");
-        let failed = |source| RegistryError::Io { path: folder.clone(), source };
-        let mut edges = Vec::new();
-        for entry in std::fs::read_dir(&folder).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            let Some(name) = path.file_name().and_then(|n| n.to_str()?.strip_suffix(".json")) else {
-                continue;
-            };
-            match read_json(&path) {
-                Ok(Some(record)) => edges.push((name.to_owned(), record)),
-                Ok(None) => {}
-                Err(error) => tracing::error!(%error, "the record of an edge cannot be read: it is shut out"),
-            }
-        }
-        edges.sort_by(|one, other| one.0.cmp(&other.0));
-        Ok(edges)
+        self.records.all()
     }
 
     pub(crate) fn put(&self, name: &str, record: &EdgeRecord) -> Result<(), RegistryError> {
-        write_json(&self.edge_path(name), record)
+        self.records.put(name, record)
     }
 
     pub(crate) fn remove(&self, name: &str) -> Result<(), RegistryError> {
         check_name(name)?;
-        let path = self.edge_path(name);
-        match std::fs::remove_file(&path).and_then(|()| files::flush_folder(&path)) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err(RegistryError::Unknown(name.to_owned()))
-            }
-            Err(source) => Err(RegistryError::Io { path, source }),
-        }
+        self.records.remove(name)
     }
 
     /// Makes a token for an edge of this name. It is durable when this returns; the token itself is not kept.
@@ -144,6 +145,7 @@ impl Registry {
         lifetime_ms: u64,
     ) -> Result<Invite, RegistryError> {
         check_name(name)?;
+        self.records.is_ours()?;
         self.forget_expired();
         let token = JoinToken::fresh(authority.fingerprint()).map_err(|error| RegistryError::Io {
             path: self.folder.clone(),
@@ -162,32 +164,35 @@ impl Registry {
         authority: &Authority,
         secret: &[u8],
         public_key: Vec<u8>,
-    ) -> Result<(String, Vec<u8>), RegistryError> {
+    ) -> Result<Admitted, RegistryError> {
         if public_key.len() != PUBLIC_KEY_BYTES || public_key[0] != 4 {
             return Err(RegistryError::BadKey);
         }
+        // Before the token is used up: it is good at the engine that leads.
+        self.records.is_ours()?;
         let path = self.invite_path(secret);
-        let record: Option<InviteRecord> = read_json(&path)?;
-        let record = record.ok_or(RegistryError::BadToken)?;
+        let invite: Option<InviteRecord> = read_json(&path)?;
+        let invite = invite.ok_or(RegistryError::BadToken)?;
         match std::fs::remove_file(&path).and_then(|()| files::flush_folder(&path)) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(RegistryError::BadToken),
             Err(source) => return Err(RegistryError::Io { path, source }),
         }
-        if record.expires_at <= now() {
+        if invite.expires_at <= now() {
             return Err(RegistryError::BadToken);
         }
-        let certificate = authority.edge(&record.edge, public_key)?;
-        let edge = EdgeRecord {
+        let certificate = authority.edge(&invite.edge, public_key)?;
+        let record = EdgeRecord {
             fingerprint: hex(&fingerprint(&certificate)),
             joined_at: now(),
             incarnation: None,
+            beside: Vec::new(),
             cores: 0,
             seen_at: 0,
             away: true,
         };
-        self.put(&record.edge, &edge)?;
-        Ok((record.edge, certificate.to_vec()))
+        self.put(&invite.edge, &record)?;
+        Ok(Admitted { name: invite.edge, certificate: certificate.to_vec(), record })
     }
 
     fn forget_expired(&self) {
@@ -199,10 +204,6 @@ impl Registry {
                 tracing::debug!(%error, "an expired invite stays; it is refused all the same");
             }
         }
-    }
-
-    fn edge_path(&self, name: &str) -> PathBuf {
-        self.folder.join("edges").join(format!("{name}.json"))
     }
 
     fn invite_path(&self, secret: &[u8]) -> PathBuf {
@@ -220,13 +221,13 @@ fn check_name(name: &str) -> Result<(), RegistryError> {
     if good { Ok(()) } else { Err(RegistryError::BadName(name.to_owned())) }
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, RegistryError> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, RegistryError> {
     let failed = |source| RegistryError::Io { path: path.to_owned(), source };
     let Some(bytes) = files::read_bounded(path, MAX_FILE_BYTES).map_err(failed)? else { return Ok(None) };
     serde_json::from_slice(&bytes).map(Some).map_err(|error| failed(error.into()))
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), RegistryError> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), RegistryError> {
     let failed = |source| RegistryError::Io { path: path.to_owned(), source };
     let bytes = serde_json::to_vec_pretty(value).map_err(|error| failed(error.into()))?;
     files::write_whole(path, &bytes).map_err(failed)
@@ -246,7 +247,7 @@ mod tests {
     fn registry() -> (tempfile::TempDir, Authority, Registry) {
         let folder = tempfile::tempdir().expect("a folder");
         let authority = Authority::open(folder.path()).expect("an authority");
-        let registry = Registry::open(folder.path()).expect("a registry");
+        let registry = Registry::open(folder.path(), 1).expect("a registry");
         (folder, authority, registry)
     }
 
@@ -255,8 +256,8 @@ mod tests {
         let (folder, authority, registry) = registry();
         let invite = registry.invite(&authority, "edge-1", 60_000).expect("a token");
         let key = || fresh_key().expect("a key").1;
-        let (name, _) = registry.admit(&authority, &invite.token.secret, key()).expect("it is let in");
-        assert_eq!(name, "edge-1");
+        let admitted = registry.admit(&authority, &invite.token.secret, key()).expect("it is let in");
+        assert_eq!(admitted.name, "edge-1");
         let again = registry.admit(&authority, &invite.token.secret, key());
         assert!(matches!(again, Err(RegistryError::BadToken)), "{again:?}");
         assert_eq!(registry.edges().expect("edges").len(), 1);

@@ -10,17 +10,24 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use peregrine_routing::ServiceSpec;
+use peregrine_routing::{DomainSpec, ServiceSpec};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files;
-use crate::wire::{self, WireService};
+use crate::wire::{BadHost, KeptService, RulesOfForm3, WireDomain, WireRules};
 
 const FILE: &str = "table";
 const FILE_BEFORE: &str = "table.before";
 /// Names the form of what follows.
 const MAGIC: &[u8; 16] = b"peregrine table\x01";
+/// Form of the content: the number that the link had when the two were parted. It is raised when [`KeptService`] changes,
+/// and then the forms before it are read too: an edge that is brought up to another version begins with what it had.
+const FORM: u16 = 4;
+/// Rules say less in it.
+const FORM_3: u16 = 3;
+/// Without domains and rules.
+const FORM_2: u16 = 2;
 const CHECKSUM_BYTES: usize = 32;
 /// A table of a million services is a fifth of it.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -32,6 +39,8 @@ pub struct SavedTable {
     pub epoch: u64,
     /// Its services.
     pub services: Vec<ServiceSpec>,
+    /// What it serves over TLS. Challenges are for now only.
+    pub domains: Vec<DomainSpec>,
 }
 
 /// What was found on the disk.
@@ -65,9 +74,28 @@ pub enum SavedError {
 
 #[derive(Serialize, Deserialize)]
 struct Content {
-    wire_version: u16,
+    form: u16,
     epoch: u64,
-    services: Vec<WireService>,
+    services: Vec<KeptService>,
+    domains: Vec<WireDomain>,
+    /// Rules, with the number of their service above: few services have any.
+    rules: Vec<(u32, WireRules)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ContentOfForm2 {
+    form: u16,
+    epoch: u64,
+    services: Vec<KeptService>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ContentOfForm3 {
+    form: u16,
+    epoch: u64,
+    services: Vec<KeptService>,
+    domains: Vec<WireDomain>,
+    rules: Vec<(u32, RulesOfForm3)>,
 }
 
 /// Reads what is there.
@@ -87,8 +115,15 @@ pub(crate) fn load(folder: &Path) -> Saved {
 }
 
 /// Saves a table; the one that was there is kept as the one before, unless it is damaged.
-pub(crate) fn save(folder: &Path, epoch: u64, services: Vec<WireService>) -> Result<(), SavedError> {
-    let content = Content { wire_version: wire::VERSION, epoch, services };
+pub(crate) fn save(
+    folder: &Path,
+    epoch: u64,
+    services: Vec<KeptService>,
+    domains: Vec<WireDomain>,
+) -> Result<(), SavedError> {
+    let rules =
+        services.iter().zip(0..).filter_map(|(service, n)| Some((n, service.rules.clone()?))).collect();
+    let content = Content { form: FORM, epoch, services, domains, rules };
     let bytes = encode(&content);
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(SavedError::TooLarge(bytes.len() as u64));
@@ -105,11 +140,14 @@ pub(crate) fn save(folder: &Path, epoch: u64, services: Vec<WireService>) -> Res
 }
 
 fn encode(content: &Content) -> Vec<u8> {
-    let payload = postcard::to_stdvec(content).expect("plain data can be written");
+    signed(&postcard::to_stdvec(content).expect("plain data can be written"))
+}
+
+fn signed(payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(MAGIC.len() + 8 + payload.len() + CHECKSUM_BYTES);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&(payload.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&payload);
+    bytes.extend_from_slice(payload);
     let checksum = Sha256::digest(&bytes);
     bytes.extend_from_slice(&checksum);
     bytes
@@ -134,17 +172,33 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     if magic != MAGIC || length != (payload.len() as u64).to_le_bytes() {
         return Err("it is no table of this version".into());
     }
-    let content: Content = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
-    if content.wire_version != wire::VERSION {
-        return Err(format!("it is of version {} of the link", content.wire_version));
+    // The form comes first: what follows can be read only by who knows it.
+    let (form, _): (u16, _) = postcard::take_from_bytes(payload).map_err(|error| error.to_string())?;
+    let content: Content = match form {
+        FORM => postcard::from_bytes(payload).map_err(|error| error.to_string())?,
+        FORM_3 => {
+            let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
+            let ContentOfForm3 { form, epoch, services, domains, rules } = before;
+            let rules = rules.into_iter().map(|(n, rules)| (n, rules.into())).collect();
+            Content { form, epoch, services, domains, rules }
+        }
+        FORM_2 => {
+            let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
+            let ContentOfForm2 { form, epoch, services } = before;
+            Content { form, epoch, services, domains: Vec::new(), rules: Vec::new() }
+        }
+        _ => return Err(format!("it is of form {form}, this edge reads forms {FORM_2} to {FORM}")),
+    };
+    let mut services = content.services;
+    for (n, rules) in content.rules {
+        let service = services.get_mut(n as usize).ok_or("it has rules of no service")?;
+        service.rules = Some(rules);
     }
-    let services = content.services.into_iter().map(|service| {
-        let mut service = ServiceSpec::try_from(service).map_err(|error| error.to_string())?;
-        // Copies are made for an engine that looks at them: from the disk comes what clients need.
-        service.policy.mirror = None;
-        Ok::<_, String>(service)
-    });
-    Ok(SavedTable { epoch: content.epoch, services: services.collect::<Result<_, _>>()? })
+    let services = services.into_iter().map(|service| service.try_into());
+    let services = services.collect::<Result<Vec<ServiceSpec>, _>>().map_err(|error| error.to_string())?;
+    let domains = content.domains.into_iter().map(|domain| domain.try_into());
+    let domains = domains.collect::<Result<Vec<DomainSpec>, BadHost>>().map_err(|error| error.to_string())?;
+    Ok(SavedTable { epoch: content.epoch, services, domains })
 }
 
 #[cfg(test)]
@@ -152,7 +206,7 @@ mod tests {
     use peregrine_routing::{Balance, ServicePolicy};
 
     use super::*;
-    use crate::wire::spec_tests::service;
+    use crate::wire::{domain_tests, mirror_tests, rules_tests, spec_tests::service};
 
     fn services(count: usize) -> Vec<ServiceSpec> {
         let one = |n: usize| service(&format!("shop-{n}"), Balance::default(), ServicePolicy::default());
@@ -160,8 +214,8 @@ mod tests {
     }
 
     fn put(folder: &Path, epoch: u64, count: usize) {
-        let services = services(count).iter().map(WireService::from).collect();
-        save(folder, epoch, services).expect("it is saved");
+        let services = services(count).iter().map(KeptService::from).collect();
+        save(folder, epoch, services, Vec::new()).expect("it is saved");
     }
 
     #[test]
@@ -170,21 +224,155 @@ mod tests {
         assert_eq!(load(folder.path()), Saved::Never);
         for epoch in 1..=3 {
             put(folder.path(), epoch, epoch as usize);
-            let table = SavedTable { epoch, services: services(epoch as usize) };
+            let table = SavedTable { epoch, services: services(epoch as usize), domains: Vec::new() };
             assert_eq!(load(folder.path()), Saved::Last(table));
         }
         std::fs::remove_file(folder.path().join(FILE)).expect("it is there");
         let Saved::Before(table, _) = load(folder.path()) else { panic!("the one before") };
-        assert_eq!(table, SavedTable { epoch: 2, services: services(2) });
+        assert_eq!(table, SavedTable { epoch: 2, services: services(2), domains: Vec::new() });
     }
 
     #[test]
     fn a_table_from_the_disk_mirrors_nothing() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut mirroring = services(1);
-        mirroring[0].policy.mirror = Some(Box::new(wire::mirror_tests::spec()));
-        save(folder.path(), 1, mirroring.iter().map(WireService::from).collect()).expect("it is saved");
-        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 1, services: services(1) }));
+        mirroring[0].policy.mirror = Some(Box::new(mirror_tests::spec()));
+        save(folder.path(), 1, mirroring.iter().map(KeptService::from).collect(), Vec::new())
+            .expect("it is saved");
+        assert_eq!(
+            load(folder.path()),
+            Saved::Last(SavedTable { epoch: 1, services: services(1), domains: Vec::new() })
+        );
+    }
+
+    /// What is in `fixtures/table.2`, without the mirror that the first of them had.
+    fn of_form_2() -> SavedTable {
+        use peregrine_routing::{
+            DrainTime, HashKey, HealthCheck, HealthCheckKind, Passive, PerClass, Sticky,
+        };
+        let policy = ServicePolicy {
+            connect_timeout_ms: 1_001,
+            response_head_timeout_ms: 1_002,
+            body_idle_timeout_ms: 1_003,
+            tunnel_idle_timeout_ms: 1_004,
+            websocket_close_spread_ms: 1_005,
+            drain: PerClass(std::array::from_fn(|n| DrainTime { close_ms: n as u64, cut_ms: 10 + n as u64 })),
+            max_request_body_bytes: 1 << 40,
+            max_idle_connections_per_upstream: 1_006,
+            upstream_idle_timeout_ms: 1_007,
+            health: Some(HealthCheck {
+                kind: HealthCheckKind::Http { path: "/healthz".into(), host: Some("probe.test".into()) },
+                interval_ms: 1_008,
+                timeout_ms: 1_009,
+                healthy_threshold: 2,
+                unhealthy_threshold: 3,
+            }),
+            passive: Passive { consecutive_failures: 4, base_ejection_ms: 1_010, max_ejection_ms: 1_011 },
+            slow_start_ms: 1_012,
+            sticky: Some(Sticky { cookie: "c".into() }),
+            preserve_host: false,
+            ..ServicePolicy::default()
+        };
+        let rich = service("rich", Balance::ConsistentHash(HashKey::Header("x-user".into())), policy);
+        let plain = service("plain", Balance::default(), ServicePolicy::default());
+        SavedTable { epoch: 7, services: vec![rich, plain], domains: Vec::new() }
+    }
+
+    #[test]
+    fn a_file_that_an_edge_wrote_before_holds_and_domains_were_known_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(FILE), include_bytes!("fixtures/table.2")).expect("it is written");
+        assert_eq!(load(folder.path()), Saved::Last(of_form_2()));
+        // It is kept as the one before what is saved over it.
+        let services = of_form_2().services.iter().map(KeptService::from).collect();
+        save(folder.path(), 8, services, Vec::new()).expect("it is saved");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 8, ..of_form_2() }));
+        std::fs::remove_file(folder.path().join(FILE)).expect("it is there");
+        assert!(matches!(load(folder.path()), Saved::Before(before, _) if before == of_form_2()));
+    }
+
+    #[test]
+    fn the_rules_of_services_are_on_the_disk() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut services = services(3);
+        let by = peregrine_routing::RateKey::Cookie("c".into());
+        services[1].policy.rules = Some(Box::new(rules_tests::rules(by)));
+        save(folder.path(), 1, services.iter().map(KeptService::from).collect(), Vec::new())
+            .expect("it is saved");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 1, services, domains: Vec::new() }));
+    }
+
+    #[test]
+    fn a_file_that_an_edge_wrote_when_rules_changed_nothing_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut services = services(2);
+        let (allow, deny) = (vec!["10.0.0.0/8".parse().expect("a network")], Vec::new());
+        let rules = peregrine_routing::Rules { allow, deny, max_in_flight: 7, ..Default::default() };
+        services[1].policy.rules = Some(Box::new(rules));
+        let written: RulesOfForm3 = postcard::from_bytes(
+            &postcard::to_stdvec(&(
+                vec![("10.0.0.0".parse::<std::net::IpAddr>().expect("an address"), 8_u8)],
+                Vec::<(std::net::IpAddr, u8)>::new(),
+                7_u32,
+                None::<u32>,
+            ))
+            .expect("bytes"),
+        )
+        .expect("rules");
+        let content = ContentOfForm3 {
+            form: FORM_3,
+            epoch: 7,
+            services: services.iter().map(KeptService::from).collect(),
+            domains: Vec::new(),
+            rules: vec![(1, written)],
+        };
+        let payload = postcard::to_stdvec(&content).expect("bytes");
+        std::fs::write(folder.path().join(FILE), signed(&payload)).expect("it is written");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 7, services, domains: Vec::new() }));
+    }
+
+    #[test]
+    fn what_is_served_over_tls_is_on_the_disk() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let domains = vec![domain_tests::domain("example.com"), domain_tests::domain("*.example.com")];
+        let kept = domains.iter().map(WireDomain::from).collect();
+        save(folder.path(), 1, Vec::new(), kept).expect("it is saved");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 1, services: Vec::new(), domains }));
+    }
+
+    #[test]
+    fn a_file_of_a_form_to_come_is_told_from_a_damaged_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let content = Content {
+            form: FORM + 1,
+            epoch: 1,
+            services: Vec::new(),
+            domains: Vec::new(),
+            rules: Vec::new(),
+        };
+        std::fs::write(folder.path().join(FILE), encode(&content)).expect("it is written");
+        let Saved::Damaged(why) = load(folder.path()) else { panic!("it cannot be read") };
+        assert!(why.contains("it is of form 5, this edge reads forms 2 to 4"), "{why}");
+    }
+
+    #[test]
+    fn a_table_from_the_disk_holds_nobody() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut held = services(1);
+        held[0].policy.hold = Some(Box::new(peregrine_routing::HoldSpec {
+            id: 1,
+            until_ms: 2,
+            max_requests: 3,
+            max_bytes: 4,
+            max_age_ms: 5,
+            release_per_s: 6,
+        }));
+        save(folder.path(), 1, held.iter().map(KeptService::from).collect(), Vec::new())
+            .expect("it is saved");
+        assert_eq!(
+            load(folder.path()),
+            Saved::Last(SavedTable { epoch: 1, services: services(1), domains: Vec::new() })
+        );
     }
 
     #[test]
@@ -196,7 +384,11 @@ mod tests {
         for length in 0..whole.len() {
             std::fs::write(folder.path().join(FILE), &whole[..length]).expect("it is cut");
             let Saved::Before(table, _) = load(folder.path()) else { panic!("cut at {length}") };
-            assert_eq!(table, SavedTable { epoch: 1, services: services(1) }, "cut at {length}");
+            assert_eq!(
+                table,
+                SavedTable { epoch: 1, services: services(1), domains: Vec::new() },
+                "cut at {length}"
+            );
         }
         // What is saved next does not put the damaged one in the place of the good one.
         put(folder.path(), 3, 3);

@@ -42,6 +42,7 @@ struct Record {
     started_us: u64,
     total_us: u64,
     head_us: u64,
+    held_us: u64,
     bytes_in: u64,
     bytes_out: u64,
     generation: Option<u64>,
@@ -143,6 +144,7 @@ impl CoreLog {
             started_us: flight.started_us,
             total_us,
             head_us: flight.head_us.get(),
+            held_us: flight.held_us.get(),
             bytes_in: flight.bytes_in.get(),
             bytes_out: flight.bytes_out.get(),
             generation: upstream.as_ref().map(|upstream| upstream.generation().0),
@@ -170,6 +172,7 @@ impl CoreLog {
             started_us: now_us(),
             total_us: 0,
             head_us: 0,
+            held_us: 0,
             bytes_in: 0,
             bytes_out: 0,
             generation: None,
@@ -335,6 +338,10 @@ fn json_line(out: &mut Vec<u8>, record: &Record, texts: &Texts<'_>, second: &str
         out.extend_from_slice(key);
         push_number(out, number);
     }
+    if record.held_us > 0 {
+        out.extend_from_slice(b",\"held_us\":");
+        push_number(out, record.held_us);
+    }
     out.extend_from_slice(b"}\n");
 }
 
@@ -493,6 +500,7 @@ mod tests {
             started_us: 0,
             total_us: 1_500,
             head_us: 1_200,
+            held_us: 0,
             bytes_in: 0,
             bytes_out: 100,
             generation: Some(7),

@@ -12,14 +12,17 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use peregrine_routing::{Failure, Outcome, TrafficClass};
+use peregrine_routing::{Failure, Outcome, Ticket, TrafficClass};
 
+use crate::early::Early;
 use crate::error::Reason;
 use crate::grpc::{self, Messages};
 use crate::headers;
+use crate::hold::{EARLY_FRAME_BYTES, MAX_EARLY_BODY_BYTES};
 use crate::http1::{Http1Conn, PolledFrame};
 use crate::inflight::{Flight, FlightGuard, Waits};
 use crate::pool::{Http2Ticket, UpstreamPool};
+use crate::rules::{Compressing, MAX_PIECES_IN_A_ROW};
 
 /// Why a body broke off. Tells hyper to break the message off too, without a proper end.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -48,6 +51,8 @@ pub(crate) struct RequestBody {
     head_timeout_ms: u32,
     /// The first frame, if it was there with the head.
     first: RefCell<Option<Frame<Bytes>>>,
+    /// What was taken in before there was an upstream for it; `None` if the request never had to wait.
+    early: RefCell<Option<Box<Early>>>,
     /// Frames that were taken from the client, while they may be needed again.
     kept: RefCell<Option<Vec<Bytes>>>,
     taken: Cell<bool>,
@@ -106,6 +111,7 @@ impl RequestBody {
             body_idle_ms: limits.body_idle_ms,
             head_timeout_ms: limits.head_timeout_ms,
             first: RefCell::new(limits.first),
+            early: RefCell::default(),
             kept: RefCell::new(limits.keep.then(Vec::new)),
             taken: Cell::new(false),
             ended: Cell::new(false),
@@ -153,6 +159,43 @@ impl RequestBody {
         self.incoming.borrow().is_none()
     }
 
+    /// Bytes of it that were taken from the client and are still here.
+    pub(crate) fn kept_bytes(&self) -> u64 {
+        let first = self.first.borrow().as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
+        let early = self.early.borrow().as_ref().map_or(0, |early| early.bytes());
+        let kept: usize = self.kept.borrow().iter().flatten().map(Bytes::len).sum();
+        (first + kept) as u64 + early
+    }
+
+    /// Takes in what is there, up to the limit and as far as there is room; what the client did wrong, if it did.
+    pub(crate) fn take_early(&self, cx: &mut Context<'_>, ticket: &Ticket) -> Option<Reason> {
+        if self.fault.get().is_some() || self.ended.get() || self.gate.as_ref().is_some_and(|g| !g.is_open())
+        {
+            return self.fault.get();
+        }
+        let mut slot = self.incoming.borrow_mut();
+        let (Some(incoming), mut early) = (&mut *slot, self.early.borrow_mut()) else { return None };
+        let early = early.get_or_insert_default();
+        while !incoming.is_end_stream() && early.bytes() < MAX_EARLY_BODY_BYTES {
+            // How large the next frame is comes to light with it: room is asked for before, and what is too much given back.
+            let left = incoming.size_hint().exact();
+            let reserved = left.map_or(EARLY_FRAME_BYTES, |left| left.min(EARLY_FRAME_BYTES));
+            if !ticket.reserve(reserved) {
+                break;
+            }
+            let polled = Pin::new(&mut *incoming).poll_frame(cx);
+            let Poll::Ready(Some(Ok(frame))) = polled else {
+                ticket.settle(reserved, 0);
+                if let Poll::Ready(Some(Err(error))) = polled {
+                    self.fault.set(Some(client_fault(&error)));
+                }
+                break;
+            };
+            ticket.settle(reserved, early.push(frame));
+        }
+        self.fault.get()
+    }
+
     fn poll_client(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         if let Some(fault) = self.fault.get() {
             return Poll::Ready(Some(Err(Broken(fault))));
@@ -164,6 +207,7 @@ impl RequestBody {
             std::task::ready!(gate.poll_open(cx));
         }
         let first = self.first.borrow_mut().take();
+        let first = first.or_else(|| self.early.borrow_mut().as_mut().and_then(|early| early.pop()));
         if let Some(first) = first {
             return Poll::Ready(Some(self.pass(first)));
         }
@@ -217,6 +261,10 @@ impl RequestBody {
         }
         if let Some(trailers) = frame.trailers_mut() {
             headers::clean_trailers(trailers);
+            if let Some(rules) = self.flight.service.borrow().as_ref().and_then(|entry| entry.rules.as_ref())
+            {
+                rules.clean_trailers(trailers);
+            }
             *self.kept.borrow_mut() = None;
         }
         if self.is_at_end() {
@@ -229,7 +277,9 @@ impl RequestBody {
     }
 
     fn is_at_end(&self) -> bool {
-        self.first.borrow().is_none() && self.incoming.borrow().as_ref().is_some_and(Incoming::is_end_stream)
+        self.first.borrow().is_none()
+            && self.early.borrow().as_ref().is_none_or(|early| early.is_empty())
+            && self.incoming.borrow().as_ref().is_some_and(Incoming::is_end_stream)
     }
 
     fn end(&self) {
@@ -340,6 +390,19 @@ pub(crate) struct UpstreamBody {
     pub(crate) late_from_ms: u64,
     /// Where the messages of a call end.
     pub(crate) messages: Option<Messages>,
+    /// It is compressed on its way.
+    pub(crate) compressing: Option<Box<Compressing>>,
+}
+
+impl UpstreamBody {
+    /// A piece has come, and more will: it is the client's turn.
+    fn goes_on(&mut self, flight: &Flight) {
+        flight.wait(Waits::Client, self.body_idle_ms);
+        if self.late_from_ms != 0 && flight.core.coarse_now_ms() > self.late_from_ms {
+            self.late_from_ms = 0;
+            flight.reclassify(self.late_class);
+        }
+    }
 }
 
 /// Where an answer's body comes from.
@@ -364,7 +427,7 @@ impl Source {
     #[inline]
     fn poll_spliced(&mut self, flight: &Flight, cx: &mut Context<'_>) -> Option<PolledFrame<BrokeOff>> {
         match self {
-            Self::Http1(conn, _) if !flight.conn.http2.get() => {
+            Self::Http1(conn, _) if !flight.conn.http2.get() && !flight.conn.is_tls() => {
                 let spliced = conn.poll_spliced(cx, &flight.core.splicer, &flight.conn.in_pipe)?;
                 Some(spliced.map_err(|_| BrokeOff))
             }
@@ -379,7 +442,7 @@ impl Source {
         }
     }
 
-    fn size_hint(&self) -> SizeHint {
+    pub(crate) fn size_hint(&self) -> SizeHint {
         match self {
             Self::Http1(conn, _) => conn.size_hint(),
             Self::Http2(incoming, _) => incoming.size_hint(),
@@ -466,6 +529,9 @@ impl ReplyBody {
             let reason = flight.reason.get().unwrap_or(Reason::Internal);
             return Poll::Ready(if ended { None } else { Some(Err(Broken(reason))) });
         };
+        if body.compressing.is_some() {
+            return Self::poll_compressed(flight, &mut slot, cx);
+        }
         let closing = flight.is_closing() && body.source.size_hint().exact().is_none();
         let mut events = flight.events.borrow_mut();
         if closing && events.as_ref().is_some_and(|events| events.is_between()) {
@@ -517,29 +583,88 @@ impl ReplyBody {
                 } else if body.source.is_end() && !(calls_off && body.messages.is_some()) {
                     complete(flight, &mut slot);
                 } else {
-                    flight.wait(Waits::Client, body.body_idle_ms);
-                    if body.late_from_ms != 0 && flight.core.coarse_now_ms() > body.late_from_ms {
-                        body.late_from_ms = 0;
-                        flight.reclassify(body.late_class);
-                    }
+                    body.goes_on(flight);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(_))) => {
-                // Its head was counted as an answer; one that was an error is one already.
-                if flight.status.get() < 500 {
-                    flight.record(Outcome::Failed(Failure::Reset));
-                } else {
-                    flight.strike();
-                }
-                fail(flight, &mut slot, Reason::UpstreamBodyAborted, cx)
-            }
+            Poll::Ready(Some(Err(_))) => broke_off(flight, &mut slot, cx),
             Poll::Ready(None) => {
                 complete(flight, &mut slot);
                 Poll::Ready(None)
             }
         }
     }
+
+    /// Takes pieces of the upstream's until something comes out of them. What is there is given when no more is.
+    fn poll_compressed(
+        flight: &Rc<Flight>,
+        slot: &mut Option<UpstreamBody>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        for _ in 0..MAX_PIECES_IN_A_ROW {
+            let Some(body) = slot else { return Poll::Ready(None) };
+            let UpstreamBody { source, compressing: Some(compressing), body_idle_ms, .. } = body else {
+                return Poll::Ready(None);
+            };
+            if compressing.ended {
+                let trailers = compressing.trailers.take();
+                complete(flight, slot);
+                return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+            }
+            let polled = if source.is_end() { Poll::Ready(None) } else { source.poll(cx) };
+            let out = match polled {
+                Poll::Pending if flight.is_expired() => {
+                    return fail(flight, slot, flight.timeout_reason(), cx);
+                }
+                Poll::Pending => {
+                    let out = compressing.flush();
+                    if matches!(out, Ok(None)) {
+                        flight.note_waker(cx);
+                        if flight.waits.get() != Waits::Body {
+                            flight.wait(Waits::Body, *body_idle_ms);
+                        }
+                        return Poll::Pending;
+                    }
+                    out
+                }
+                Poll::Ready(Some(Err(_))) => return broke_off(flight, slot, cx),
+                Poll::Ready(None) => compressing.finish(),
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => compressing.pass(&data),
+                    Err(frame) => {
+                        let mut trailers = frame.into_trailers().unwrap_or_default();
+                        headers::clean_trailers(&mut trailers);
+                        compressing.trailers = Some(trailers);
+                        compressing.finish()
+                    }
+                },
+            };
+            let Ok(out) = out else { return fail(flight, slot, Reason::Internal, cx) };
+            let (ended, trailers) = (compressing.ended, compressing.trailers.is_some());
+            let Some(out) = out else { continue };
+            flight.bytes_out.set(flight.bytes_out.get() + out.len() as u64);
+            if ended && !trailers {
+                complete(flight, slot);
+            } else {
+                body.goes_on(flight);
+            }
+            return Poll::Ready(Some(Ok(Frame::data(out))));
+        }
+        // Much has gone in and nothing come out: others have their turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// An upstream's answer ended before its end.
+fn broke_off<T>(flight: &Flight, slot: &mut Option<UpstreamBody>, cx: &Context<'_>) -> Poll<T> {
+    // Its head was counted as an answer; one that was an error is one already.
+    if flight.status.get() < 500 {
+        flight.record(Outcome::Failed(Failure::Reset));
+    } else {
+        flight.strike();
+    }
+    fail(flight, slot, Reason::UpstreamBodyAborted, cx)
 }
 
 fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
@@ -600,7 +725,9 @@ impl Body for ReplyBody {
             Self::Page(page, _) => SizeHint::with_exact(page.as_ref().map_or(0, Bytes::len) as u64),
             Self::Empty(_) => SizeHint::with_exact(0),
             Self::Stream(guard) => {
-                guard.0.body.borrow().as_ref().map_or_else(SizeHint::default, |body| body.source.size_hint())
+                let body = guard.0.body.borrow();
+                let as_it_is = body.as_ref().filter(|body| body.compressing.is_none());
+                as_it_is.map_or_else(SizeHint::default, |body| body.source.size_hint())
             }
         }
     }

@@ -1,20 +1,30 @@
 //! What an edge has to be told. Every field has a default, and every default its reason.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::Arc;
+
+pub use peregrine_routing::{IpNet, IpNetError};
 
 /// Configuration of an [`crate::Edge`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Addresses that speak clear-text HTTP/1.1 and HTTP/2 (prior knowledge).
     pub http: Vec<SocketAddr>,
+    /// Addresses that speak TLS 1.2 and 1.3 with HTTP/1.1 and HTTP/2 in it, as ALPN says (RFC 7301). What is
+    /// presented to whom is in the table.
+    pub https: Vec<SocketAddr>,
+    /// Port at which clients reach `https`, for redirects from clear text. 443, also where the edge listens on another
+    /// one that is mapped to it.
+    pub https_port: u16,
     /// Number of cores to use, each with its own runtime, listener and upstream pool; 0 is one per CPU.
     pub cores: usize,
     /// Peers whose `Forwarded`, `X-Forwarded-*` and `X-Real-IP` are believed and extended; those of
     /// anybody else are dropped. Empty: nobody, because a header is easier to forge than an address.
     pub trusted_proxies: Vec<IpNet>,
+    /// Peers whose connections begin with a header of the PROXY protocol (version 1 or 2) that says whom they are for;
+    /// without one they are refused, and such a header of anybody else is a malformed request. Empty: nobody.
+    pub proxy_protocol_from: Vec<IpNet>,
     /// Where and how requests are logged; `None` logs nothing, since a log is private data.
     pub access_log: Option<AccessLogConfig>,
     /// Sizes and times that a client cannot exceed.
@@ -30,8 +40,11 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             http: Vec::new(),
+            https: Vec::new(),
+            https_port: 443,
             cores: 0,
             trusted_proxies: Vec::new(),
+            proxy_protocol_from: Vec::new(),
             access_log: None,
             limits: Limits::default(),
             drain_timeout_ms: 30_000,
@@ -84,6 +97,19 @@ pub struct Limits {
     /// Connections at a time over all cores; further ones wait in the accept queue. 65,536: below the
     /// file descriptors that service managers give (524,288) with room for upstream connections.
     pub max_connections: u32,
+    /// Connections at a time from one source network over all cores; further ones are closed. 0 is as many as there may
+    /// be in all: a company or a mobile network may stand behind one address. `trusted_proxies` have no such limit.
+    pub max_connections_per_source: u32,
+    /// Length of the prefix of IPv4 addresses that count as one source. 32: each for itself.
+    pub source_v4_prefix_bits: u8,
+    /// Length of the prefix of IPv6 addresses that count as one source. 64: what one customer has at the least.
+    pub source_v6_prefix_bits: u8,
+    /// Resident memory of the process in bytes above which new requests get 503. 0 is no limit: how much there is
+    /// to have, only the operator knows.
+    pub max_memory_bytes: u64,
+    /// Least bytes per second of a request body, over ten seconds, while the edge waits for it. 0 is no least: then
+    /// only a body that stands still is ended. 16: no network is slower, and one who sends a byte now and then is cut.
+    pub min_request_body_bytes_per_s: u32,
     /// Streams at a time on one HTTP/2 connection. 128: RFC 9113 §6.5.2 says no less than 100.
     pub http2_max_concurrent_streams: u32,
     /// HTTP/2 receive window of a stream in bytes. 256 KiB: 100 Mbit/s at 20 ms.
@@ -96,6 +122,21 @@ pub struct Limits {
     /// HTTP/2 stream errors that a peer may cause before the connection ends (the "made you reset"
     /// attack). 64: honest clients cause none.
     pub http2_max_local_error_resets: u32,
+    /// What an HTTP/2 client may send that is of no use, in points: a PING has 2, SETTINGS 10, an empty CONTINUATION 10,
+    /// most others 1. Requests, time and what the client is sent give points back; without any left the connection
+    /// ends. 1000: good clients use some dozens.
+    pub http2_max_glitches: u32,
+    /// Time for a TLS handshake, from the accepted connection to its end, whatever trickles in meanwhile. 10 s:
+    /// three round trips of the slowest phone pass.
+    pub handshake_timeout_ms: u32,
+    /// TLS handshakes at a time on one core, from the whole hello to the end; further ones wait. 512: at 2,000
+    /// handshakes a second of one core, a quarter of a second of work.
+    pub max_handshakes_per_core: u32,
+    /// Of these from one network (/24 of IPv4, /48 of IPv6): one of many must not keep the others out. 128: a quarter.
+    pub max_handshakes_per_network: u32,
+    /// Certificates with their keys that an edge keeps in memory, those used last. 10,000: some 100 MB with what is made
+    /// of them.
+    pub max_certificates: u32,
 }
 
 impl Default for Limits {
@@ -106,11 +147,21 @@ impl Default for Limits {
             max_header_bytes: 32 * 1024,
             max_headers: 100,
             max_connections: 65_536,
+            max_connections_per_source: 0,
+            source_v4_prefix_bits: 32,
+            source_v6_prefix_bits: 64,
+            max_memory_bytes: 0,
+            min_request_body_bytes_per_s: 16,
             http2_max_concurrent_streams: 128,
             http2_stream_window_bytes: 256 * 1024,
             http2_connection_window_bytes: 1024 * 1024,
             http2_max_pending_reset_streams: 20,
             http2_max_local_error_resets: 64,
+            http2_max_glitches: 1_000,
+            handshake_timeout_ms: 10_000,
+            max_handshakes_per_core: 512,
+            max_handshakes_per_network: 128,
+            max_certificates: 10_000,
         }
     }
 }
@@ -159,6 +210,11 @@ impl Config {
             ("http2_max_concurrent_streams", u64::from(limits.http2_max_concurrent_streams), 1),
             ("http2_stream_window_bytes", u64::from(limits.http2_stream_window_bytes), 65_535),
             ("http2_connection_window_bytes", u64::from(limits.http2_connection_window_bytes), 65_535),
+            ("http2_max_glitches", u64::from(limits.http2_max_glitches), 100),
+            ("handshake_timeout_ms", u64::from(limits.handshake_timeout_ms), 1),
+            ("max_handshakes_per_core", u64::from(limits.max_handshakes_per_core), 1),
+            ("max_handshakes_per_network", u64::from(limits.max_handshakes_per_network), 1),
+            ("max_certificates", u64::from(limits.max_certificates), 2),
         ];
         match least.into_iter().find(|(_, value, least)| value < least) {
             Some((field, value, least)) => Err(ConfigError::TooSmall { field, value, least }),
@@ -172,6 +228,16 @@ impl Config {
         if self.cores > 0 { self.cores } else { std::thread::available_parallelism().map_or(1, Into::into) }
     }
 
+    /// Whether a peer's connections begin with a header of the PROXY protocol.
+    #[must_use]
+    pub fn speaks_proxy_protocol(&self, peer: IpAddr) -> bool {
+        // Asked for each connection, and nearly always nobody does.
+        !self.proxy_protocol_from.is_empty() && {
+            let peer = peer.to_canonical();
+            self.proxy_protocol_from.iter().any(|net| net.contains(peer))
+        }
+    }
+
     /// Whether a peer's forwarding headers are believed.
     #[must_use]
     pub fn trusts(&self, peer: IpAddr) -> bool {
@@ -180,91 +246,9 @@ impl Config {
     }
 }
 
-/// A network in CIDR notation, or a single address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct IpNet {
-    address: IpAddr,
-    prefix_bits: u8,
-}
-
-/// A text that is no network.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a network: write an address, or an address/prefix like 10.0.0.0/8")]
-pub struct IpNetError(String);
-
-impl IpNet {
-    /// The network of an address and a prefix length; `None` if the length is too large.
-    #[must_use]
-    pub fn new(address: IpAddr, prefix_bits: u8) -> Option<Self> {
-        let width = if address.is_ipv4() { 32 } else { 128 };
-        (prefix_bits <= width).then_some(Self { address, prefix_bits })
-    }
-
-    /// Whether an address is in the network.
-    #[must_use]
-    pub fn contains(&self, address: IpAddr) -> bool {
-        match (self.address, address) {
-            (IpAddr::V4(net), IpAddr::V4(address)) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix_bits)).unwrap_or(0);
-                (v4_bits(net) ^ v4_bits(address)) & mask == 0
-            }
-            (IpAddr::V6(net), IpAddr::V6(address)) => {
-                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix_bits)).unwrap_or(0);
-                (v6_bits(net) ^ v6_bits(address)) & mask == 0
-            }
-            _ => false,
-        }
-    }
-}
-
-const fn v4_bits(address: Ipv4Addr) -> u32 {
-    u32::from_be_bytes(address.octets())
-}
-
-const fn v6_bits(address: Ipv6Addr) -> u128 {
-    u128::from_be_bytes(address.octets())
-}
-
-impl FromStr for IpNet {
-    type Err = IpNetError;
-
-    fn from_str(text: &str) -> Result<Self, IpNetError> {
-        let wrong = || IpNetError(text.to_owned());
-        let (address, prefix) = text.split_once('/').map_or((text, None), |(a, p)| (a, Some(p)));
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let full = if address.is_ipv4() { 32 } else { 128 };
-        let prefix_bits = prefix.map_or(Ok(full), |prefix| prefix.parse().map_err(|_| wrong()))?;
-        Self::new(address, prefix_bits).ok_or_else(wrong)
-    }
-}
-
-impl std::fmt::Display for IpNet {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix_bits)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_network_holds_its_addresses_and_no_other() {
-        for (net, inside, outside) in [
-            ("10.0.0.0/8", "10.255.1.2", "11.0.0.1"),
-            ("127.0.0.1", "127.0.0.1", "127.0.0.2"),
-            ("0.0.0.0/0", "203.0.113.9", "::1"),
-            ("2001:db8::/32", "2001:db8:1::1", "2001:db9::1"),
-            ("::1", "::1", "::2"),
-        ] {
-            let net: IpNet = net.parse().expect("is a network");
-            assert!(net.contains(inside.parse().expect("address")), "{net} {inside}");
-            assert!(!net.contains(outside.parse().expect("address")), "{net} {outside}");
-        }
-        for text in ["10.0.0.0/33", "10.0.0", "::1/129", "x/8", "1.2.3.4/"] {
-            assert!(text.parse::<IpNet>().is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn an_ipv4_peer_on_a_dual_stack_socket_is_trusted_by_its_ipv4_network() {

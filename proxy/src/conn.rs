@@ -3,7 +3,7 @@
 //!
 //! Everything here lives on one core; nothing is locked.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -19,9 +19,12 @@ use crate::address::AddressText;
 use crate::core::Core;
 use crate::error::Reason;
 use crate::framing::Follower;
+use crate::glitches::Glitches;
 use crate::respond;
 use crate::splice::{InPipe, Splicer};
+use crate::tls::{Admitted, Session, TlsStream};
 use crate::upgrade::Tunnel;
+use crate::wire::Wire;
 
 /// Why the core asks a connection's task to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +60,12 @@ pub(crate) struct ConnState {
     /// Whether a request was ever complete.
     pub(crate) served: Cell<bool>,
     pub(crate) http2: Cell<bool>,
+    /// What a handshake has settled; empty on clear text.
+    pub(crate) session: OnceCell<Box<Session>>,
+    /// The handshake is not over.
+    pub(crate) handshaking: Cell<bool>,
+    /// The host that was found to be served here last, where domains have a say in it.
+    pub(crate) admitted: RefCell<Option<Box<Admitted>>>,
     pub(crate) draining: Cell<bool>,
     /// Whether the client has asked for the connection to be closed after this request.
     pub(crate) is_last: Cell<bool>,
@@ -104,6 +113,9 @@ impl ConnState {
             head_since_ms: Cell::new(now_ms),
             served: Cell::new(false),
             http2: Cell::new(false),
+            session: OnceCell::new(),
+            handshaking: Cell::new(false),
+            admitted: RefCell::new(None),
             draining: Cell::new(false),
             is_last: Cell::new(false),
             cancelled: Cell::new(0),
@@ -117,6 +129,11 @@ impl ConnState {
             steady: RefCell::default(),
             in_pipe: InPipe::default(),
         })
+    }
+
+    /// Whether the client speaks TLS with this edge.
+    pub(crate) fn is_tls(&self) -> bool {
+        self.session.get().is_some()
     }
 
     pub(crate) fn peer_ip(&self) -> IpAddr {
@@ -135,6 +152,11 @@ impl ConnState {
     pub(crate) fn kill(&self, how: Kill) {
         self.kill.set(how);
         self.wake();
+    }
+
+    /// This state is in the place of another one from now on: what nobody has heard yet is asked of this one.
+    pub(crate) fn takes_over(&self, before: &Self) {
+        self.kill.set(before.kill.replace(Kill::No));
     }
 
     pub(crate) fn wake(&self) {
@@ -163,7 +185,7 @@ impl ConnState {
 
 /// The socket under the protocol engine.
 pub(crate) struct ClientStream {
-    socket: TcpStream,
+    wire: Wire,
     state: Rc<ConnState>,
     /// What was read to find the protocol.
     prefix: Bytes,
@@ -173,36 +195,70 @@ pub(crate) struct ClientStream {
     /// The core's, to make one piece of a small answer.
     joined: Rc<RefCell<Vec<u8>>>,
     splicer: Rc<Splicer>,
+    /// What an HTTP/2 client sends of no use.
+    glitches: Option<Box<Glitches>>,
 }
 
 /// Up to this size the pieces of an answer are copied together: one `send` costs less than one `writev`.
 const MAX_JOINED_BYTES: usize = 2048;
 
 impl ClientStream {
-    pub(crate) fn new(socket: TcpStream, state: Rc<ConnState>, prefix: Bytes, core: &Core) -> Self {
+    pub(crate) fn new(wire: Wire, state: Rc<ConnState>, prefix: Bytes, core: &Core) -> Self {
         Self {
-            socket,
+            wire,
             state,
             prefix,
             own_answer: Bytes::new(),
             clock_ms: core.clock(),
             joined: Rc::clone(&core.joined),
             splicer: Rc::clone(&core.splicer),
+            glitches: None,
         }
     }
 
-    pub(crate) fn into_socket(self) -> (TcpStream, Bytes) {
-        (self.socket, self.prefix)
+    /// From now on frames of HTTP/2 are counted, see [`Glitches`].
+    pub(crate) fn count_glitches(&mut self, budget: u32) {
+        self.glitches = Some(Box::new(Glitches::new(budget, self.clock_ms.get())));
     }
 
-    fn note_read(&self, bytes: &[u8]) {
+    pub(crate) fn into_wire(self) -> Wire {
+        self.wire
+    }
+
+    /// Takes note of what was read. An error is a fault in the framing of a body; the parser takes it for its own.
+    fn note_read(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(glitches) = &mut self.glitches
+            && glitches.read(bytes, self.clock_ms.get()).is_err()
+        {
+            metrics::counter!("peregrine_edge_refused_connections_total", "reason" => "flood").increment(1);
+            tracing::debug!(client = %self.state.peer, "an HTTP/2 client sent too many frames of no use");
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         if self.state.http2.get() || bytes.is_empty() {
-            return;
+            return Ok(());
         }
-        self.state.follower.borrow_mut().read(bytes);
+        if self.state.follower.borrow_mut().read(bytes).is_err() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         if self.state.in_flight.get() == 0 && self.state.head_since_ms.get() == 0 {
             self.state.head_since_ms.set(self.clock_ms.get());
         }
+        Ok(())
+    }
+
+    fn note_written(&mut self, bytes: usize) {
+        self.state.wrote_ms.set(self.clock_ms.get());
+        if let Some(glitches) = &mut self.glitches {
+            glitches.sent(bytes);
+        }
+    }
+
+    /// What a TLS session has taken is as good as sent, for a client that acknowledges it.
+    fn note_taken(&mut self, taken: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let (Some(glitches), Poll::Ready(Ok(bytes))) = (&mut self.glitches, &taken) {
+            glitches.sent(*bytes);
+        }
+        taken
     }
 
     /// hyper answers what it cannot parse with a bare status line, from inside. It is told apart from a
@@ -226,7 +282,7 @@ impl ClientStream {
 
     fn poll_own(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.own_answer.is_empty() {
-            let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, &self.own_answer))?;
+            let written = std::task::ready!(Pin::new(&mut self.wire).poll_write(cx, &self.own_answer))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -237,7 +293,10 @@ impl ClientStream {
 
     /// Writes what is in the pipe in the place of its marker.
     fn poll_splice(&self, cx: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
-        let drained = self.splicer.poll_drain(cx, &self.state.in_pipe, &self.socket, length);
+        let Wire::Clear(socket) = &self.wire else {
+            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
+        };
+        let drained = self.splicer.poll_drain(cx, &self.state.in_pipe, socket, length);
         let (written, body_waits) = std::task::ready!(drained)?;
         self.state.wrote_ms.set(self.clock_ms.get());
         if body_waits {
@@ -246,24 +305,23 @@ impl ClientStream {
         Poll::Ready(Ok(written))
     }
 
-    /// Writes. The end of a connection's last answer is kept back for the moment until the socket is closed, so that it
-    /// goes in one segment with the FIN: a segment less to make, to send and to acknowledge.
+    /// Writes on clear text.
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let state = &self.state;
-        let is_end =
-            state.is_last.get() && state.in_flight.get() == 0 && state.follower.borrow().is_at_head();
-        if !is_end {
-            return Pin::new(&mut self.socket).poll_write(cx, bytes);
+        match &mut self.wire {
+            Wire::Clear(socket) => poll_send(socket, &self.state, cx, bytes),
+            Wire::Tls(stream) => Pin::new(&mut **stream).poll_write(cx, bytes),
         }
-        let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
-        loop {
-            std::task::ready!(self.socket.poll_write_ready(cx))?;
-            let send = || Ok(rustix::net::send(&self.socket, bytes, flags)?);
-            match self.socket.try_io(Interest::WRITABLE, send) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                sent => return Poll::Ready(sent),
-            }
+    }
+
+    /// Does something with the session that may send; then notes whether the client has taken anything.
+    fn sealed<T>(&mut self, work: impl FnOnce(&mut TlsStream) -> T) -> Option<T> {
+        let Wire::Tls(stream) = &mut self.wire else { return None };
+        let before = stream.sent();
+        let done = work(stream);
+        if stream.sent() != before {
+            self.state.wrote_ms.set(self.clock_ms.get());
         }
+        Some(done)
     }
 
     /// Says whether what hyper wants to write is to be replaced, and by what.
@@ -295,13 +353,12 @@ impl AsyncRead for ClientStream {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         if self.prefix.is_empty() {
-            std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+            std::task::ready!(Pin::new(&mut self.wire).poll_read(cx, buf))?;
         } else {
             let here = self.prefix.len().min(buf.remaining());
             buf.put_slice(&self.prefix.split_to(here));
         }
-        self.note_read(&buf.filled()[before..]);
-        Poll::Ready(Ok(()))
+        Poll::Ready(self.note_read(&buf.filled()[before..]))
     }
 }
 
@@ -310,11 +367,14 @@ impl AsyncWrite for ClientStream {
         if std::task::ready!(self.before_write(cx, bytes))? {
             return Poll::Ready(Ok(bytes.len()));
         }
+        if let Some(taken) = self.sealed(|stream| stream.poll_write_slices(cx, &[io::IoSlice::new(bytes)])) {
+            return self.note_taken(taken);
+        }
         if self.state.in_pipe.is_filled() && self.splicer.is_marker(bytes) {
             return self.poll_splice(cx, bytes.len());
         }
         let written = std::task::ready!(self.poll_send(cx, bytes))?;
-        self.state.wrote_ms.set(self.clock_ms.get());
+        self.note_written(written);
         Poll::Ready(Ok(written))
     }
 
@@ -327,6 +387,9 @@ impl AsyncWrite for ClientStream {
         let total = slices.iter().map(|slice| slice.len()).sum();
         if std::task::ready!(self.before_write(cx, first))? {
             return Poll::Ready(Ok(total));
+        }
+        if let Some(taken) = self.sealed(|stream| stream.poll_write_slices(cx, slices)) {
+            return self.note_taken(taken);
         }
         let me = &mut *self;
         let (mut slices, mut total) = (slices, total);
@@ -349,10 +412,13 @@ impl AsyncWrite for ClientStream {
                 slices.iter().for_each(|slice| joined.extend_from_slice(slice));
                 me.poll_send(cx, &joined)
             }
-            _ => Pin::new(&mut me.socket).poll_write_vectored(cx, slices),
+            _ => match &mut me.wire {
+                Wire::Clear(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
+                Wire::Tls(stream) => stream.poll_write_slices(cx, slices),
+            },
         };
         let written = std::task::ready!(written)?;
-        me.state.wrote_ms.set(me.clock_ms.get());
+        me.note_written(written);
         Poll::Ready(Ok(written))
     }
 
@@ -370,12 +436,37 @@ impl AsyncWrite for ClientStream {
             let interim = self.state.interim.take();
             self.own_answer = interim.into();
         }
-        self.poll_own(cx)
+        std::task::ready!(self.poll_own(cx))?;
+        self.sealed(|stream| stream.poll_send(cx)).unwrap_or(Poll::Ready(Ok(())))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // The socket is closed right after this, which says the same to the client in one system call instead of
-        // two; where it is not (see `serve::finish_http1`), it is shut down there.
-        self.poll_own(cx)
+        // two; where it is not (see `serve::finish_http1`), it is shut down there. TLS has an end of its own to say.
+        std::task::ready!(self.poll_own(cx))?;
+        self.sealed(|stream| stream.poll_close(cx)).unwrap_or(Poll::Ready(Ok(())))
+    }
+}
+
+/// Writes. The end of a connection's last answer is kept back for the moment until the socket is closed, so that it
+/// goes in one segment with the FIN: a segment less to make, to send and to acknowledge.
+fn poll_send(
+    socket: &mut TcpStream,
+    state: &ConnState,
+    cx: &mut Context<'_>,
+    bytes: &[u8],
+) -> Poll<io::Result<usize>> {
+    let is_end = state.is_last.get() && state.in_flight.get() == 0 && state.follower.borrow().is_at_head();
+    if !is_end {
+        return Pin::new(socket).poll_write(cx, bytes);
+    }
+    let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+    loop {
+        std::task::ready!(socket.poll_write_ready(cx))?;
+        let send = || Ok(rustix::net::send(&*socket, bytes, flags)?);
+        match socket.try_io(Interest::WRITABLE, send) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            sent => return Poll::Ready(sent),
+        }
     }
 }

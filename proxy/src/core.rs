@@ -29,15 +29,25 @@ use crate::ids::{IdMaker, Random};
 use crate::inflight::Flights;
 use crate::metrics::{CoreMetrics, ServiceMetrics};
 use crate::mirror::Mirrors;
+use crate::overload::Overload;
 use crate::pool::{GenerationHasher, Pools};
+use crate::rates::Rates;
 use crate::recent::RecentRoutes;
 use crate::resolve::Resolver;
+use crate::rules;
+use crate::sources::Sources;
 use crate::splice::Splicer;
+use crate::tls::CoreTls;
 
 /// How often the timekeeper looks at deadlines: the precision of every time-out.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two looks at idle connections to upstreams.
 const SWEEP_TICKS: u32 = 3;
+/// After a hand-over a client's idle connection is kept for so long for one more request: if it were closed at once, its
+/// next request might be on its way.
+const LAST_REQUEST_WITHIN_MS: u64 = 10_000;
+/// Ticks between two looks at how fast request bodies come.
+const PACE_TICKS: u32 = 100;
 
 /// Runs hyper's tasks on this core.
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,9 +63,32 @@ impl<F: Future<Output = ()> + 'static> Executor<F> for LocalExecutor {
 pub(crate) struct ServiceEntry {
     pub(crate) service: Arc<Service>,
     pub(crate) metrics: Rc<ServiceMetrics>,
+    pub(crate) rules: Option<Box<rules::Ready>>,
 }
 
 type ServiceCache = HashMap<usize, Rc<ServiceEntry>, BuildHasherDefault<GenerationHasher>>;
+
+/// What bounds all cores together; `None` where nothing is configured.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Guards {
+    pub(crate) sources: Option<Arc<Sources>>,
+    pub(crate) overload: Option<Arc<Overload>>,
+    pub(crate) rates: Arc<Rates>,
+    pub(crate) passwords: Arc<rules::Passwords>,
+}
+
+impl Guards {
+    pub(crate) fn new(limits: &crate::config::Limits) -> Self {
+        let most = limits.max_connections_per_source;
+        let (v4, v6) = (limits.source_v4_prefix_bits, limits.source_v6_prefix_bits);
+        Self {
+            sources: (most > 0).then(|| Sources::new(most, v4, v6)),
+            overload: (limits.max_memory_bytes > 0).then(|| Overload::new(limits.max_memory_bytes)),
+            rates: Arc::default(),
+            passwords: Arc::default(),
+        }
+    }
+}
 
 /// One core of the edge.
 pub(crate) struct Core {
@@ -64,6 +97,10 @@ pub(crate) struct Core {
     pub(crate) reader: RefCell<CachedReader>,
     pub(crate) pools: Pools,
     pub(crate) mirrors: Mirrors,
+    /// Servers that decide on requests.
+    pub(crate) authorities: rules::Authorities,
+    /// Answers that are being compressed.
+    pub(crate) compressing: Rc<Cell<u32>>,
     pub(crate) flights: Flights,
     pub(crate) conns: Conns,
     pub(crate) metrics: CoreMetrics,
@@ -75,6 +112,8 @@ pub(crate) struct Core {
     pub(crate) http2: http2::Builder<LocalExecutor>,
     /// No new requests: connections end after the one they have.
     pub(crate) draining: Cell<bool>,
+    /// Since when somebody else accepts; 0 while nobody does.
+    handed_over_ms: Cell<u64>,
     /// The time for a shutdown is over: what still runs is broken off.
     pub(crate) aborting: Cell<bool>,
     clock_ms: Rc<Cell<u64>>,
@@ -84,8 +123,10 @@ pub(crate) struct Core {
     pub(crate) spares: SpareBuffers,
     /// Pipes for large answers.
     pub(crate) splicer: Rc<Splicer>,
+    pub(crate) tls: CoreTls,
     services: RefCell<ServiceCache>,
     pub(crate) recent: RecentRoutes,
+    pub(crate) guards: Guards,
 }
 
 /// The values of `Via` that this edge adds, by the protocol that a message was received in.
@@ -119,6 +160,8 @@ impl Core {
         table: &TableReader,
         resolver: Resolver,
         log: Option<CoreLog>,
+        guards: Guards,
+        tls: CoreTls,
     ) -> Rc<Self> {
         let clock_ms = Rc::new(Cell::new(now_ms()));
         let limits = &config.limits;
@@ -136,6 +179,8 @@ impl Core {
             reader: RefCell::new(table.cached()),
             pools: Pools::new(Rc::clone(&clock_ms)),
             mirrors: Mirrors::default(),
+            authorities: rules::Authorities::default(),
+            compressing: Rc::default(),
             flights: Flights::default(),
             conns: Conns::default(),
             metrics: CoreMetrics::new(),
@@ -146,13 +191,16 @@ impl Core {
             head_limits,
             http2,
             draining: Cell::new(false),
+            handed_over_ms: Cell::new(0),
             aborting: Cell::new(false),
             clock_ms,
             joined: Rc::default(),
             spares: SpareBuffers::default(),
             splicer: Splicer::new(),
+            tls,
             services: RefCell::default(),
             recent: RecentRoutes::default(),
+            guards,
             config,
         })
     }
@@ -178,7 +226,8 @@ impl Core {
             return Rc::clone(entry);
         }
         let metrics = self.metrics.service(service.name());
-        let entry = Rc::new(ServiceEntry { service: Arc::clone(service), metrics });
+        let entry =
+            Rc::new(ServiceEntry { service: Arc::clone(service), metrics, rules: rules::Ready::of(service) });
         self.services.borrow_mut().insert(key, Rc::clone(&entry));
         entry
     }
@@ -194,13 +243,21 @@ impl Core {
             self.set_now(now_ms);
             self.flights.look_at_clock(now_ms);
             self.conns.look_at_clock(now_ms, &self.config.limits);
+            if self.handed_over_ms.get() > 0 {
+                self.look_at_hand_over(now_ms);
+            }
             count = count.wrapping_add(1);
             if count.is_multiple_of(SWEEP_TICKS) {
                 self.pools.sweep();
                 self.mirrors.end_those_that_are_over(now_ms);
                 self.mirrors.sweep();
+                self.authorities.sweep(now_ms);
+            }
+            if count.is_multiple_of(PACE_TICKS) {
+                self.flights.look_at_pace(self.config.limits.min_request_body_bytes_per_s);
             }
             self.metrics.flush(self.flights.len(), self.conns.len());
+            self.tls.flush();
             if let Some(log) = &self.log {
                 log.flush();
                 self.metrics.log_dropped(log.take_dropped());
@@ -245,6 +302,20 @@ impl Core {
         }
     }
 
+    fn look_at_hand_over(&self, now_ms: u64) {
+        let since_ms = self.handed_over_ms.get();
+        self.conns.leave(now_ms, since_ms);
+        self.flights.look_at_hand_over(now_ms.saturating_sub(since_ms));
+    }
+
+    /// Somebody else accepts from now on. Nobody is sent away: a connection of HTTP/1.1 ends with its next answer, or when
+    /// it has none to wait for for a while; one of HTTP/2 is told to take its next requests elsewhere; what takes long may
+    /// do so until the deadline of its class.
+    pub(crate) fn hand_over(self: &Rc<Self>) {
+        self.draining.set(true);
+        self.handed_over_ms.set(now_ms());
+    }
+
     /// Ends what it can end politely.
     pub(crate) fn drain(&self) {
         self.draining.set(true);
@@ -280,7 +351,7 @@ pub(crate) struct Conns {
     slots: RefCell<Vec<Option<Rc<ConnState>>>>,
     free: RefCell<Vec<usize>>,
     /// Told when a connection has ended.
-    pub(crate) ended: tokio::sync::Notify,
+    ended: tokio::sync::Notify,
 }
 
 /// A connection's place among the others; ends with its task.
@@ -294,7 +365,14 @@ impl Drop for ConnPlace {
         let conns = &self.core.conns;
         drop(conns.slots.borrow_mut()[self.slot].take());
         conns.free.borrow_mut().push(self.slot);
-        conns.ended.notify_one();
+        conns.ended.notify_waiters();
+    }
+}
+
+impl ConnPlace {
+    /// Puts another state in this place: what is known of the peer has changed.
+    pub(crate) fn replace(&self, conn: &Rc<ConnState>) {
+        self.core.conns.slots.borrow_mut()[self.slot] = Some(Rc::clone(conn));
     }
 }
 
@@ -314,6 +392,17 @@ impl Conns {
         self.slots.borrow().len() - self.free.borrow().len()
     }
 
+    /// Waits until there are so few. Everybody who waits is told: one alone might not want to know any more.
+    pub(crate) async fn fewer_than(&self, limit: usize) {
+        loop {
+            let ended = self.ended.notified();
+            if self.len() < limit {
+                return;
+            }
+            ended.await;
+        }
+    }
+
     fn look_at_clock(&self, now_ms: u64, limits: &crate::config::Limits) {
         let due: Vec<(Rc<ConnState>, Kill)> = {
             let slots = self.slots.borrow();
@@ -325,6 +414,24 @@ impl Conns {
         };
         for (conn, how) in due {
             conn.kill(how);
+        }
+    }
+
+    /// Has clients go elsewhere, each when it does it no harm. Again and again: a connection may have become known as one of
+    /// HTTP/2, or idle, just now.
+    fn leave(&self, now_ms: u64, handed_over_ms: u64) {
+        let goes = |conn: &&Rc<ConnState>| {
+            if conn.http2.get() {
+                // Before its first request it may still be at its handshake, which it would not survive.
+                return conn.served.get() && !conn.draining.get();
+            }
+            let since_ms = conn.idle_since_ms.get().max(conn.wrote_ms.get()).max(handed_over_ms);
+            let idle_ms = now_ms.saturating_sub(since_ms);
+            conn.in_flight.get() == 0 && conn.head_since_ms.get() == 0 && idle_ms >= LAST_REQUEST_WITHIN_MS
+        };
+        let all: Vec<_> = self.slots.borrow().iter().flatten().filter(goes).map(Rc::clone).collect();
+        for conn in all {
+            conn.kill(Kill::Drain);
         }
     }
 
@@ -341,10 +448,38 @@ fn due(conn: &ConnState, now_ms: u64, limits: &crate::config::Limits) -> Option<
         return None;
     }
     let head_since_ms = conn.head_since_ms.get();
+    if conn.handshaking.get() {
+        let over = now_ms.saturating_sub(head_since_ms) >= u64::from(limits.handshake_timeout_ms);
+        return over.then_some(Kill::Abort);
+    }
     if head_since_ms != 0 && now_ms.saturating_sub(head_since_ms) >= u64::from(limits.head_timeout_ms) {
         return Some(Kill::HeadTimeout);
     }
     // The end of the last answer may still be on its way to a slow client.
     let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get().max(conn.wrote_ms.get()));
     (head_since_ms == 0 && idle_ms >= u64::from(limits.idle_timeout_ms)).then_some(Kill::Idle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(conn: &ConnState) -> Kill {
+        conn.asked(&std::task::Context::from_waker(std::task::Waker::noop()))
+    }
+
+    #[test]
+    fn a_connection_that_was_idle_for_long_has_its_time_for_one_more_request_after_a_hand_over() {
+        let conn = ConnState::new("192.0.2.1:5".parse().expect("an address"), false, 1_000);
+        conn.head_since_ms.set(0);
+        conn.served.set(true);
+        let conns = Conns { slots: RefCell::new(vec![Some(Rc::clone(&conn))]), ..Conns::default() };
+        let handed_over_ms = 50_000;
+        for (now_ms, expected) in
+            [(50_100, Kill::No), (59_999, Kill::No), (handed_over_ms + LAST_REQUEST_WITHIN_MS, Kill::Drain)]
+        {
+            conns.leave(now_ms, handed_over_ms);
+            assert_eq!(asked(&conn), expected, "{now_ms}");
+        }
+    }
 }

@@ -7,12 +7,16 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 
 use crate::conn::ConnState;
 use crate::core::{ConnPlace, Conns, Core};
+use crate::listen::Speaks;
+use crate::proxy_protocol;
 use crate::serve::{Servers, serve};
+use crate::sources::SourcePlace;
 
 /// Tasks that wait for a connection, per core. Those that are too many end.
 const MAX_RESTING: usize = 128;
@@ -20,8 +24,12 @@ const MAX_RESTING: usize = 128;
 /// A connection that is to be served.
 struct Job {
     socket: TcpStream,
+    speaks: Speaks,
     state: Rc<ConnState>,
     place: ConnPlace,
+    source: Option<SourcePlace>,
+    /// Who it is for comes first, in a header of the PROXY protocol.
+    is_introduced: bool,
 }
 
 /// Where a resting task is handed its next connection.
@@ -44,12 +52,16 @@ impl Crew {
     }
 
     /// Has a connection served to its end.
-    pub(crate) fn serve(self: &Rc<Self>, socket: TcpStream, peer: SocketAddr) {
+    pub(crate) fn serve(self: &Rc<Self>, socket: TcpStream, speaks: Speaks, peer: SocketAddr) {
         let core = &self.core;
-        let state = ConnState::new(peer, core.config.trusts(peer.ip()), core.coarse_now_ms());
+        let is_introduced = core.config.speaks_proxy_protocol(peer.ip());
+        let trusted = core.config.trusts(peer.ip());
+        let Some(source) = source_of(core, peer, trusted || is_introduced) else { return };
+        let state = ConnState::new(peer, trusted, core.coarse_now_ms());
         // Counted at once, so that the acceptor knows how many there are.
         let place = Conns::add(core, &state);
-        let job = Job { socket, state, place };
+        state.handshaking.set(speaks == Speaks::Https);
+        let job = Job { socket, speaks, state, place, source, is_introduced };
         let rested = self.resting.borrow_mut().pop();
         match rested {
             Some(seat) => {
@@ -65,8 +77,13 @@ impl Crew {
     async fn work(self: Rc<Self>, mut job: Job) {
         let seat = Rc::new(Seat::default());
         loop {
-            serve(&self.core, &self.servers, job.socket, job.state).await;
-            drop(job.place);
+            // Rare, and the future of every connection would be larger for it.
+            if !job.is_introduced || Box::pin(introduce(&self.core, &mut job)).await {
+                serve(&self.core, &self.servers, job.socket, job.speaks, job.state).await;
+            } else {
+                drop(job.socket);
+            }
+            drop((job.place, job.source));
             {
                 let mut resting = self.resting.borrow_mut();
                 if resting.len() >= MAX_RESTING {
@@ -77,6 +94,41 @@ impl Crew {
             job = seat.next().await;
         }
     }
+}
+
+/// A place among the connections of a source; `None` if it may have no more. Who speaks for others needs none.
+fn source_of(core: &Core, peer: SocketAddr, is_exempt: bool) -> Option<Option<SourcePlace>> {
+    let Some(sources) = core.guards.sources.as_ref().filter(|_| !is_exempt) else { return Some(None) };
+    let place = sources.enter(peer.ip());
+    if place.is_none() {
+        refused("source");
+    }
+    place.map(Some)
+}
+
+fn refused(reason: &'static str) {
+    metrics::counter!("peregrine_edge_refused_connections_total", "reason" => reason).increment(1);
+}
+
+/// Reads whom a connection is for. False if that is not said, or if he may have no more connections.
+async fn introduce(core: &Rc<Core>, job: &mut Job) -> bool {
+    let timeout = Duration::from_millis(u64::from(core.config.limits.head_timeout_ms));
+    let Ok(Ok(header)) = tokio::time::timeout(timeout, proxy_protocol::read(&mut job.socket)).await else {
+        tracing::debug!(peer = %job.state.peer, "no header of the PROXY protocol");
+        refused("proxy_protocol");
+        return false;
+    };
+    let Some(client) = header.source else { return true };
+    let trusted = core.config.trusts(client.ip());
+    let Some(source) = source_of(core, client, trusted) else { return false };
+    job.source = source;
+    let state = ConnState::new(client, trusted, core.coarse_now_ms());
+    state.handshaking.set(job.speaks == Speaks::Https);
+    // What was asked of it while the header came.
+    state.takes_over(&job.state);
+    job.state = state;
+    job.place.replace(&job.state);
+    true
 }
 
 impl Seat {

@@ -9,18 +9,23 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use peregrine_routing::TableReader;
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{oneshot, watch};
 
 use crate::access_log::{self, LogError, LogSender};
 use crate::config::{Config, ConfigError};
-use crate::core::Core;
+use crate::core::{Core, Guards};
 use crate::crew::Crew;
-use crate::listen::{self, Stop};
+use crate::hold;
+use crate::listen::{self, Orphans, Speaks, Stop};
 use crate::probe;
 use crate::resolve::{self, Lookups, Resolver};
 use crate::serve::Servers;
+use crate::sockets::{Group, Sockets};
+use crate::tls::{self, CertificateSource, CoreTls, EdgeTls, Tickets};
 
 /// Why an edge could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -63,14 +68,32 @@ pub enum RunError {
     CoreFailed,
 }
 
-/// An edge that is bound and not running yet: connections wait in the accept queue.
+/// Whether an edge goes on, and how it ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ending {
+    /// It serves.
+    #[default]
+    No,
+    /// Somebody else accepts on the same sockets from now on: what waits in their queues is left to him. What is in flight
+    /// may go on until the deadline of its class, and a connection is closed after its next answer.
+    HandOver,
+    /// Nobody comes after: what waits in the queues is taken first, and what is in flight has
+    /// [`Config::drain_timeout_ms`].
+    Stop,
+}
+
+/// An edge that listens and is not running yet: connections wait in the accept queue.
 pub struct Edge {
     config: Arc<Config>,
     table: TableReader,
     /// For each core its listeners.
-    listeners: Vec<Vec<StdListener>>,
+    listeners: Vec<Vec<(StdListener, Speaks)>>,
     addrs: Vec<SocketAddr>,
+    https_addrs: Vec<SocketAddr>,
+    certificates: Option<Arc<dyn CertificateSource>>,
+    tickets: Option<Tickets>,
     log: Option<(LogSender, JoinHandle<()>)>,
+    orphans: Orphans,
 }
 
 impl std::fmt::Debug for Edge {
@@ -83,19 +106,17 @@ impl std::fmt::Debug for Edge {
 }
 
 impl Edge {
-    /// Checks the configuration and binds its addresses, one socket per core and address.
+    /// Checks the configuration, and listens on its addresses, with one socket for each core and address.
     ///
     /// # Errors
     /// [`BindError`] says which address, and what to do.
     pub fn bind(config: Config, table: TableReader) -> Result<Self, BindError> {
-        if config.http.is_empty() {
-            return Err(ConfigError::NoAddress.into());
-        }
-        Self::with_listeners(config, Vec::new(), table)
+        let sockets = Sockets::bind(&config)?;
+        Self::with_sockets(config, sockets, table)
     }
 
-    /// As [`Edge::bind`], with sockets that were bound before (by a parent process, by a test). Cores
-    /// share each of them.
+    /// As [`Edge::bind`], on sockets that were bound before (by a parent process, by a test) instead of the addresses of
+    /// the configuration. Cores share each of them.
     ///
     /// # Errors
     /// [`BindError`].
@@ -104,39 +125,63 @@ impl Edge {
         ready: Vec<StdListener>,
         table: TableReader,
     ) -> Result<Self, BindError> {
-        config.check()?;
-        let cores = config.core_count();
-        let mut listeners: Vec<Vec<StdListener>> = (0..cores).map(|_| Vec::new()).collect();
-        let mut addrs = Vec::new();
-        for address in &config.http {
-            let failed = |source| BindError::Listen { address: *address, source };
-            let mut address = *address;
-            for core in &mut listeners {
-                let listener = listen::bind(address).map_err(failed)?;
-                // Port 0 is chosen once; the other cores join it.
-                address = listener.local_addr().map_err(failed)?;
-                core.push(listener);
-            }
-            addrs.push(address);
-        }
-        for listener in ready {
-            let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-            let address = listener.local_addr().unwrap_or(unknown);
-            let failed = |source| BindError::Listen { address, source };
-            listener.set_nonblocking(true).map_err(failed)?;
-            for core in &mut listeners {
-                core.push(listener.try_clone().map_err(failed)?);
-            }
-            addrs.push(address);
-        }
-        let log = config.access_log.as_ref().map(access_log::start).transpose()?;
-        Ok(Self { config: Arc::new(config), table, listeners, addrs, log })
+        let groups = ready.into_iter().map(Group::of).collect::<Result<Vec<_>, _>>()?;
+        Self::with_sockets(config, Sockets::from(groups), table)
     }
 
-    /// The addresses that it listens on.
+    /// As [`Edge::bind`], on sockets that were bound or taken over.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn with_sockets(config: Config, sockets: Sockets, table: TableReader) -> Result<Self, BindError> {
+        config.check()?;
+        sockets.listen()?;
+        let (addrs, https_addrs) = (sockets.addrs(Speaks::Http), sockets.addrs(Speaks::Https));
+        let listeners = sockets.by_core(config.core_count())?;
+        let log = config.access_log.as_ref().map(access_log::start).transpose()?;
+        Ok(Self {
+            config: Arc::new(config),
+            table,
+            listeners,
+            addrs,
+            https_addrs,
+            certificates: None,
+            tickets: None,
+            log,
+            orphans: Orphans::default(),
+        })
+    }
+
+    /// Where the certificates that the table names come from. Without it no handshake succeeds.
+    #[must_use]
+    pub fn with_certificates(mut self, source: Arc<dyn CertificateSource>) -> Self {
+        self.certificates = Some(source);
+        self
+    }
+
+    /// The keys of session tickets, which the caller replaces in time. Without them the edge has its own, which end with it.
+    #[must_use]
+    pub fn with_tickets(mut self, tickets: Tickets) -> Self {
+        self.tickets = Some(tickets);
+        self
+    }
+
+    /// Where it is told of addresses that nobody else accepts on after a hand-over.
+    #[must_use]
+    pub fn orphans(&self) -> Orphans {
+        self.orphans.clone()
+    }
+
+    /// The addresses that it listens on for clear text.
     #[must_use]
     pub fn addrs(&self) -> Vec<SocketAddr> {
         self.addrs.clone()
+    }
+
+    /// The addresses that it listens on for TLS.
+    #[must_use]
+    pub fn https_addrs(&self) -> Vec<SocketAddr> {
+        self.https_addrs.clone()
     }
 
     /// Serves until `shutdown` is ready, then stops accepting, lets requests finish for no longer than
@@ -145,11 +190,36 @@ impl Edge {
     /// # Errors
     /// [`RunError`] when a thread cannot be started, or ends by itself.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RunError> {
+        let (tell, told) = watch::channel(Ending::No);
+        let mut running = pin!(self.run_until(told));
+        tokio::select! {
+            ended = &mut running => return ended,
+            () = shutdown => drop(tell.send_replace(Ending::Stop)),
+        }
+        running.await
+    }
+
+    /// Serves until it is told how to end, and returns when every thread has ended. [`Ending::Stop`] may follow on
+    /// [`Ending::HandOver`]. That nobody is there any more who could say is [`Ending::Stop`].
+    ///
+    /// # Errors
+    /// [`RunError`] when a thread cannot be started, or ends by itself.
+    pub async fn run_until(self, mut ending: watch::Receiver<Ending>) -> Result<(), RunError> {
         let (resolver, lookups) = resolve::resolver();
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(Ending::No);
         let (control_stop, control_stopped) = oneshot::channel();
-        let control = start_control(self.table.clone(), resolver.clone(), lookups, control_stopped)?;
-        let mut cores = Vec::new();
+        let guards = Guards::new(&self.config.limits);
+        let max = self.config.limits.max_certificates as usize;
+        let (tls, tls_work) = EdgeTls::new(self.certificates, self.tickets, max)?;
+        let work = ControlWork {
+            table: self.table.clone(),
+            resolver: resolver.clone(),
+            lookups,
+            tls: tls_work,
+            guards: guards.clone(),
+        };
+        let control = start_control(work, control_stopped)?;
+        let (mut threads, mut cores) = (Vec::new(), FuturesUnordered::new());
         let log = self.log.as_ref().map(|(sender, _)| sender.clone());
         for (number, listeners) in self.listeners.into_iter().enumerate() {
             let own = CoreStart {
@@ -157,30 +227,32 @@ impl Edge {
                 table: self.table.clone(),
                 resolver: resolver.clone(),
                 log: log.clone(),
+                guards: guards.clone(),
+                tls: Arc::clone(&tls),
                 listeners,
+                orphans: self.orphans.clone(),
                 stopped: stopped.clone(),
             };
-            cores.push(start_core(number, own)?);
+            let (thread, ended) = start_core(number, own)?;
+            threads.push(thread);
+            cores.push(ended);
         }
         drop((log, resolver));
-        let mut shutdown = pin!(shutdown);
-        let mut failed = false;
-        let mut threads = Vec::new();
-        let mut asked = false;
-        for (thread, mut ended) in cores {
-            if !asked {
-                tokio::select! {
-                    () = &mut shutdown => {}
-                    _ = &mut ended => failed = true,
+        let (mut failed, mut asked) = (false, Ending::No);
+        while !cores.is_empty() {
+            tokio::select! {
+                Some(ended) = cores.next() => {
+                    failed |= ended.is_err() || asked == Ending::No;
+                    if failed {
+                        asked = Ending::Stop;
+                    }
                 }
-                asked = true;
-                // Nobody is listening only if every core has failed.
-                let _ = stop.send(true);
+                changed = ending.changed(), if asked < Ending::Stop => {
+                    let told = *ending.borrow_and_update();
+                    asked = if changed.is_ok() { told.max(asked) } else { Ending::Stop };
+                }
             }
-            if !failed {
-                failed = ended.await.is_err();
-            }
-            threads.push(thread);
+            stop.send_if_modified(|told| std::mem::replace(told, asked) != asked);
         }
         drop(control_stop);
         threads.push(control);
@@ -196,17 +268,27 @@ impl Edge {
     }
 }
 
-fn start_control(
+/// What the control thread does.
+struct ControlWork {
     table: TableReader,
     resolver: Resolver,
     lookups: Lookups,
-    stopped: oneshot::Receiver<()>,
-) -> io::Result<JoinHandle<()>> {
+    tls: tls::Work,
+    guards: Guards,
+}
+
+fn start_control(work: ControlWork, stopped: oneshot::Receiver<()>) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("edge-control".into()).spawn(move || {
         let Some(runtime) = runtime() else { return };
         runtime.block_on(async {
+            let ControlWork { table, resolver, lookups, tls, guards } = work;
             tokio::task::spawn_local(lookups.run());
+            tokio::task::spawn_local(tls.run());
+            tokio::task::spawn_local(hold::keep(table.clone()));
             tokio::task::spawn_local(probe::run(table, resolver));
+            if let Some(overload) = guards.overload {
+                tokio::task::spawn_local(overload.keep());
+            }
             // An error means that the edge has let go of its end, which is the sign.
             let _ = stopped.await;
         });
@@ -219,8 +301,11 @@ struct CoreStart {
     table: TableReader,
     resolver: Resolver,
     log: Option<LogSender>,
-    listeners: Vec<StdListener>,
-    stopped: watch::Receiver<bool>,
+    guards: Guards,
+    tls: Arc<EdgeTls>,
+    listeners: Vec<(StdListener, Speaks)>,
+    orphans: Orphans,
+    stopped: watch::Receiver<Ending>,
 }
 
 fn start_core(number: usize, own: CoreStart) -> io::Result<(JoinHandle<()>, oneshot::Receiver<()>)> {
@@ -251,37 +336,47 @@ fn runtime() -> Option<LocalRuntime> {
 async fn run_core(own: CoreStart, acknowledger: peregrine_routing::Acknowledger) {
     let mut stopped = own.stopped;
     let core_log = own.log.map(|log| log.core());
-    let core = Core::new(Arc::clone(&own.config), &own.table, own.resolver, core_log);
+    let tls = CoreTls::new(own.tls, &own.config.limits);
+    let core = Core::new(Arc::clone(&own.config), &own.table, own.resolver, core_log, own.guards, tls);
     let crew = Crew::new(Rc::clone(&core), Servers::new(&own.config.limits));
-    let stop = Rc::new(Stop::default());
+    let stop = Rc::new(Stop::new(own.orphans));
     tokio::task::spawn_local(Rc::clone(&core).follow_table(own.table, acknowledger));
     tokio::task::spawn_local(Rc::clone(&core).keep_time());
     let mut acceptors = Vec::new();
-    for listener in own.listeners {
+    for (listener, speaks) in own.listeners {
         match tokio::net::TcpListener::from_std(listener) {
             Ok(listener) => {
-                let accept = listen::accept(Rc::clone(&core), Rc::clone(&crew), listener, Rc::clone(&stop));
+                let from = (listener, speaks);
+                let accept = listen::accept(Rc::clone(&core), Rc::clone(&crew), from, Rc::clone(&stop));
                 acceptors.push(tokio::task::spawn_local(accept));
             }
             Err(error) => tracing::error!(%error, "cannot listen"),
         }
     }
-    // The sender lives as long as the edge runs; when it is gone, that is a shutdown too.
-    drop(stopped.wait_for(|stopped| *stopped).await);
-    stop.ask();
+    let asked = asked(&mut stopped, Ending::HandOver).await;
+    stop.ask(asked == Ending::HandOver);
     for acceptor in acceptors {
         drop(acceptor.await);
     }
+    let empty = || core.conns.fewer_than(1);
+    if asked == Ending::HandOver {
+        core.hand_over();
+        tokio::select! {
+            () = empty() => {}
+            _ = self::asked(&mut stopped, Ending::Stop) => {}
+        }
+    }
     core.drain();
     let deadline = Duration::from_millis(own.config.drain_timeout_ms);
-    let empty = async {
-        while core.conns.len() > 0 {
-            core.conns.ended.notified().await;
-        }
-    };
-    if tokio::time::timeout(deadline, empty).await.is_err() {
+    if tokio::time::timeout(deadline, empty()).await.is_err() {
         tracing::warn!(connections = core.conns.len(), "shutdown deadline: connections are broken off");
     }
     core.aborting.set(true);
     core.metrics.flush(0, 0);
+}
+
+/// Waits until that end or a harder one is asked for. The sender lives as long as the edge runs; when it is gone, that is
+/// a shutdown too.
+async fn asked(stopped: &mut watch::Receiver<Ending>, least: Ending) -> Ending {
+    stopped.wait_for(|ending| *ending >= least).await.map_or(Ending::Stop, |ending| *ending)
 }

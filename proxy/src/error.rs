@@ -58,6 +58,8 @@ reasons! {
     BadHost = "bad_host", 400, Client;
     /// The request target has no form that fits its method (RFC 9112 §3.2).
     BadTarget = "bad_target", 400, Client;
+    /// The path has a form that origins read in different ways, and not all of them would end at the same service.
+    AmbiguousPath = "ambiguous_path", 400, Client;
     /// `Content-Length` together with `Transfer-Encoding` (RFC 9112 §6.1: a smuggling attempt).
     ConflictingLength = "conflicting_length", 400, Client;
     /// `Transfer-Encoding` is something else than one `chunked`.
@@ -84,10 +86,30 @@ reasons! {
     ClientStalled = "client_stalled", 499, Client;
     /// A tunnel was silent for too long. For the log: its answer was 101.
     TunnelIdle = "tunnel_idle", 504, Edge;
+    /// The host is not served on a connection that was made for another (RFC 9110 §15.5.20).
+    Misdirected = "misdirected", 421, Client;
     /// No service has this host and path.
     NoRoute = "no_route", 404, Edge;
     /// The service has no upstream that could be used.
     NoUpstream = "no_upstream", 503, Edge;
+    /// The client's address is not among those that the service serves.
+    AddressDenied = "address_denied", 403, Edge;
+    /// The client asks more often than the service allows.
+    RateLimited = "rate_limited", 429, Edge;
+    /// The request bears no name and password that the service lets in.
+    AuthRequired = "auth_required", 401, Edge;
+    /// Whoever decides whether the request goes on cannot be asked.
+    AuthUnavailable = "auth_unavailable", 503, Edge;
+    /// The service has as many requests in flight as it may have.
+    ServiceBusy = "service_busy", 503, Edge;
+    /// What the service asks of requests changed while this one waited: it has to come again.
+    RulesChanged = "rules_changed", 503, Edge;
+    /// The service is held, and there is no room for another request that waits.
+    HoldFull = "hold_full", 503, Edge;
+    /// The request has waited for a held service for as long as one may.
+    HoldTooOld = "hold_too_old", 503, Edge;
+    /// The edge has more memory than it may have.
+    Overloaded = "overloaded", 503, Edge;
     /// The edge is shutting down and the time for it is over.
     ShuttingDown = "shutting_down", 503, Edge;
     /// Something failed inside the edge.

@@ -17,69 +17,44 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
-    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, SET_COOKIE, TRANSFER_ENCODING,
-    UPGRADE,
+    CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, SET_COOKIE, STRICT_TRANSPORT_SECURITY, UPGRADE,
 };
-use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request,
-};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, request};
 use http_body::Body;
 use hyper::body::Incoming;
 use peregrine_routing::{
-    Evidence, Outcome, RetryClass, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
+    Evidence, Outcome, RetryClass, RoutingTable, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
 };
 use tokio::net::TcpStream;
 
-use crate::body::{
-    Broken, ContinueGate, Events, ForwardBody, ReplyBody, RequestBody, RequestBodyLimits, Source,
-    UpstreamBody, first_frame,
-};
+use crate::body::{Broken, Events, ReplyBody, Source, UpstreamBody, first_frame};
 use crate::choose::Choice;
 use crate::clock::now_us;
 use crate::conn::ConnState;
 use crate::core::{Core, ServiceEntry};
 use crate::error::{Blame, ProxyError, Reason};
-use crate::framing::Framing;
+use crate::forwarded;
 use crate::grpc::{self, Messages};
-use crate::headers::{self, Added, Asked, Owed, Seen, Wishes};
+use crate::headers::{self, Seen};
+use crate::hold;
 use crate::http1::{self, Head, Http1Conn, Http1Error};
-use crate::inflight::{Flight, FlightGuard, HostText, LONG_AFTER_MS, Start, Waits};
+use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
 use crate::mirror;
+use crate::outgoing::{Inbound, Outgoing};
 use crate::pool::UpstreamPool;
 use crate::resolve::DialError;
 use crate::respond::{self, Form};
 use crate::route;
+use crate::rules::{self, Asked, Compressing, Verdict};
+use crate::tls;
 use crate::upgrade::Tunnel;
 
 /// Attempts for one request, the first one included.
 const MAX_ATTEMPTS: u8 = 3;
-/// Says that a request of any method may be executed twice without harm: the origin sees to it.
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Largest interim response that is passed on; a longer one is only read over.
 const MAX_INTERIM_BYTES: usize = 8 * 1024;
 /// How long the upstream has for `100 Continue` before the body is sent anyway (RFC 9110 §10.1.1).
 const CONTINUE_WAIT: Duration = Duration::from_secs(1);
-
-/// A request on its way, in the form that an attempt needs.
-pub(crate) struct Outgoing {
-    parts: request::Parts,
-    body: Option<Rc<RequestBody>>,
-    /// How the body is delimited on HTTP/1.1; `None` is no body.
-    framing: Option<Framing>,
-    path: PathAndQuery,
-    wishes: Wishes,
-    upgrade: Option<HeaderValue>,
-    /// The client's host as a field; `None` in HTTP/1.0.
-    host: Option<HeaderValue>,
-    /// What the edge has still to add.
-    owed: Owed,
-    /// It may be executed twice without harm (retry class C).
-    replayable: bool,
-    /// A connection that was idle has failed it: it gets a new one.
-    fresh: bool,
-    gate: Option<Arc<ContinueGate>>,
-}
 
 /// The head of an answer, without what is meant for the upstream's connection only.
 struct Answer {
@@ -92,20 +67,35 @@ pub(crate) async fn handle(
     core: Rc<Core>,
     conn: Rc<ConnState>,
     request: Request<Incoming>,
-    conflict: bool,
+    framing: Result<(), Reason>,
 ) -> Result<Response<ReplyBody>, Broken> {
-    let (parts, mut incoming) = request.into_parts();
+    let (mut parts, mut incoming) = request.into_parts();
+    if parts.version == Version::HTTP_2 {
+        headers::trim(&mut parts.headers);
+    }
     let seen = Seen::scan(&parts.headers);
     let has_body = !incoming.is_end_stream();
     let target = allowed(&parts.method)
         .and_then(|()| route::target(&parts.method, &parts.uri, parts.version, &parts.headers));
     let guard = begin(&core, &conn, &parts, seen, target.as_ref());
     let checked = target.and_then(|target| {
-        let wishes = check(&parts, seen, has_body, conflict)?;
-        Ok((service_of(&core, &target)?, target, wishes))
+        if core.guards.overload.as_ref().is_some_and(|overload| overload.sheds(core.flights.len())) {
+            return Err(Reason::Overloaded);
+        }
+        framing?;
+        let http11 = parts.version == Version::HTTP_11;
+        let wishes = headers::check(&parts.headers, seen, http11, has_body)?;
+        // One version of the table, so that whoever is admitted gets to where he was admitted to.
+        let mut reader = core.reader.borrow_mut();
+        let table = reader.load();
+        match tls::admit(&conn, table, &target)? {
+            tls::Verdict::Admitted => Ok((Ok(service_of(&core, table, &target)?), target, wishes)),
+            other => Ok((Err(other), target, wishes)),
+        }
     });
     let (entry, target, wishes) = match checked {
-        Ok(found) => found,
+        Ok((Ok(entry), target, wishes)) => (entry, target, wishes),
+        Ok((Err(verdict), target, _)) => return Ok(answer_here(verdict, &core, &target, guard)),
         Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
     };
     if wishes.trailers && parts.version == Version::HTTP_2 {
@@ -113,6 +103,35 @@ pub(crate) async fn handle(
     }
     entry.service.retry_budget().earn();
     *guard.0.service.borrow_mut() = Some(Rc::clone(&entry));
+    if let Err(reason) = rules::check(&core, &entry, &guard.0, &parts.headers) {
+        return Ok(refuse(reason, &parts.headers, guard));
+    }
+    let (mut decided, mut signed_in, mut rewritten) = (Vec::new(), None, None);
+    if let Some(rules) = &entry.rules {
+        signed_in = Some(mirror::has_credentials(&parts.headers));
+        if let Some((status, location)) = rules.redirect(&target) {
+            guard.0.conn.linger.set(true);
+            return Ok(respond::redirect(status, location, guard));
+        }
+        if rules.asks_who() {
+            match Box::pin(rules.ask_who(&core, &guard.0, &mut parts.headers, &target)).await {
+                Ok(Verdict::GoOn(fields)) => decided = fields,
+                Ok(Verdict::Answer(answer)) => {
+                    guard.0.conn.linger.set(true);
+                    return Ok(respond::passed_on(*answer, guard));
+                }
+                Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
+            }
+            // Others may have come in meanwhile.
+            if let Err(reason) = rules::has_room(&entry) {
+                return Ok(refuse(reason, &parts.headers, guard));
+            }
+        }
+        rewritten = match rules.rewrite(&target.path) {
+            Ok(rewritten) => rewritten,
+            Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
+        };
+    }
     let too_large = entry.service.policy().max_request_body_bytes;
     if too_large > 0 && incoming.size_hint().lower() > too_large {
         return Ok(refuse(Reason::BodyTooLarge, &parts.headers, guard));
@@ -123,7 +142,8 @@ pub(crate) async fn handle(
         Err(reason) => return Ok(refuse(reason, &parts.headers, guard)),
     };
     let choice = Choice::of(&entry.service, &parts.headers, &guard.0, wishes);
-    let inbound = Inbound { parts, incoming, first, target, wishes, seen, has_body };
+    let inbound =
+        Inbound { parts, incoming, first, target, wishes, seen, has_body, decided, signed_in, rewritten };
     let outgoing = inbound.into_outgoing(&core, &guard.0, &entry);
     Ok(send(&core, &entry, guard, outgoing, choice).await)
 }
@@ -131,6 +151,23 @@ pub(crate) async fn handle(
 fn refuse(reason: Reason, headers: &HeaderMap, guard: FlightGuard) -> Response<ReplyBody> {
     guard.0.conn.linger.set(true);
     respond::answer(reason, Form::of(headers), guard)
+}
+
+/// The answer to a request that needs no service.
+fn answer_here(
+    verdict: tls::Verdict,
+    core: &Core,
+    target: &route::Target,
+    guard: FlightGuard,
+) -> Response<ReplyBody> {
+    // It may have a body, which nobody reads.
+    guard.0.conn.linger.set(true);
+    match verdict {
+        tls::Verdict::Challenge(text) => respond::challenge(&text, guard),
+        tls::Verdict::Redirect | tls::Verdict::Admitted => {
+            respond::to_https(&target.host, core.config.https_port, &target.path, guard)
+        }
+    }
 }
 
 fn begin(
@@ -155,7 +192,7 @@ fn begin(
         Ok(target) => (target.host.clone(), Some(target.path.clone())),
         Err(_) => (HostText::None, parts.uri.path_and_query().cloned()),
     };
-    let client = headers::client_address(&parts.headers, seen, conn, &core.config);
+    let client = forwarded::client_address(&parts.headers, seen, conn, &core.config);
     let (method, version) = (parts.method.clone(), parts.version);
     Flight::begin(core, conn, Start { ids, method, version, client, host, path, agent })
 }
@@ -168,234 +205,51 @@ fn allowed(method: &Method) -> Result<(), Reason> {
     }
 }
 
-fn check(parts: &request::Parts, seen: Seen, has_body: bool, conflict: bool) -> Result<Wishes, Reason> {
-    if conflict {
-        return Err(Reason::ConflictingLength);
-    }
-    headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)
-}
-
 /// The service of a request. What one of the last requests found is found again without a look-up.
-fn service_of(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
-    let table = core.reader.borrow_mut().load().version();
+fn service_of(core: &Core, table: &RoutingTable, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
     let host = target.host.as_bytes();
-    if let Some(entry) = core.recent.get(table, host) {
+    if let Some(entry) = core.recent.get(table.version(), host) {
         return Ok(entry);
     }
-    let (entry, any_path) = look_up(core, target)?;
+    let (entry, any_path) = look_up(core, table, target)?;
     if any_path {
-        core.recent.put(table, host, &entry);
+        core.recent.put(table.version(), host, &entry);
+    } else if let Some(other) = &target.other_reading {
+        refuse_ways_past(table, target, &entry, other)?;
     }
     Ok(entry)
 }
 
-pub(crate) fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
-    look_up(core, target).map(|(entry, _)| entry)
+/// Refuses a path that leads to another service when it is read as some origins do: what guards that service would
+/// not have been asked.
+fn refuse_ways_past(
+    table: &RoutingTable,
+    target: &route::Target,
+    entry: &ServiceEntry,
+    other: &str,
+) -> Result<(), Reason> {
+    let host = route::canonical(&target.host)?;
+    let found = table.lookup(&host, other);
+    let is_same = found.is_some_and(|found| Arc::ptr_eq(found.service, &entry.service));
+    if is_same { Ok(()) } else { Err(Reason::AmbiguousPath) }
 }
 
-fn look_up(core: &Core, target: &route::Target) -> Result<(Rc<ServiceEntry>, bool), Reason> {
+pub(crate) fn find_service(core: &Core, target: &route::Target) -> Result<Rc<ServiceEntry>, Reason> {
+    let mut reader = core.reader.borrow_mut();
+    look_up(core, reader.load(), target).map(|(entry, _)| entry)
+}
+
+fn look_up(
+    core: &Core,
+    table: &RoutingTable,
+    target: &route::Target,
+) -> Result<(Rc<ServiceEntry>, bool), Reason> {
     let host = route::canonical(&target.host)?;
     // "OPTIONS *" is about the server as a whole: it goes where "/" goes.
     let path = target.path.path();
     let path = if path == "*" { "/" } else { path };
-    let mut reader = core.reader.borrow_mut();
-    let found = reader.load().lookup(&host, path).ok_or(Reason::NoRoute)?;
+    let found = table.lookup(&host, path).ok_or(Reason::NoRoute)?;
     Ok((core.entry(found.service), found.any_path))
-}
-
-// --- the request as it goes on -----------------------------------------------------------------------
-
-/// A request that was received and may go on.
-struct Inbound {
-    parts: request::Parts,
-    incoming: Incoming,
-    first: Option<http_body::Frame<bytes::Bytes>>,
-    target: route::Target,
-    wishes: Wishes,
-    seen: Seen,
-    has_body: bool,
-}
-
-impl Inbound {
-    fn into_outgoing(mut self, core: &Core, flight: &Rc<Flight>, entry: &ServiceEntry) -> Outgoing {
-        let upgrade = if self.wishes.upgrade { self.parts.headers.get(UPGRADE).cloned() } else { None };
-        let host = self.target.host.value();
-        let owed = self.rewrite_headers(core, flight, host.as_ref());
-        let Self { mut parts, incoming, first, target, wishes, has_body, .. } = self;
-        if !parts.extensions.is_empty() {
-            parts.extensions = http::Extensions::new();
-        }
-        parts.version = Version::HTTP_11;
-        if parts.uri.scheme().is_some() || parts.uri.authority().is_some() {
-            parts.uri = Uri::from(target.path.clone());
-        }
-        let policy = entry.service.policy();
-        let replayable = is_idempotent(&parts.method) || parts.headers.contains_key(IDEMPOTENCY_KEY);
-        let framing =
-            has_body.then(|| incoming.size_hint().exact().map_or(Framing::Chunked, Framing::Length));
-        let gate = wishes.expects_continue.then(Arc::<ContinueGate>::default);
-        let body = has_body.then(|| {
-            let limits = RequestBodyLimits {
-                first,
-                max_bytes: policy.max_request_body_bytes,
-                body_idle_ms: policy.body_idle_timeout_ms,
-                head_timeout_ms: policy.response_head_timeout_ms,
-                // For retry class C, and for HTTP/2 upstreams, which can refuse what was sent in part.
-                keep: replayable
-                    || entry.service.upstreams().any(|(_, u)| u.protocol() == UpstreamProtocol::H2c),
-                gate: gate.clone(),
-                late_from_ms: flight.started_us / 1_000 + LONG_AFTER_MS,
-            };
-            RequestBody::new(incoming, Rc::clone(flight), limits)
-        });
-        Outgoing {
-            parts,
-            body,
-            framing,
-            path: target.path,
-            wishes,
-            upgrade,
-            host,
-            owed,
-            replayable,
-            fresh: false,
-            gate,
-        }
-    }
-
-    fn rewrite_headers(&mut self, core: &Core, flight: &Flight, host: Option<&HeaderValue>) -> Owed {
-        let Self { parts, seen, .. } = self;
-        let (headers, seen) = (&mut parts.headers, *seen);
-        if seen.has(Seen::COOKIE) && parts.version == Version::HTTP_2 {
-            headers::join_cookies(headers);
-        }
-        // First off, then on: a field that the client nominates must not be one that the edge adds.
-        let asked = headers::strip_hop_by_hop(headers, seen);
-        flight.conn.is_last.set(asked == Asked::Close && parts.version == Version::HTTP_11);
-        if let Some(host) = host
-            && (matches!(self.target.host, HostText::Authority(_)) || asked == Asked::Other)
-        {
-            headers.insert(HOST, host.clone());
-        }
-        let added = Added { ids: &flight.ids, via: core.via.of(parts.version), host };
-        let owed = headers::settle(headers, seen, &flight.conn, &added);
-        let sends = matches!(parts.method, Method::POST | Method::PUT | Method::PATCH);
-        if self.has_body && self.incoming.size_hint().exact().is_none() {
-            // Said aloud, because hyper takes a GET without a length for one without a body.
-            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        } else if !self.has_body && sends && !seen.has(Seen::CONTENT_LENGTH) {
-            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-        }
-        owed
-    }
-}
-
-/// RFC 9110 §9.2.2.
-fn is_idempotent(method: &Method) -> bool {
-    matches!(
-        *method,
-        Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS | Method::TRACE
-    )
-}
-
-impl Outgoing {
-    fn body(&self) -> Option<ForwardBody> {
-        self.body.as_ref().map_or(Some(ForwardBody::Empty), RequestBody::attempt)
-    }
-
-    fn added<'a>(&'a self, core: &'a Core, flight: &'a Flight) -> Added<'a> {
-        Added { ids: &flight.ids, via: core.via.of(flight.version), host: self.host.as_ref() }
-    }
-
-    /// The form that the client wants an error in.
-    fn form(&self) -> Form {
-        Form::of(&self.parts.headers)
-    }
-
-    /// Whether it can be sent (again).
-    fn is_whole(&self) -> bool {
-        self.body().is_some()
-    }
-
-    /// Without a body, and no upgrade.
-    pub(crate) const fn is_plain(&self) -> bool {
-        self.body.is_none() && self.upgrade.is_none()
-    }
-
-    pub(crate) const fn headers(&self) -> &HeaderMap {
-        &self.parts.headers
-    }
-
-    /// Writes the head for an HTTP/1.1 upstream.
-    pub(crate) fn write_head(
-        &self,
-        out: &mut Vec<u8>,
-        core: &Core,
-        flight: &Flight,
-        upstream: &Upstream,
-        policy: &ServicePolicy,
-    ) {
-        http1::write_request_line(out, &self.parts.method, &self.path);
-        let own_host = !(policy.preserve_host && self.host.is_some());
-        if own_host {
-            out.extend_from_slice(format!("host: {}\r\n", upstream.address()).as_bytes());
-        }
-        for (name, value) in &self.parts.headers {
-            if !(own_host && *name == HOST) {
-                http1::write_field(out, name, value);
-            }
-        }
-        headers::write_owed(out, self.owed, &flight.conn, &self.added(core, flight));
-        if self.wishes.trailers {
-            // In the form that RFC 9110 §10.1.4 wants.
-            out.extend_from_slice(b"te: trailers\r\nconnection: te\r\n");
-        }
-        if let Some(protocol) = &self.upgrade {
-            out.extend_from_slice(b"connection: upgrade\r\n");
-            http1::write_field(out, &UPGRADE, protocol);
-        }
-        out.extend_from_slice(b"\r\n");
-    }
-
-    /// A copy, because a stream that is refused does not give the request back.
-    pub(crate) fn for_http2(
-        &self,
-        core: &Core,
-        flight: &Flight,
-        upstream: &Upstream,
-        policy: &ServicePolicy,
-    ) -> Option<Request<ForwardBody>> {
-        let body = self.body()?;
-        let sent = &self.parts;
-        let authority = sent
-            .headers
-            .get(HOST)
-            .filter(|_| policy.preserve_host)
-            .and_then(|host| Authority::try_from(host.as_bytes()).ok())
-            .or_else(|| Authority::try_from(upstream.address().to_string()).ok())?;
-        let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(Scheme::HTTP);
-        uri.authority = Some(authority);
-        uri.path_and_query = Some(self.path.clone());
-        let mut request = Request::new(body);
-        *request.method_mut() = sent.method.clone();
-        *request.uri_mut() = Uri::from_parts(uri).ok()?;
-        *request.version_mut() = Version::HTTP_2;
-        let mut headers = sent.headers.clone();
-        for name in [HOST, TRANSFER_ENCODING, EXPECT] {
-            headers.remove(name);
-        }
-        headers::insert_owed(&mut headers, self.owed, &flight.conn, &self.added(core, flight));
-        if self.wishes.trailers {
-            headers::ask_for_trailers(&mut headers);
-        }
-        *request.headers_mut() = headers;
-        if let Some(gate) = &self.gate {
-            // hyper's HTTP/2 client has no interim responses: the edge answers for the upstream.
-            gate.open();
-        }
-        Some(request)
-    }
 }
 
 // --- sending -------------------------------------------------------------------------------------------
@@ -411,9 +265,19 @@ async fn send(
     let flight = Rc::clone(&guard.0);
     let sampled = mirror::sample(core, &entry, &flight, &out);
     loop {
+        if entry.service.hold().is_some_and(|queue| queue.is_closed())
+            && let Err(reason) =
+                Box::pin(hold::pass(core, &mut entry, &flight, &out.parts, out.body.as_ref())).await
+        {
+            return respond::answer(reason, out.form(), guard);
+        }
         match choice.enter(core, &mut entry, &flight) {
-            Ok(lease) => flight.take_lease(lease),
-            Err(reason) => return respond::answer(reason, out.form(), guard),
+            Ok(Some(lease)) => flight.take_lease(lease),
+            Ok(None) => continue,
+            Err(reason) => {
+                hold::note_unserved(&entry, reason);
+                return respond::answer(reason, out.form(), guard);
+            }
         }
         flight.attempts.set(flight.attempts.get() + 1);
         let error = match attempt(core, &entry, &flight, &mut out).await {
@@ -497,8 +361,9 @@ async fn attempt(
     let upstream = flight.upstream.borrow().clone().ok_or(Reason::NoUpstream)?;
     let policy = entry.service.policy();
     let pool = core.pools.of(&upstream, policy);
-    // A look at the clock costs something; between the head and the first attempt there are microseconds.
-    let sent_us = if flight.attempts.get() == 1 { flight.started_us } else { now_us() };
+    // A look at the clock costs something; between the head and the first attempt there are microseconds, unless it had to wait.
+    let at_once = flight.attempts.get() == 1 && flight.held_us.get() == 0 && !flight.asked.get();
+    let sent_us = if at_once { flight.started_us } else { now_us() };
     let answer = match upstream.protocol() {
         UpstreamProtocol::Http1 => attempt_http1(core, &upstream, policy, flight, out, pool).await?,
         UpstreamProtocol::H2c => Box::pin(attempt_http2(core, &upstream, policy, flight, out, pool)).await?,
@@ -679,7 +544,7 @@ fn h2_cause(error: &hyper::Error) -> Option<&h2::Error> {
     None
 }
 
-async fn connect(
+pub(crate) async fn connect(
     core: &Rc<Core>,
     upstream: &Upstream,
     policy: &ServicePolicy,
@@ -728,6 +593,7 @@ async fn attempt_http2(
     match unless_stopped(flight, ticket.sender.try_send_request(request)).await {
         Ok(Ok(response)) => {
             let (mut parts, incoming) = response.into_parts();
+            headers::trim(&mut parts.headers);
             headers::clean_response(&mut parts.headers);
             let head = Head { status: parts.status, headers: parts.headers };
             Ok(Answer { head, source: Source::Http2(incoming, ticket) })
@@ -765,7 +631,23 @@ fn answer(
     }
     let flight = &guard.0;
     flight.conn.before_head.set(false);
+    // By what the origin says of it, whatever the client is told.
+    let (class, late_class) = class_of(&headers);
+    let is_call = flight.grpc.get() && grpc::is_grpc(headers.get(CONTENT_TYPE));
+    let encoded = headers.contains_key(CONTENT_ENCODING);
+    if let Some(rules) = &entry.rules {
+        rules.response.apply(&mut headers);
+    }
     set_sticky_cookie(entry, flight, preferred, &mut headers);
+    if let Some(hsts) = tls::hsts(&flight.core, &flight.conn, &flight.host.borrow()) {
+        headers.insert(STRICT_TRANSPORT_SECURITY, hsts);
+    }
+    // Where the events and messages of a stream end has to be seen.
+    let compressing = if class == Some(TrafficClass::Sse) || is_call {
+        None
+    } else {
+        compress(entry, flight, out, status, &source, &mut headers)
+    };
     let unread = out.body.as_ref().is_some_and(|body| body.is_abandoned());
     if !flight.conn.http2.get() && (unread || flight.core.draining.get()) {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -773,11 +655,9 @@ fn answer(
     }
     flight.status.set(status.as_u16());
     let policy = entry.service.policy();
-    let (class, late_class) = class_of(&headers);
-    let is_call = flight.grpc.get() && grpc::is_grpc(headers.get(CONTENT_TYPE));
     if let Some(class) = class {
         flight.reclassify(class);
-        if class == TrafficClass::Sse && headers.contains_key(CONTENT_ENCODING) {
+        if class == TrafficClass::Sse && encoded {
             *flight.events.borrow_mut() = Some(Box::new(Events::encoded()));
         }
     }
@@ -787,8 +667,9 @@ fn answer(
         // A stream of events may be silent for as long as a tunnel.
         body_idle_ms: if long { policy.tunnel_idle_timeout_ms } else { policy.body_idle_timeout_ms },
         late_class,
-        late_from_ms: if class.is_some() { 0 } else { flight.started_us / 1_000 + LONG_AFTER_MS },
+        late_from_ms: if class.is_some() { 0 } else { flight.long_from_ms() },
         messages: is_call.then(Messages::default),
+        compressing,
     };
     let body = if body.source.is_end() {
         flight.complete.set(true);
@@ -800,6 +681,21 @@ fn answer(
         ReplyBody::Stream(guard)
     };
     Ok(respond::response(status, headers, body))
+}
+
+/// Changes the head of an answer that is compressed on its way.
+fn compress(
+    entry: &ServiceEntry,
+    flight: &Flight,
+    out: &Outgoing,
+    status: StatusCode,
+    source: &Source,
+    headers: &mut HeaderMap,
+) -> Option<Box<Compressing>> {
+    let length = if source.is_end() { Some(0) } else { source.size_hint().exact() };
+    let running = &flight.core.compressing;
+    let asked = Asked { method: &flight.method, status, length, coding: out.coding, running };
+    entry.rules.as_ref()?.compress(&asked, headers)
 }
 
 /// The class of an answer at once, and the class that it gets if it goes on for long.
@@ -848,9 +744,8 @@ fn switch(
     let flight = &guard.0;
     flight.status.set(101);
     let conn = Rc::clone(&flight.conn);
-    let policy = entry.service.policy();
-    let (idle_ms, close_spread_ms) = (policy.tunnel_idle_timeout_ms, policy.websocket_close_spread_ms);
+    let idle_ms = entry.service.policy().tunnel_idle_timeout_ms;
     flight.wait(Waits::Tunnel, idle_ms);
-    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms, websocket, close_spread_ms });
+    *conn.tunnel.borrow_mut() = Some(Tunnel { socket, early, guard, idle_ms, websocket });
     Ok(respond::response(StatusCode::SWITCHING_PROTOCOLS, headers, ReplyBody::Page(None, None)))
 }

@@ -1,5 +1,5 @@
-//! The edge's own way of a request's head, for fuzz targets: from what the parser hands over to what an upstream
-//! would get. It is compiled for fuzzing only, adds no rule of its own, and needs no socket and no runtime.
+//! What the edge reads from strangers, for fuzz targets: a request's head, from what the parser hands over to what an
+//! upstream would get; the framing of HTTP/1.1; headers of the PROXY protocol; frames of WebSockets. It is compiled for fuzzing only, adds no rule of its own, and needs no socket and no runtime.
 
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -10,10 +10,82 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Version, request};
 use crate::config::{Config, IpNet};
 use crate::conn::ConnState;
 use crate::error::Reason;
+use crate::forwarded;
+use crate::framing::{Follower, Framing};
 use crate::headers::{self, Added, Seen, TRACEPARENT, X_REQUEST_ID};
 use crate::ids::{IdMaker, Ids, Random};
 use crate::inflight::HostText;
+use crate::proxy_protocol::{self, Header, Parsed};
 use crate::route;
+use crate::upgrade::frames::Frames;
+
+/// What the first bytes of a connection are by the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Introduction {
+    /// A header of this length, for this client.
+    Whole(usize, Option<SocketAddr>),
+    /// The beginning of one, with at least so many bytes to come.
+    Needs(usize),
+    /// Something else.
+    No,
+}
+
+/// Reads a header of the PROXY protocol.
+#[must_use]
+pub fn introduction(bytes: &[u8]) -> Introduction {
+    match proxy_protocol::parse(bytes) {
+        Ok(Parsed::Whole(Header { length, source })) => Introduction::Whole(length, source),
+        Ok(Parsed::Needs(more)) => Introduction::Needs(more),
+        Err(_) => Introduction::No,
+    }
+}
+
+/// The framing of a client's HTTP/1.1 bytes.
+pub struct Front(Follower);
+
+impl Default for Front {
+    fn default() -> Self {
+        Self(Follower::new())
+    }
+}
+
+impl Front {
+    /// Takes bytes; false if they break the framing of a body.
+    pub fn read(&mut self, bytes: &[u8]) -> bool {
+        self.0.read(bytes).is_ok()
+    }
+
+    /// The parser has accepted a head, of a body by `length` or, without one, by chunks.
+    ///
+    /// # Errors
+    /// The [`Reason`] that the client would be told.
+    pub fn head(&mut self, length: Option<u64>) -> Result<(), Reason> {
+        self.0.head(length.map_or(Framing::Chunked, Framing::Length))
+    }
+
+    /// Whether the last request has come to its end.
+    #[must_use]
+    pub fn is_at_head(&self) -> bool {
+        self.0.is_at_head()
+    }
+}
+
+/// One direction of a WebSocket.
+#[derive(Default)]
+pub struct WebSocket(Frames);
+
+impl WebSocket {
+    /// Follows bytes on their way.
+    pub fn pass(&mut self, bytes: &[u8]) {
+        self.0.pass(bytes);
+    }
+
+    /// Whether what has passed are whole frames, and whether a `Close` was among them.
+    #[must_use]
+    pub fn is_between_and_closed(&self) -> (bool, bool) {
+        (self.0.is_between(), self.0.is_closed())
+    }
+}
 
 /// A client's connection. What a request leaves behind in it is there for the next one.
 pub struct Client {
@@ -56,7 +128,7 @@ impl Client {
         let seen = Seen::scan(&parts.headers);
         let target = route::target(&parts.method, &parts.uri, parts.version, &parts.headers)?;
         let ids = self.ids(&parts, seen);
-        let client = headers::client_address(&parts.headers, seen, &self.conn, &self.config);
+        let client = forwarded::client_address(&parts.headers, seen, &self.conn, &self.config);
         headers::check(&parts.headers, seen, parts.version == Version::HTTP_11, has_body)?;
         let host = route::canonical(&target.host)?.into_owned();
         let Rewritten { headers, settled, lines } = self.rewrite(parts, seen, &target, &ids);

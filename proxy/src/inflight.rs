@@ -92,16 +92,26 @@ pub(crate) struct Flight {
     pub(crate) events: RefCell<Option<Box<Events>>>,
     pub(crate) status: Cell<u16>,
     pub(crate) reason: Cell<Option<Reason>>,
+    /// Somebody was asked who its client is, which may have taken a while.
+    pub(crate) asked: Cell<bool>,
     pub(crate) attempts: Cell<u8>,
     pub(crate) bytes_in: Cell<u64>,
     pub(crate) bytes_out: Cell<u64>,
     pub(crate) head_us: Cell<u64>,
+    /// How long it had to wait because its service was held.
+    pub(crate) held_us: Cell<u64>,
     /// The answer was handed over whole.
     pub(crate) complete: Cell<bool>,
+    /// When a client that asks too often may come back; 0 if it does not.
+    pub(crate) retry_after_s: Cell<u32>,
     pub(crate) waits: Cell<Waits>,
+    /// How many more times a stream that its client does not take is waited for.
+    patience: Cell<u8>,
     deadline_ms: Cell<u64>,
     timeout_ms: Cell<u32>,
     expired: Cell<bool>,
+    /// Bytes of the body that had come at the last look at its pace, if the edge was waiting for more.
+    pace_mark: Cell<Option<u64>>,
     closing: Cell<bool>,
     cut: Cell<bool>,
     /// It is a call of gRPC over HTTP/2, whose end can be said in its own terms.
@@ -109,8 +119,15 @@ pub(crate) struct Flight {
     waker: RefCell<Option<Waker>>,
 }
 
+/// So many more times as long a stream of HTTP/2 is waited for that its client does not take, while other bytes flow on its
+/// connection.
+const HTTP2_PATIENCE: u8 = 9;
 /// After this time an exchange is no mere request: a drain gives it more time.
 pub(crate) const LONG_AFTER_MS: u64 = 10_000;
+
+/// Longest time that anything goes on after a hand-over, also if its service has set none: a process that stays for ever
+/// keeps its memory and an old version.
+const LONGEST_AFTER_HAND_OVER_MS: u64 = 24 * 3_600_000;
 
 /// Requests that one HTTP/2 client may cancel more than it lets be answered, before its connection ends:
 /// each has cost an upstream a request already (CVE-2023-44487).
@@ -157,15 +174,20 @@ impl Flight {
             events: RefCell::new(None),
             status: Cell::new(0),
             reason: Cell::new(None),
+            asked: Cell::new(false),
             attempts: Cell::new(0),
             bytes_in: Cell::new(0),
             bytes_out: Cell::new(0),
             head_us: Cell::new(0),
+            held_us: Cell::new(0),
             complete: Cell::new(false),
+            retry_after_s: Cell::new(0),
             waits: Cell::new(Waits::Connect),
+            patience: Cell::new(HTTP2_PATIENCE),
             deadline_ms: Cell::new(0),
             timeout_ms: Cell::new(0),
             expired: Cell::new(false),
+            pace_mark: Cell::new(None),
             closing: Cell::new(false),
             cut: Cell::new(false),
             grpc: Cell::new(false),
@@ -183,6 +205,7 @@ impl Flight {
     pub(crate) fn wait(&self, waits: Waits, timeout_ms: u32) {
         self.waits.set(waits);
         self.expired.set(false);
+        self.patience.set(HTTP2_PATIENCE);
         self.timeout_ms.set(timeout_ms);
         self.deadline_ms.set(self.core.coarse_now_ms() + u64::from(timeout_ms));
     }
@@ -230,23 +253,47 @@ impl Flight {
     /// Called by the timekeeper.
     fn look_at_clock(&self, now_ms: u64) {
         let deadline_ms = self.deadline_ms.get();
-        if deadline_ms == 0 || now_ms < deadline_ms || self.expired.get() {
+        if deadline_ms == 0 || now_ms < deadline_ms {
             return;
         }
-        if self.waits.get() == Waits::Client && !self.conn.http2.get() {
-            // One piece of a body may take a slow client far longer than this; what counts is that bytes flow.
-            let extended_ms = self.conn.wrote_ms.get() + u64::from(self.timeout_ms.get());
-            if extended_ms > now_ms {
-                self.deadline_ms.set(extended_ms);
-                return;
-            }
-        }
-        self.expired.set(true);
-        if self.waits.get() == Waits::Client {
+        let timeout_ms = u64::from(self.timeout_ms.get());
+        let flows_until_ms = self.conn.wrote_ms.get() + timeout_ms;
+        let (to_client, flows) = (self.waits.get() == Waits::Client, flows_until_ms > now_ms);
+        let http2 = self.conn.http2.get();
+        if to_client && !flows && (http2 || !self.expired.get()) {
             self.let_go_of_upstream(Reason::ClientStalled);
             self.conn.kill(Kill::Abort);
         }
+        if self.expired.get() {
+            return;
+        }
+        // One piece of a body may take a slow client far longer than this; what counts is that bytes flow. On a connection of
+        // HTTP/2 they may be another stream's: then this one has so many times as long.
+        let patience = u64::from(self.patience.get());
+        if to_client && flows && (!http2 || patience > 0) {
+            self.patience.set(self.patience.get().saturating_sub(1));
+            self.deadline_ms.set(if http2 { now_ms + timeout_ms } else { flows_until_ms });
+            return;
+        }
+        self.expired.set(true);
+        if to_client && flows {
+            // The others of its connection go on, and it is broken off when its client takes anything of it (RFC 9113 §5.4.2).
+            self.let_go_of_upstream(Reason::ClientStalled);
+        }
         self.wake();
+    }
+
+    /// Ends a request whose body came slower since the last look, although the edge waited for it at both.
+    fn look_at_pace(&self, least_bytes: u64) {
+        let waits = self.waits.get() == Waits::RequestBody && !self.grpc.get() && !self.expired.get();
+        let bytes = self.bytes_in.get();
+        match self.pace_mark.replace(waits.then_some(bytes)) {
+            Some(before) if waits && bytes - before < least_bytes => {
+                self.expired.set(true);
+                self.wake();
+            }
+            _ => {}
+        }
     }
 
     fn close_now(&self) {
@@ -329,6 +376,27 @@ impl Flight {
         }
     }
 
+    /// From when on what it transfers has taken long.
+    pub(crate) fn long_from_ms(&self) -> u64 {
+        // Whoever was asked about it may have taken his time.
+        let from_ms = if self.asked.get() { self.core.coarse_now_ms() } else { self.started_us / 1_000 };
+        from_ms + LONG_AFTER_MS
+    }
+
+    /// What a client is told that has to say who it is (RFC 9110 §11.6.1).
+    pub(crate) fn challenge(&self) -> Option<HeaderValue> {
+        self.service.borrow().as_ref()?.rules.as_ref()?.challenge().cloned()
+    }
+
+    /// The service's own page for an answer that the edge makes. Nothing that is filled in needs escaping.
+    pub(crate) fn error_page(&self, reason: Reason, request_id: &str) -> Option<bytes::Bytes> {
+        let service = self.service.borrow();
+        let page = service.as_ref()?.rules.as_ref()?.error_page(reason.status_code())?;
+        let status = reason.status_code().to_string();
+        let filled = page.html.replace("{status}", &status).replace("{reason}", reason.as_str());
+        Some(filled.replace("{request_id}", request_id).into())
+    }
+
     /// Counts a failure that became no request of its own.
     pub(crate) fn strike(&self) {
         if let (Some(upstream), Some(service)) = (&*self.upstream.borrow(), &*self.service.borrow()) {
@@ -348,10 +416,20 @@ impl Flight {
         self.grpc.get() && lease.as_ref().is_some_and(|lease| lease.class() == TrafficClass::GrpcStream)
     }
 
-    /// A call that has gone on for longer than a request should is a stream, also when nothing passes by which
-    /// that could have been noticed.
-    fn is_silent_stream(&self, now_ms: u64) -> bool {
-        self.grpc.get() && now_ms > self.started_us / 1_000 + LONG_AFTER_MS
+    /// The class of what has gone on for longer than a request should, also when nothing has passed since then by which
+    /// that could have been noticed: a call may be silent, and a slow peer takes its time between two pieces of
+    /// a body, because the kernel's buffers run down first.
+    fn late_class(&self, now_ms: u64) -> Option<TrafficClass> {
+        if now_ms <= self.started_us / 1_000 + LONG_AFTER_MS {
+            return None;
+        }
+        if self.grpc.get() {
+            return Some(TrafficClass::GrpcStream);
+        }
+        let uploads =
+            self.bytes_in.get() > 0 && matches!(self.waits.get(), Waits::RequestBody | Waits::UpstreamReads);
+        let late = self.body.borrow().as_ref().map(|body| body.late_class);
+        late.or_else(|| uploads.then_some(TrafficClass::Transfer))
     }
 
     /// Whether it holds a lease of this class at this upstream.
@@ -397,14 +475,21 @@ impl Flight {
             if self.lease.borrow().is_some() {
                 self.record(Outcome::ClientGone);
             }
-            self.conn.cancelled.set(cancelled + 1);
-            if self.conn.http2.get() && cancelled >= MAX_CANCELLED {
-                tracing::info!(peer = %self.conn.peer, "an HTTP/2 client cancels all of its requests: closed");
-                self.conn.kill(Kill::Abort);
+            // What was sent nowhere, because its service is held, has cost nobody anything.
+            if self.attempts.get() > 0 || self.asked.get() {
+                self.note_cancelled(cancelled);
             }
         }
         if leaving {
             self.cut_lease();
+        }
+    }
+
+    fn note_cancelled(&self, before: u32) {
+        self.conn.cancelled.set(before + 1);
+        if self.conn.http2.get() && before >= MAX_CANCELLED {
+            tracing::info!(peer = %self.conn.peer, "an HTTP/2 client cancels all of its requests: closed");
+            self.conn.kill(Kill::Abort);
         }
     }
 }
@@ -446,10 +531,24 @@ impl Flights {
     pub(crate) fn look_at_clock(&self, now_ms: u64) {
         let due = |flight: &Flight| {
             let deadline_ms = flight.deadline_ms.get();
-            deadline_ms != 0 && now_ms >= deadline_ms && !flight.expired.get()
+            // A stream that was let go is there until its client takes something of it, or its connection is silent.
+            let let_go = flight.waits.get() == Waits::Client && flight.conn.http2.get();
+            deadline_ms != 0 && now_ms >= deadline_ms && (let_go || !flight.expired.get())
         };
         for flight in self.snapshot(due) {
             flight.look_at_clock(now_ms);
+        }
+    }
+
+    /// Ends requests whose bodies come slower than this. Called every ten seconds.
+    pub(crate) fn look_at_pace(&self, least_bytes_per_s: u32) {
+        let least_bytes = u64::from(least_bytes_per_s) * 10;
+        if least_bytes > 0 {
+            for flight in self.snapshot(|flight| {
+                flight.waits.get() == Waits::RequestBody || flight.pace_mark.get().is_some()
+            }) {
+                flight.look_at_pace(least_bytes);
+            }
         }
     }
 
@@ -466,6 +565,25 @@ impl Flights {
             }
         }
         found
+    }
+
+    /// Ends what has used up the time that its service gives its class, as it does when an upstream leaves.
+    pub(crate) fn look_at_hand_over(&self, since_ms: u64) {
+        for flight in self.snapshot(|flight| !flight.cut.get()) {
+            let class_now = || flight.lease.borrow().as_ref().map_or(TrafficClass::Held, Lease::class);
+            if class_now() == TrafficClass::Request {
+                let late = flight.late_class(flight.core.coarse_now_ms());
+                late.into_iter().for_each(|class| flight.reclassify(class));
+            }
+            let class = class_now();
+            let time = flight.service.borrow().as_ref().map(|entry| entry.service.policy().drain[class]);
+            let Some(time) = time else { continue };
+            if since_ms >= time.cut_ms.min(LONGEST_AFTER_HAND_OVER_MS) {
+                flight.cut_now();
+            } else if since_ms >= time.close_ms && !flight.is_closing() {
+                flight.close_now();
+            }
+        }
     }
 
     /// Asks the flights of a class at an upstream to end politely.
@@ -487,11 +605,9 @@ impl Flights {
         let mut due = self.snapshot(|flight| flight.is_of(generation, class));
         if class == TrafficClass::Request {
             due.retain(|flight| {
-                let is_stream = flight.is_silent_stream(flight.core.coarse_now_ms());
-                if is_stream {
-                    flight.reclassify(TrafficClass::GrpcStream);
-                }
-                !is_stream
+                let late = flight.late_class(flight.core.coarse_now_ms());
+                late.into_iter().for_each(|class| flight.reclassify(class));
+                late.is_none()
             });
         }
         due

@@ -29,29 +29,42 @@ mod conn;
 mod core;
 mod crew;
 mod detect;
+mod early;
 mod edge;
 mod error;
 mod forward;
+mod forwarded;
 mod framing;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod glitches;
 mod grpc;
 mod headers;
+mod hold;
 mod http1;
 mod ids;
 mod inflight;
 mod listen;
 mod metrics;
 mod mirror;
+mod outgoing;
+mod overload;
 mod pool;
 mod probe;
+mod proxy_protocol;
+mod rates;
 mod recent;
 mod resolve;
 mod respond;
 mod route;
+mod rules;
 mod serve;
+mod sockets;
+mod sources;
 mod splice;
+mod tls;
 mod upgrade;
+mod wire;
 
 pub use access_log::LogError;
 pub use clock::{now_ms, now_us};
@@ -59,6 +72,12 @@ pub use config::{
     AccessLogConfig, AccessLogFormat, AccessLogTarget, Config, ConfigError, IpNet, IpNetError, Limits,
     MIN_HEADER_BYTES,
 };
-pub use edge::{BindError, Edge, RunError};
+pub use edge::{BindError, Edge, Ending, RunError};
 pub use error::{Blame, ProxyError, Reason};
+pub use listen::{Orphans, Speaks};
 pub use metrics::describe;
+pub use sockets::{Group, Sockets};
+pub use tls::{
+    Certificate, CertificateSource, MAX_TICKET_KEYS, NoRandom, SourceError, TICKET_KEY_LIFE_MS, TicketKeys,
+    TicketKeysError, Tickets, certificate_id,
+};

@@ -52,6 +52,14 @@ pub fn describe() {
         "peregrine_edge_log_lines_dropped_total",
         "Access log lines that the writer had no room for"
     );
+    describe_counter!(
+        "peregrine_edge_refused_connections_total",
+        "Connections that were closed, by reason: source (its network has too many), proxy_protocol (no header of it came \
+         from where one has to), flood (an HTTP/2 client sent too much of no use)"
+    );
+    describe_gauge!("peregrine_edge_sheds_load", "1 while requests are refused because of max_memory");
+    crate::hold::describe();
+    crate::tls::describe();
 }
 
 /// One core's counters.
@@ -68,21 +76,21 @@ pub(crate) struct CoreMetrics {
 }
 
 /// A counter that is summed up here first.
-struct Count {
+pub(crate) struct Count {
     here: Cell<u64>,
     there: Counter,
 }
 
 impl Count {
-    const fn new(there: Counter) -> Self {
+    pub(crate) const fn new(there: Counter) -> Self {
         Self { here: Cell::new(0), there }
     }
 
-    fn add(&self, more: u64) {
+    pub(crate) fn add(&self, more: u64) {
         self.here.set(self.here.get() + more);
     }
 
-    fn flush(&self) {
+    pub(crate) fn flush(&self) {
         let sum = self.here.replace(0);
         if sum > 0 {
             self.there.increment(sum);
@@ -91,17 +99,17 @@ impl Count {
 }
 
 /// A gauge to which every core adds its part.
-struct Level {
+pub(crate) struct Level {
     told: Cell<usize>,
     there: Gauge,
 }
 
 impl Level {
-    const fn new(there: Gauge) -> Self {
+    pub(crate) const fn new(there: Gauge) -> Self {
         Self { told: Cell::new(0), there }
     }
 
-    fn tell(&self, now: usize) {
+    pub(crate) fn tell(&self, now: usize) {
         let before = self.told.replace(now);
         #[expect(clippy::cast_precision_loss)]
         if now > before {

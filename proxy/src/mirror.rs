@@ -38,10 +38,10 @@ use tokio::task::JoinSet;
 use crate::body::ForwardBody;
 use crate::clock::now_us;
 use crate::core::{Core, ServiceEntry};
-use crate::forward::Outgoing;
 use crate::headers::PEREGRINE_MIRROR;
 use crate::http1::{Head, Http1Conn};
 use crate::inflight::Flight;
+use crate::outgoing::Outgoing;
 use crate::pool::UpstreamPool;
 
 /// Fields whose requests are not copied: the right answer depends on what the client has already.
@@ -79,6 +79,11 @@ pub(crate) fn sample(
     sample_for(mirror, core, entry.service.policy(), flight, out)
 }
 
+/// Whether a request is somebody's.
+pub(crate) fn has_credentials(headers: &HeaderMap) -> bool {
+    headers.contains_key(AUTHORIZATION) || headers.contains_key(COOKIE)
+}
+
 #[cold]
 fn sample_for(
     mirror: &Arc<Mirror>,
@@ -96,8 +101,8 @@ fn sample_for(
     if !mirror.samples(core.random.next()) {
         return None;
     }
-    let has_credentials = || headers.contains_key(AUTHORIZATION) || headers.contains_key(COOKIE);
-    if !mirror.spec().with_credentials && has_credentials() {
+    let signed_in = out.signed_in.unwrap_or_else(|| has_credentials(headers));
+    if !mirror.spec().with_credentials && signed_in {
         mirror.note(MirrorOutcome::LeftOut);
         return None;
     }

@@ -1,14 +1,20 @@
 //! Turns errors into answers. The only place that does.
 
 use bytes::Bytes;
-use http::header::{ACCEPT, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{
+    ACCEPT, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, LOCATION, RETRY_AFTER, STRICT_TRANSPORT_SECURITY,
+    WWW_AUTHENTICATE,
+};
+use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 
 use crate::body::ReplyBody;
 use crate::error::{Blame, Reason};
 use crate::grpc;
 use crate::headers::{X_PEREGRINE_REASON, X_REQUEST_ID};
-use crate::inflight::FlightGuard;
+use crate::inflight::{FlightGuard, HostText};
+use crate::route;
+use crate::tls;
 
 /// What a client is told to wait before it comes back, in seconds. Long enough for a retry to meet a
 /// finished switch, short enough that nobody gives up.
@@ -51,11 +57,16 @@ pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response
     if flight.grpc.get() && reason.status().is_server_error() {
         return grpc_answer(reason, guard);
     }
+    let retry_after_s = flight.retry_after_s.get();
     let request_id = flight.ids.request.clone();
-    let page = page(reason, form, request_id.to_str().unwrap_or("-"));
+    let own_page =
+        if form == Form::Html { flight.error_page(reason, request_id.to_str().unwrap_or("-")) } else { None };
+    let page = own_page.unwrap_or_else(|| page(reason, form, request_id.to_str().unwrap_or("-")));
     let http2 = flight.conn.http2.get();
     // A request with a fault may be followed by the rest of it: nothing more is read from such a client.
     let close = !http2 && (closes(reason) || flight.core.draining.get());
+    let hsts = tls::hsts(&flight.core, &flight.conn, &flight.host.borrow());
+    let challenge = if reason == Reason::AuthRequired { flight.challenge() } else { None };
     let mut response = Response::new(ReplyBody::Page(Some(page), Some(guard)));
     *response.status_mut() = reason.status();
     let headers = response.headers_mut();
@@ -63,14 +74,94 @@ pub(crate) fn answer(reason: Reason, form: Form, guard: FlightGuard) -> Response
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type(form)));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_REQUEST_ID, request_id);
+    if let Some(hsts) = hsts {
+        headers.insert(STRICT_TRANSPORT_SECURITY, hsts);
+    }
+    if let Some(challenge) = challenge {
+        headers.insert(WWW_AUTHENTICATE, challenge);
+    }
     if reason.status() == StatusCode::SERVICE_UNAVAILABLE {
         headers.insert(RETRY_AFTER, RETRY_AFTER_S);
+    }
+    if retry_after_s > 0 {
+        headers.insert(RETRY_AFTER, HeaderValue::from(retry_after_s));
     }
     if reason.status() == StatusCode::METHOD_NOT_ALLOWED {
         headers.insert(ALLOW, ALLOWED);
     }
     if close {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// The same address with `https` (RFC 9110 §15.4.9: the method stays). The host has been found canonical.
+pub(crate) fn to_https(
+    host: &HostText,
+    port: u16,
+    path: &PathAndQuery,
+    guard: FlightGuard,
+) -> Response<ReplyBody> {
+    const HTTPS_PORT: u16 = 443;
+    let host = route::canonical(host).unwrap_or_default();
+    let path = if path.as_str() == "*" { "/" } else { path.as_str() };
+    let location = match port {
+        HTTPS_PORT => format!("https://{host}{path}"),
+        _ => format!("https://{host}:{port}{path}"),
+    };
+    match HeaderValue::from_str(&location) {
+        Ok(location) => redirect(StatusCode::PERMANENT_REDIRECT, location, guard),
+        Err(_) => own(StatusCode::PERMANENT_REDIRECT, Bytes::new(), guard),
+    }
+}
+
+/// Another address instead of an answer.
+pub(crate) fn redirect(status: StatusCode, location: HeaderValue, guard: FlightGuard) -> Response<ReplyBody> {
+    let flight = &guard.0;
+    let hsts = tls::hsts(&flight.core, &flight.conn, &flight.host.borrow());
+    let mut response = own(status, Bytes::new(), guard);
+    let headers = response.headers_mut();
+    headers.insert(LOCATION, location);
+    if let Some(hsts) = hsts {
+        headers.insert(STRICT_TRANSPORT_SECURITY, hsts);
+    }
+    response
+}
+
+/// Somebody else's answer, whole.
+pub(crate) fn passed_on(answer: Response<Bytes>, guard: FlightGuard) -> Response<ReplyBody> {
+    let (parts, body) = answer.into_parts();
+    let hsts = tls::hsts(&guard.0.core, &guard.0.conn, &guard.0.host.borrow());
+    let mut response = own(parts.status, body, guard);
+    for (name, value) in &parts.headers {
+        response.headers_mut().append(name, value.clone());
+    }
+    if let Some(hsts) = hsts {
+        response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, hsts);
+    }
+    response
+}
+
+/// What a certificate authority is to find (RFC 8555 §8.3).
+pub(crate) fn challenge(text: &str, guard: FlightGuard) -> Response<ReplyBody> {
+    let mut response = own(StatusCode::OK, Bytes::copy_from_slice(text.as_bytes()), guard);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// An answer of the edge's own that is no failure.
+fn own(status: StatusCode, body: Bytes, guard: FlightGuard) -> Response<ReplyBody> {
+    let flight = &guard.0;
+    flight.status.set(status.as_u16());
+    flight.complete.set(true);
+    flight.conn.before_head.set(false);
+    let close = !flight.conn.http2.get() && flight.core.draining.get();
+    let mut response = Response::new(ReplyBody::Page(Some(body), Some(guard)));
+    *response.status_mut() = status;
+    if close {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
@@ -136,9 +227,19 @@ fn page(reason: Reason, form: Form, request_id: &str) -> Bytes {
 const fn detail(reason: Reason) -> &'static str {
     match reason {
         Reason::NoRoute => "There is no site at this address.",
-        Reason::NoUpstream | Reason::ShuttingDown | Reason::UpstreamCut | Reason::UpstreamRefused => {
-            "The site cannot take requests right now. Please try again in a moment."
-        }
+        Reason::NoUpstream
+        | Reason::AuthUnavailable
+        | Reason::HoldFull
+        | Reason::HoldTooOld
+        | Reason::Overloaded
+        | Reason::RulesChanged
+        | Reason::ServiceBusy
+        | Reason::ShuttingDown
+        | Reason::UpstreamCut
+        | Reason::UpstreamRefused => "The site cannot take requests right now. Please try again in a moment.",
+        Reason::AuthRequired => "This site asks for a name and a password.",
+        Reason::AddressDenied => "This site is not open to your address.",
+        Reason::RateLimited => "Too many requests. Please try again in a moment.",
         Reason::HeadTimeout | Reason::BodyTimeout => "The request took too long to arrive.",
         Reason::HeadTooLarge => "The request has headers that are too large or too many.",
         Reason::UriTooLong => "The address of the request is too long.",
@@ -146,6 +247,7 @@ const fn detail(reason: Reason) -> &'static str {
         Reason::MethodNotAllowed | Reason::ConnectNotSupported => {
             "The method of the request is not supported."
         }
+        Reason::Misdirected => "This connection was made for another site. Please open a new one.",
         Reason::BadHost => "The request does not say which site it is for.",
         Reason::Internal => "Something went wrong while the request was handled.",
         _ => match reason.blame() {

@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 
 use http::header::HOST;
-use http::uri::PathAndQuery;
+use http::uri::{Authority, PathAndQuery};
 use http::{HeaderMap, HeaderValue, Method, Uri, Version};
-use peregrine_routing::canonical_host;
+use peregrine_routing::{CanonicalPath, canonical_host, canonical_path};
 
 use crate::error::Reason;
 use crate::inflight::HostText;
@@ -15,8 +15,10 @@ use crate::inflight::HostText;
 pub(crate) struct Target {
     /// The host as it was sent.
     pub(crate) host: HostText,
-    /// Path and query as they go on.
+    /// Path and query as they go on, the path in its canonical form.
     pub(crate) path: PathAndQuery,
+    /// Another path that origins may read in it; where it would be routed elsewhere, the request is refused.
+    pub(crate) other_reading: Option<Box<str>>,
 }
 
 const ASTERISK: &str = "*";
@@ -24,7 +26,7 @@ const ASTERISK: &str = "*";
 /// Reads host and path (RFC 9112 §3.2 and §3.3, RFC 9113 §8.3.1).
 ///
 /// # Errors
-/// [`Reason::BadHost`] or [`Reason::BadTarget`].
+/// [`Reason::BadHost`], [`Reason::BadTarget`] or [`Reason::AmbiguousPath`].
 pub(crate) fn target(
     method: &Method,
     uri: &Uri,
@@ -42,11 +44,37 @@ pub(crate) fn target(
         }
         // In absolute form the target's host counts and the field is ignored (RFC 9112 §3.2.2).
         (Some(authority), _) => HostText::Authority(authority.clone()),
+        (None, Some(field)) if !field.as_bytes().is_ascii() => HostText::Authority(with_a_labels(field)?),
         (None, Some(field)) => HostText::Field(field.clone()),
         (None, None) if version == Version::HTTP_10 => HostText::None,
         (None, None) => return Err(Reason::BadHost),
     };
-    Ok(Target { path: path(method, uri)?, host })
+    let sent = path(method, uri)?;
+    let (path, other_reading) = canonical_target(sent)?;
+    Ok(Target { host, path, other_reading })
+}
+
+/// A host with U-labels goes on in the form that it is routed by.
+fn with_a_labels(field: &HeaderValue) -> Result<Authority, Reason> {
+    let text = std::str::from_utf8(field.as_bytes()).map_err(|_| Reason::BadHost)?;
+    let port = text.rfind(':').map_or("", |colon| &text[colon..]);
+    let host = canonical_host(text).map_err(|_| Reason::BadHost)?;
+    format!("{host}{port}").parse().map_err(|_| Reason::BadHost)
+}
+
+/// The path in its canonical form, which decides on the route and goes on (RFC 3986 §6.2.2).
+fn canonical_target(sent: PathAndQuery) -> Result<(PathAndQuery, Option<Box<str>>), Reason> {
+    if sent.as_str() == ASTERISK {
+        return Ok((sent, None));
+    }
+    let CanonicalPath { path, other_reading } =
+        canonical_path(sent.path()).map_err(|_| Reason::AmbiguousPath)?;
+    let Cow::Owned(path) = path else { return Ok((sent, other_reading)) };
+    let whole = match sent.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path,
+    };
+    Ok((PathAndQuery::try_from(whole).map_err(|_| Reason::BadTarget)?, other_reading))
 }
 
 fn host_field(headers: &HeaderMap) -> Result<Option<&HeaderValue>, Reason> {
@@ -134,6 +162,17 @@ mod tests {
         assert_eq!(h1("GET", "*", &["a"]), Err(Reason::BadTarget));
         assert_eq!(h1("GET", "ftp://a/x", &["a"]), Err(Reason::BadTarget));
         assert_eq!(read("GET", "/", Version::HTTP_10, &[]), there("", "/"));
+    }
+
+    #[test]
+    fn the_path_that_goes_on_is_the_canonical_one_and_the_query_is_left_alone() {
+        let h1 = |uri| read("GET", uri, Version::HTTP_11, &["a"]);
+        assert_eq!(h1("/x/../%61%2fb?%61=..%2f"), there("a", "/a%2Fb?%61=..%2f"));
+        assert_eq!(h1("/x?a/../b"), there("a", "/x?a/../b"));
+        assert_eq!(h1("http://a/./x"), there("a", "/x"));
+        for bad in ["/../x", "/%zz", "/a\\b", "/a%00", "/a/..%2f"] {
+            assert_eq!(h1(bad), Err(Reason::AmbiguousPath), "{bad}");
+        }
     }
 
     #[test]

@@ -25,8 +25,11 @@ use crate::detect::{Detected, detect};
 use crate::error::Reason;
 use crate::forward;
 use crate::framing::Framing;
+use crate::listen::Speaks;
 use crate::respond;
+use crate::tls;
 use crate::upgrade;
+use crate::wire::Wire;
 
 /// What is read at once to find the protocol: most heads fit.
 const FIRST_READ_BYTES: usize = 2 * 1024;
@@ -63,9 +66,25 @@ impl Servers {
 }
 
 /// Serves one connection to its end.
-pub(crate) async fn serve(core: &Rc<Core>, servers: &Servers, mut socket: TcpStream, state: Rc<ConnState>) {
-    let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
-    let stream = ClientStream::new(socket, Rc::clone(&state), prefix, core);
+pub(crate) async fn serve(
+    core: &Rc<Core>,
+    servers: &Servers,
+    mut socket: TcpStream,
+    speaks: Speaks,
+    state: Rc<ConnState>,
+) {
+    let (wire, prefix, protocol) = match speaks {
+        Speaks::Http => {
+            let Some((prefix, protocol)) = first_bytes(&state, &mut socket).await else { return };
+            (Wire::Clear(socket), prefix, protocol)
+        }
+        // Boxed: what a handshake needs is let go when it is over, and clear text never has it.
+        Speaks::Https => match Box::pin(tls::accept(core, &state, socket)).await {
+            Some((stream, protocol)) => (Wire::Tls(stream), Bytes::new(), protocol),
+            None => return,
+        },
+    };
+    let stream = ClientStream::new(wire, Rc::clone(&state), prefix, core);
     match protocol {
         Detected::Http2 => serve_http2(core, servers, state, stream).await,
         _ => serve_http1(core, servers, state, stream).await,
@@ -74,20 +93,12 @@ pub(crate) async fn serve(core: &Rc<Core>, servers: &Servers, mut socket: TcpStr
 
 /// Reads until the protocol is known. `None` if the client leaves or takes too long.
 async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes, Detected)> {
-    // They are nearly always there already (see `listen::bind`), and tokio would wait for the kernel to say so.
-    let mut chunk = [MaybeUninit::uninit(); FIRST_READ_BYTES];
-    let mut read = match rustix::net::recv(&*socket, &mut chunk[..], RecvFlags::empty()) {
-        Ok((_, 0)) => return None,
-        Ok(((bytes, _), _)) => Bytes::copy_from_slice(bytes),
-        Err(_) => Bytes::new(),
-    };
-    if !read.is_empty() {
+    let mut read = at_hand(socket)?;
+    loop {
         match detect(&read) {
             Detected::Unclear => {}
             found => return Some((read, found)),
         }
-    }
-    loop {
         let got = poll_fn(|cx| {
             if state.asked(cx) != Kill::No {
                 return Poll::Ready(Ok(0));
@@ -105,10 +116,17 @@ async fn first_bytes(state: &ConnState, socket: &mut TcpStream) -> Option<(Bytes
         if got.await.unwrap_or(0) == 0 {
             return None;
         }
-        match detect(&read) {
-            Detected::Unclear => {}
-            found => return Some((read, found)),
-        }
+    }
+}
+
+/// What has come already. Nearly always that is a whole head (see `listen::bind`), and tokio would wait for the kernel
+/// to say so. `None` if the client has left; an error comes again at the next look.
+fn at_hand(socket: &TcpStream) -> Option<Bytes> {
+    let mut chunk = [MaybeUninit::uninit(); FIRST_READ_BYTES];
+    match rustix::net::recv(socket, &mut chunk[..], RecvFlags::empty()) {
+        Ok((_, 0)) => None,
+        Ok(((bytes, _), _)) => Some(Bytes::copy_from_slice(bytes)),
+        Err(_) => Some(Bytes::new()),
     }
 }
 
@@ -124,8 +142,8 @@ async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, s
     let (its_core, conn) = (Rc::clone(core), Rc::clone(&state));
     let service = service_fn(move |request: Request<Incoming>| {
         let framing = request.body().size_hint().exact().map_or(Framing::Chunked, Framing::Length);
-        let conflict = conn.follower.borrow_mut().head(framing);
-        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, conflict)
+        let framing = conn.follower.borrow_mut().head(framing);
+        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, framing)
     });
     let mut http = servers.http1.serve_connection(TokioIo::new(stream), service);
     let end = poll_fn(|cx| {
@@ -141,16 +159,16 @@ async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, s
     })
     .await;
     let parts = http.into_parts();
-    let (socket, _) = parts.io.into_inner().into_socket();
+    let wire = parts.io.into_inner().into_wire();
     let tunnel = state.tunnel.borrow_mut().take();
     if let (Some(tunnel), End::Http(Ok(()))) = (tunnel, &end) {
-        upgrade::run(socket, parts.read_buf, tunnel).await;
+        upgrade::run(wire, parts.read_buf, tunnel).await;
         return;
     }
-    finish_http1(core, &state, socket, &end).await;
+    finish_http1(core, &state, wire, &end).await;
 }
 
-async fn finish_http1(core: &Core, state: &ConnState, mut socket: TcpStream, end: &End) {
+async fn finish_http1(core: &Core, state: &ConnState, mut wire: Wire, end: &End) {
     if let Some(reason) = state.rejected.get() {
         note_rejected(core, state, reason);
         state.linger.set(true);
@@ -159,13 +177,19 @@ async fn finish_http1(core: &Core, state: &ConnState, mut socket: TcpStream, end
         End::Asked(Kill::HeadTimeout) if state.follower.borrow().has_partial_head() => {
             note_rejected(core, state, Reason::HeadTimeout);
             // Best effort: somebody who sends a byte a minute may not read either.
-            drop(socket.try_write(&respond::raw_answer(Reason::HeadTimeout)));
+            wire.try_say(&respond::raw_answer(Reason::HeadTimeout));
         }
         End::Asked(_) | End::Http(_) => {}
     }
+    if matches!(end, End::Asked(Kill::Idle | Kill::HeadTimeout)) {
+        wire.try_end();
+    }
     if state.linger.get() {
-        drop(socket.shutdown().await);
-        let _ = tokio::time::timeout(LINGER, read_on(&mut socket)).await;
+        let _ = tokio::time::timeout(LINGER, async {
+            drop(wire.shutdown().await);
+            read_on(&mut wire).await;
+        })
+        .await;
     }
 }
 
@@ -177,13 +201,13 @@ fn note_rejected(core: &Core, state: &ConnState, reason: Reason) {
     }
 }
 
-async fn read_on(socket: &mut TcpStream) {
+async fn read_on(wire: &mut Wire) {
     let mut sink = vec![0; 16 * 1024];
     let mut total = 0;
     while total < LINGER_BYTES {
         let read = poll_fn(|cx| {
             let mut buffer = ReadBuf::new(&mut sink);
-            ready!(Pin::new(&mut *socket).poll_read(cx, &mut buffer))?;
+            ready!(Pin::new(&mut *wire).poll_read(cx, &mut buffer))?;
             Poll::Ready(io::Result::Ok(buffer.filled().len()))
         });
         match read.await {
@@ -193,12 +217,13 @@ async fn read_on(socket: &mut TcpStream) {
     }
 }
 
-async fn serve_http2(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, stream: ClientStream) {
+async fn serve_http2(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, mut stream: ClientStream) {
+    stream.count_glitches(core.config.limits.http2_max_glitches);
     state.http2.set(true);
     state.follower.borrow_mut().turn_off();
     let (its_core, conn) = (Rc::clone(core), Rc::clone(&state));
     let service = service_fn(move |request: Request<Incoming>| {
-        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, false)
+        forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, Ok(()))
     });
     let mut http = pin!(servers.http2.serve_connection(TokioIo::new(stream), service));
     let mut leaving = false;

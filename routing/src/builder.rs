@@ -103,7 +103,11 @@ impl Builder {
     }
 
     pub(crate) fn spec(&self, name: &str) -> Option<&ServiceSpec> {
-        self.table.services.get(u64::from(*self.slots.get(name)?)).map(|service| service.spec())
+        self.service(name).map(|service| service.spec())
+    }
+
+    pub(crate) fn service(&self, name: &str) -> Option<&Arc<Service>> {
+        self.table.services.get(u64::from(*self.slots.get(name)?))
     }
 
     pub(crate) fn upstream(&self, generation: Generation) -> Option<&Arc<Upstream>> {
@@ -130,7 +134,9 @@ impl Builder {
     /// Applies changes, all or none; returns the upstreams that have lost their place.
     pub(crate) fn apply(&mut self, changes: &[Change]) -> Result<Vec<Arc<Upstream>>, TableError> {
         let plan = self.check(changes)?;
-        Ok(self.commit(plan))
+        let orphans = self.commit(plan);
+        changes.iter().for_each(|change| self.table.domains.apply(change));
+        Ok(orphans)
     }
 
     // --- check: nothing is changed, everything that can be wrong is found -------------------------
@@ -159,10 +165,8 @@ impl Builder {
         let mut index: HashMap<&str, usize> = HashMap::with_capacity(changes.len());
         let mut touched: Vec<Touched<'a>> = Vec::with_capacity(changes.len());
         for change in changes {
-            let (name, next) = match change {
-                Change::Put(spec) => (&spec.name, Some(spec)),
-                Change::Remove(name) => (name, None),
-            };
+            let Some(name) = change.service() else { continue };
+            let next = change.put();
             if let Some(at) = index.get(&**name) {
                 touched[*at].next = next;
                 continue;
@@ -253,6 +257,7 @@ impl Builder {
     fn place(&mut self, touched: &Touched<'_>) -> Option<u32> {
         let slot = touched.before.as_ref().map(|(slot, _)| *slot);
         self.table.ready.retain(|service| service.name() != touched.name);
+        self.table.held.retain(|service| service.name() != touched.name);
         let mirror = touched.before.as_ref().and_then(|(_, service)| service.mirror());
         let Some(spec) = touched.next else {
             mirror.into_iter().for_each(|mirror| mirror.end());
@@ -273,6 +278,9 @@ impl Builder {
             .for_each(|mirror| mirror.end());
         if service.ready_upstreams().next().is_some() {
             self.table.ready.push(Arc::clone(&service));
+        }
+        if service.hold().is_some() {
+            self.table.held.push(Arc::clone(&service));
         }
         let slot = slot.unwrap_or_else(|| self.new_slot(&spec.name));
         *self.table.services.slot(u64::from(slot)) = Some(service);

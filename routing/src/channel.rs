@@ -1,5 +1,6 @@
 //! One writer, many readers: publication of snapshots and their acknowledgement by the edges.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -7,6 +8,8 @@ use arc_swap::{ArcSwap, Cache};
 use event_listener::Event;
 
 use crate::builder::{Builder, TableError};
+use crate::domain::Domains;
+use crate::hold::{HoldCounts, HoldQueue};
 use crate::remote::{RemoteEdge, Seat};
 use crate::spec::{Change, ServiceSpec, UpstreamSpec};
 use crate::table::RoutingTable;
@@ -21,7 +24,7 @@ pub fn table() -> (TableWriter, TableReader) {
         published: Event::new(),
         acknowledged: Event::new(),
         edges: Mutex::new(Vec::new()),
-        remote: Mutex::new(Vec::new()),
+        remote: Mutex::default(),
     });
     (
         TableWriter { builder: Builder::default(), channel: Arc::clone(&shared) },
@@ -40,7 +43,15 @@ struct Channel {
     edges: Mutex<Vec<Registered>>,
     /// Edges in other processes. Locked over each publication, so that an edge has either joined before it or finds
     /// it in the table.
-    remote: Mutex<Vec<Arc<Seat>>>,
+    remote: Mutex<Remote>,
+}
+
+#[derive(Debug, Default)]
+struct Remote {
+    seats: Vec<Arc<Seat>>,
+    /// Retired upstreams that were not forgotten, each with the version that retired it: an edge that was given up may
+    /// come back and be inside.
+    retired: HashMap<Generation, (Arc<Upstream>, u64)>,
 }
 
 /// Who is waited for.
@@ -76,13 +87,18 @@ impl TableWriter {
     /// # Errors
     /// [`TableError`]; nothing was changed then.
     pub fn apply(&mut self, changes: &[Change]) -> Result<Applied, TableError> {
+        let queues = self.hold_queues(changes);
         let retired = self.builder.apply(changes)?;
-        let remote = self.channel.remote();
-        if !remote.is_empty() {
-            self.tell(&remote, changes, &retired);
+        let mut remote = self.channel.remote();
+        let version = self.version();
+        remote.retired.extend(retired.iter().map(|u| (u.generation(), (Arc::clone(u), version))));
+        if !remote.seats.is_empty() {
+            self.tell(&remote.seats, changes, &retired);
         }
         self.channel.current.store(Arc::new(self.builder.table().clone()));
         drop(remote);
+        // After the store: whoever is released goes on with the new table.
+        self.settle_holds(changes, queues);
         // After the store: whoever is refused from here on finds the new table when looking again.
         for upstream in &retired {
             upstream.retire();
@@ -92,16 +108,40 @@ impl TableWriter {
         Ok(Applied { version: self.builder.table().version(), retired })
     }
 
+    /// The queues of what is changed, of those that were ever held.
+    fn hold_queues(&self, changes: &[Change]) -> Vec<Arc<HoldQueue>> {
+        let names = changes.iter().filter_map(Change::service);
+        let known = names.filter_map(|name| self.builder.service(name)?.hold_queue());
+        known.map(Arc::clone).collect()
+    }
+
+    /// `before` are the queues that were there already: that of a service which goes away is released.
+    fn settle_holds(&self, changes: &[Change], mut before: Vec<Arc<HoldQueue>>) {
+        for name in changes.iter().filter_map(Change::service) {
+            let Some(service) = self.builder.service(name) else { continue };
+            if let Some(queue) = service.hold_queue() {
+                before.retain(|gone| !Arc::ptr_eq(gone, queue));
+                queue.settle(service.policy().hold.as_deref());
+            }
+        }
+        before.iter().for_each(|gone| gone.settle(None));
+    }
+
+    /// What became of the requests of a service that were held, over all edges; nothing if it was never held.
+    #[must_use]
+    pub fn hold_counts(&self, service: &str) -> HoldCounts {
+        self.builder.service(service).map(|service| service.hold_counts()).unwrap_or_default()
+    }
+
     /// Every edge elsewhere is expected inside of what is named, before anybody can see that it is named.
-    fn tell(&self, remote: &[Arc<Seat>], changes: &[Change], retired: &[Arc<Upstream>]) {
+    fn tell(&self, seats: &[Arc<Seat>], changes: &[Change], retired: &[Arc<Upstream>]) {
         let shared: Arc<[Change]> = changes.into();
-        let put = changes.iter().filter_map(|change| match change {
-            Change::Put(spec) => Some(spec),
-            Change::Remove(_) => None,
-        });
-        let specs = put.flat_map(|spec| spec.pools.iter().flat_map(|pool| &pool.upstreams));
+        let specs = changes
+            .iter()
+            .filter_map(Change::put)
+            .flat_map(|spec| spec.pools.iter().flat_map(|pool| &pool.upstreams));
         let named: Vec<_> = specs.filter_map(|spec| self.upstream(spec.generation).cloned()).collect();
-        for seat in remote {
+        for seat in seats {
             seat.push(self.version(), &shared, &named, retired);
         }
     }
@@ -111,9 +151,14 @@ impl TableWriter {
     /// already stays as it is.
     pub fn adopt_retired(&mut self, spec: &UpstreamSpec) -> Arc<Upstream> {
         let upstream = self.builder.adopt(spec);
-        for seat in self.channel.remote().iter() {
-            seat.expect(&upstream, Some(self.version()));
+        let (version, mut remote) = (self.version(), self.channel.remote());
+        for seat in &remote.seats {
+            seat.expect(&upstream, Some(version));
         }
+        if upstream.is_retired() {
+            remote.retired.entry(upstream.generation()).or_insert_with(|| (Arc::clone(&upstream), version));
+        }
+        drop(remote);
         upstream
     }
 
@@ -123,15 +168,25 @@ impl TableWriter {
         self.builder.spec(name)
     }
 
+    /// What is served over TLS, and which validations are answered.
+    #[must_use]
+    pub const fn domains(&self) -> &Domains {
+        self.builder.table().domains()
+    }
+
     /// An upstream that is in the table, or was retired and not forgotten yet.
     #[must_use]
     pub fn upstream(&self, generation: Generation) -> Option<&Arc<Upstream>> {
         self.builder.upstream(generation)
     }
 
-    /// Lets go of a retired upstream whose receipt has been kept elsewhere. Its generation stays used.
+    /// Lets go of a retired upstream whose receipt has been kept elsewhere. Its generation stays used. An edge that was
+    /// given up and comes back is not expected in it any more.
     pub fn forget(&mut self, generation: Generation) {
         self.builder.forget(generation);
+        if self.builder.upstream(generation).is_none() {
+            self.channel.remote().retired.remove(&generation);
+        }
     }
 
     /// Version of the table that is visible now.
@@ -175,7 +230,7 @@ impl Channel {
         edges
     }
 
-    fn remote(&self) -> MutexGuard<'_, Vec<Arc<Seat>>> {
+    fn remote(&self) -> MutexGuard<'_, Remote> {
         self.remote.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -227,19 +282,55 @@ impl TableReader {
     }
 
     /// Lets an edge in another process take part: publications wait for it until it is dropped, and every upstream
-    /// of the table counts it as inside until it says otherwise. `cores` is how many it has.
+    /// of the table counts it as inside until it says otherwise; so does every retired one that it was lost in.
+    /// `cores` is how many it has.
     #[must_use]
     pub fn join(&self, id: EdgeId, name: &Arc<str>, cores: usize) -> RemoteEdge {
-        RemoteEdge::new(self, id, name, cores)
+        RemoteEdge::waited(self, id, name, cores)
     }
 
-    pub(crate) fn seat(&self, seat: &Arc<Seat>, reached: Arc<AtomicU64>, cores: usize) -> Acknowledger {
+    /// As [`TableReader::join`], for an edge that was given up because it did not use what it was told: it is told all
+    /// the same, and neither publications nor drains wait for it until it uses the newest table.
+    #[must_use]
+    pub fn join_unawaited(&self, id: EdgeId, name: &Arc<str>, cores: usize) -> RemoteEdge {
+        RemoteEdge::unawaited(self, id, name, cores)
+    }
+
+    pub(crate) fn seat_waited(&self, seat: &Arc<Seat>, cores: usize) -> Acknowledger {
         let mut remote = self.channel.remote();
+        self.expect(seat, &remote);
+        remote.seats.push(Arc::clone(seat));
+        self.register_remote(0, cores)
+    }
+
+    pub(crate) fn seat(&self, seat: &Arc<Seat>) {
+        let mut remote = self.channel.remote();
+        self.expect(seat, &remote);
+        remote.seats.push(Arc::clone(seat));
+    }
+
+    /// Waits from now on for an edge that was not waited for, if `version` is the newest.
+    pub(crate) fn take_in(&self, seat: &Arc<Seat>, version: u64, cores: usize) -> Option<Acknowledger> {
+        let remote = self.channel.remote();
+        if version < self.load().version() {
+            return None;
+        }
+        seat.wait_for();
+        self.expect(seat, &remote);
+        Some(self.register_remote(version, cores))
+    }
+
+    fn expect(&self, seat: &Arc<Seat>, remote: &Remote) {
         self.load().for_each_service(|service| {
             service.upstreams().for_each(|(_, upstream)| seat.expect(upstream, None));
         });
-        remote.push(Arc::clone(seat));
-        drop(remote);
+        if seat.is_waited() {
+            remote.retired.values().for_each(|(upstream, retired_at)| seat.take_back(upstream, *retired_at));
+        }
+    }
+
+    fn register_remote(&self, version: u64, cores: usize) -> Acknowledger {
+        let reached = Arc::new(AtomicU64::new(version));
         let mut edges = self.channel.edges.lock().unwrap_or_else(PoisonError::into_inner);
         edges.push(Registered { reached: Arc::downgrade(&reached), cores });
         Acknowledger { channel: Arc::clone(&self.channel), reached }
@@ -252,7 +343,15 @@ impl TableReader {
     }
 
     pub(crate) fn unseat(&self, seat: &Arc<Seat>) {
-        self.channel.remote().retain(|other| !Arc::ptr_eq(other, seat));
+        self.channel.remote().seats.retain(|other| !Arc::ptr_eq(other, seat));
+    }
+
+    /// A retired upstream that an edge names although nobody expected it there: it is expected from now on, unless it
+    /// has let go before.
+    pub(crate) fn named_retired(&self, seat: &Arc<Seat>, generation: Generation) -> Option<Arc<Upstream>> {
+        let remote = self.channel.remote();
+        let (upstream, retired_at) = remote.retired.get(&generation)?;
+        seat.expect_again(upstream, *retired_at).then(|| Arc::clone(upstream))
     }
 }
 

@@ -30,8 +30,8 @@ pub enum HostError {
 }
 
 /// Brings the value of `Host` or `:authority` into the form that tables are keyed by: lower case, no
-/// port, no trailing dot. IPv6 literals keep their brackets. User information is refused
-/// (RFC 9110 §4.2.4). Borrows when nothing has to change.
+/// port, no trailing dot, names of other scripts as A-labels (RFC 5891 §4.4, mapped as browsers do, UTS #46). IPv6
+/// literals keep their brackets. User information is refused (RFC 9110 §4.2.4). Borrows when nothing has to change.
 ///
 /// # Errors
 /// [`HostError`] says what is wrong with it; the request deserves a 400 (RFC 9112 §3.2).
@@ -41,7 +41,11 @@ pub fn canonical_host(authority: &str) -> Result<Cow<'_, str>, HostError> {
         return ipv6_literal(host);
     }
     let host = host.strip_suffix('.').unwrap_or(host);
-    check_name(host)?;
+    match check_name(host) {
+        Ok(()) => {}
+        Err(HostError::BadCharacter) if !host.is_ascii() => return international(host),
+        Err(error) => return Err(error),
+    }
     Ok(if host.bytes().any(|b| b.is_ascii_uppercase()) {
         Cow::Owned(host.to_ascii_lowercase())
     } else {
@@ -66,6 +70,18 @@ fn ipv6_literal(host: &str) -> Result<Cow<'_, str>, HostError> {
     let address: std::net::Ipv6Addr = inner.parse().map_err(|_| HostError::Malformed)?;
     let canonical = format!("[{address}]");
     Ok(if canonical == host { Cow::Borrowed(host) } else { Cow::Owned(canonical) })
+}
+
+/// A name with U-labels. What it is mapped to may end in a dot of another script.
+fn international(host: &str) -> Result<Cow<'_, str>, HostError> {
+    // The mapping takes time; a name that is too long stays so, because A-labels are longer.
+    if host.chars().count() > MAX_HOST_BYTES {
+        return Err(HostError::TooLong);
+    }
+    let mapped = idna::domain_to_ascii(host).map_err(|_| HostError::BadCharacter)?;
+    let mapped = mapped.strip_suffix('.').unwrap_or(&mapped);
+    check_name(mapped)?;
+    Ok(Cow::Owned(mapped.to_owned()))
 }
 
 fn check_name(host: &str) -> Result<(), HostError> {
@@ -148,6 +164,10 @@ mod tests {
             ("10.0.0.1:80", "10.0.0.1"),
             ("[::1]:8080", "[::1]"),
             ("[0:0:0:0:0:0:0:1]", "[::1]"),
+            ("Bücher.Example:443", "xn--bcher-kva.example"),
+            ("XN--BCHER-KVA.example.", "xn--bcher-kva.example"),
+            ("bücher。example．", "xn--bcher-kva.example"),
+            ("ＳＨＯＰ.example", "shop.example"),
         ] {
             assert_eq!(canonical_host(raw).as_deref(), Ok(canonical), "{raw}");
         }
@@ -170,7 +190,9 @@ mod tests {
             ("a:+80", HostError::BadPort),
             ("[::1", HostError::BadPort),
             ("[::g]", HostError::Malformed),
-            ("é.com", HostError::BadCharacter),
+            ("é,com", HostError::BadCharacter),
+            ("é..com", HostError::Malformed),
+            ("é／admin", HostError::BadCharacter),
         ] {
             assert_eq!(canonical_host(raw), Err(error), "{raw}");
         }
@@ -182,6 +204,8 @@ mod tests {
         for text in ["shop.example.com", "*.example.com", "*", "[::1]"] {
             assert_eq!(HostPattern::parse(text).expect("is a pattern").to_string(), text);
         }
+        let international = HostPattern::parse("*.bücher.example").expect("is a pattern");
+        assert_eq!(international.to_string(), "*.xn--bcher-kva.example");
         for (text, error) in [
             ("example.com:80", HostError::BadCharacter),
             ("[::1]:80", HostError::BadCharacter),

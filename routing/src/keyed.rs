@@ -85,6 +85,10 @@ impl<K: Clone + Eq + Hash, V: Clone> Keyed<K, V> {
         gone
     }
 
+    pub(crate) fn for_each<'a>(&'a self, mut visit: impl FnMut(&'a V)) {
+        self.buckets.for_each(|bucket| bucket.entries.iter().for_each(|entry| visit(&entry.value)));
+    }
+
     fn bucket(hash: u64) -> u64 {
         hash >> (64 - Radix::<Bucket<K, V>, 3>::BITS)
     }

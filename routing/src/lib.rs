@@ -19,19 +19,24 @@
 
 mod balance;
 mod builder;
+mod canonical_path;
 mod channel;
 mod class;
+mod domain;
 mod drain;
 mod hash;
+mod hold;
 mod host;
 mod host_key;
 mod keyed;
 mod mirror;
+mod net;
 mod outcome;
 mod path;
 mod radix;
 mod remote;
 mod retry;
+mod rules;
 mod service;
 mod spec;
 mod spent;
@@ -40,16 +45,27 @@ mod upstream;
 
 pub use balance::{Balance, HashKey};
 pub use builder::TableError;
+pub use canonical_path::{CanonicalPath, canonical_path};
 pub use channel::{Acknowledger, Applied, CachedReader, TableReader, TableWriter, table};
 pub use class::{PerClass, TrafficClass};
+pub use domain::{
+    CertificateId, ChallengeAnswer, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec,
+    Domains, Hsts, TlsMode, TlsVersion,
+};
 pub use drain::{DrainTime, Due};
 pub use hash::stable_hash;
+pub use hold::{HoldCounts, HoldQueue, HoldSpec, HoldVerdict, Joined, Ticket};
 pub use host::{HostError, HostPattern, MAX_HOST_BYTES, MAX_LABEL_BYTES, canonical_host};
 pub use mirror::{MIRROR_CLASSES, Mirror, MirrorCounts, MirrorOutcome, MirrorSlot, MirrorSpec};
+pub use net::{IpNet, IpNetError};
 pub use outcome::{Failure, LatencyBuckets, Outcome, OutcomeCounts};
-pub use path::PathError;
+pub use path::{PathError, canonical_prefix};
 pub use remote::{Publication, RemoteEdge};
 pub use retry::{Evidence, RetryBudget, RetryClass};
+pub use rules::{
+    BasicAuth, Coding, Compression, ErrorPage, ForwardAuth, HeaderEdits, PasswordHash, PasswordHashError,
+    RateKey, RateLimit, Redirect, Rewrite, Rules, is_guarded_field,
+};
 pub use service::{Enter, NoUpstream, Service};
 pub use spec::{
     Address, Change, HealthCheck, HealthCheckKind, Passive, PoolSpec, RouteSpec, ServicePolicy, ServiceSpec,

@@ -2,15 +2,32 @@
 
 use std::sync::{Arc, LazyLock};
 
+use crate::canonical_path::{CanonicalPath, canonical_path};
+
 /// Why a path prefix is not one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PathError {
     /// Does not begin with `/`.
     #[error("a path prefix begins with /")]
     NotAbsolute,
-    /// Contains `?`, `#`, a space or a control character.
+    /// Contains `?`, `#`, a space or a control character, as such or escaped NUL.
     #[error("a path prefix has no ?, # or spaces")]
     BadCharacter,
+    /// A `%` without two hexadecimal digits.
+    #[error("a % in a path is followed by two hexadecimal digits")]
+    BadEscape,
+    /// A backslash, which some take for a slash.
+    #[error("a path has no backslash: write %5C, or / if that is meant")]
+    Backslash,
+    /// `..` beyond the root.
+    #[error("a path does not lead above its root")]
+    AboveRoot,
+    /// `.` or `..` that only shows when `%2F`, `%5C`, parameters or escaped escapes are taken off.
+    #[error("a path has no hidden dot segments")]
+    HiddenDots,
+    /// A prefix with `;`, `%2F`, `%5C` or an escaped escape: some origins read another path in it.
+    #[error("a path prefix has no ;, %2F, %5C or %25, which origins read in different ways")]
+    Ambiguous,
 }
 
 /// Up to this many prefixes a scan is faster than anything clever.
@@ -111,18 +128,24 @@ fn longest_by_search<'a>(routes: &'a [PathRoute], path: &str) -> Option<&'a Path
     routes.first().filter(|route| &*route.prefix == "/")
 }
 
-/// Checks a prefix and takes a trailing slash off: `/api/` and `/api` are the same border.
-pub(crate) fn canonical_prefix(prefix: &Arc<str>) -> Result<Arc<str>, PathError> {
-    if !prefix.starts_with('/') {
-        return Err(PathError::NotAbsolute);
-    }
-    if prefix.bytes().any(|b| b <= b' ' || b == 0x7f || b == b'?' || b == b'#') {
-        return Err(PathError::BadCharacter);
-    }
-    let trimmed = prefix.trim_end_matches('/');
+/// Checks a prefix and brings it into the form that paths are matched in: canonical (see [`canonical_path`]), with single
+/// slashes and without one at its end: `/api/`, `/%61pi` and `/api` are the same border.
+///
+/// # Errors
+/// [`PathError`] says why requests could not be matched with it.
+pub fn canonical_prefix(prefix: &Arc<str>) -> Result<Arc<str>, PathError> {
+    let CanonicalPath { path, other_reading } = canonical_path(prefix)?;
+    let segments =
+        |path: &str| path.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+    let path = match other_reading {
+        None => path,
+        Some(merged) if segments(&merged) == segments(&path) => merged.into_string().into(),
+        Some(_) => return Err(PathError::Ambiguous),
+    };
+    let trimmed = path.trim_end_matches('/');
     Ok(match trimmed.len() {
         0 => Arc::clone(&ROOT),
-        len if len == prefix.len() => Arc::clone(prefix),
+        _ if trimmed == &**prefix => Arc::clone(prefix),
         _ => trimmed.into(),
     })
 }
@@ -196,11 +219,18 @@ mod tests {
         assert_eq!(canonical_prefix(&"/a?b".into()), Err(PathError::BadCharacter));
         assert_eq!(canonical_prefix(&"/a//".into()).as_deref(), Ok("/a"));
         assert_eq!(canonical_prefix(&"//".into()).as_deref(), Ok("/"));
+        assert_eq!(canonical_prefix(&"//a//caf%c3%a9/".into()).as_deref(), Ok("/a/caf%C3%A9"));
+        assert_eq!(canonical_prefix(&"/%61/./b".into()).as_deref(), Ok("/a/b"));
+        for bad in ["/a;b", "/a%2Fb", "/a%5cb", "/a//b;c", "/a%2561"] {
+            assert_eq!(canonical_prefix(&bad.into()), Err(PathError::Ambiguous), "{bad}");
+        }
+        assert_eq!(canonical_prefix(&"/a\\b".into()), Err(PathError::Backslash));
+        assert_eq!(canonical_prefix(&"/../a".into()), Err(PathError::AboveRoot));
     }
 
-    /// Paths over few letters, so that they share prefixes; `-` sorts before `/`, `é` has two bytes.
+    /// Paths over few letters, so that they share prefixes; `-` sorts before `/`, `~` behind everything.
     fn path() -> impl Strategy<Value = String> {
-        "(/[ab\\-é]{0,2}){1,4}"
+        "(/[ab\\-~]{0,2}){1,4}"
     }
 
     proptest! {

@@ -2,15 +2,17 @@
 //! which upstreams it may be inside of.
 //!
 //! It is waited for as a core of an edge in this process is, from [`TableReader::join`] until it is dropped. Who
-//! keeps it decides how long an edge that is not heard of is waited for: there is no clock here.
+//! keeps it decides how long an edge that is not heard of is waited for: there is no clock here. One that was given up
+//! because it does not use what it is told can take part without being waited for, until it does.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use event_listener::Event;
 
 use crate::channel::{Acknowledger, TableReader};
+use crate::hold::{HoldCounts, HoldQueue};
 use crate::spec::Change;
 use crate::table::RoutingTable;
 use crate::upstream::{EdgeId, Generation, Tally, Upstream};
@@ -32,9 +34,22 @@ pub enum Publication {
 pub(crate) struct Seat {
     id: EdgeId,
     name: Arc<str>,
+    /// Somebody waits for it. Turned on between publications, and never off.
+    is_waited: AtomicBool,
     queue: Mutex<Queue>,
     pushed: Event,
     inside: Mutex<HashMap<Generation, Inside>>,
+    /// Queues of services that the edge has said something of.
+    held: Mutex<HashMap<Arc<str>, Held>>,
+}
+
+/// What the edge says of a service that it holds or has held.
+#[derive(Debug, Default)]
+struct Held {
+    /// Where it is added up; `None` while nobody here has held the service.
+    queue: Option<Arc<HoldQueue>>,
+    /// What the edge had counted before we knew it.
+    base: HoldCounts,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +70,14 @@ struct Inside {
 }
 
 impl Seat {
+    pub(crate) fn is_waited(&self) -> bool {
+        self.is_waited.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn wait_for(&self) {
+        self.is_waited.store(true, Ordering::Release);
+    }
+
     /// Called with each publication, before anybody can see it.
     pub(crate) fn push(
         &self,
@@ -86,10 +109,41 @@ impl Seat {
     }
 
     pub(crate) fn expect(&self, upstream: &Arc<Upstream>, retired_at: Option<u64>) {
-        upstream.expect_edge(self.id, &self.name);
+        if self.is_waited() {
+            upstream.expect_edge(self.id, &self.name);
+        }
         self.inside()
             .entry(upstream.generation())
             .or_insert_with(|| Inside { upstream: Arc::clone(upstream), retired_at });
+    }
+
+    /// It was lost inside, and may have come back.
+    pub(crate) fn take_back(&self, upstream: &Arc<Upstream>, retired_at: u64) {
+        if upstream.take_edge_back(self.id) {
+            self.insert(upstream, retired_at);
+        }
+    }
+
+    /// It says that it knows a retired upstream. False if it has let go of it before, or nobody waits for it.
+    pub(crate) fn expect_again(&self, upstream: &Arc<Upstream>, retired_at: u64) -> bool {
+        let expected = self.is_waited() && upstream.expect_edge(self.id, &self.name);
+        if expected {
+            self.insert(upstream, retired_at);
+        }
+        expected
+    }
+
+    fn insert(&self, upstream: &Arc<Upstream>, retired_at: u64) {
+        let inside = Inside { upstream: Arc::clone(upstream), retired_at: Some(retired_at) };
+        self.inside().entry(upstream.generation()).or_insert(inside);
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<Arc<str>, Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn for_each_hold_queue(&self, work: impl Fn(&HoldQueue)) {
+        self.held().values().filter_map(|held| held.queue.as_ref()).for_each(|queue| work(queue));
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -107,21 +161,37 @@ impl Seat {
 pub struct RemoteEdge {
     seat: Arc<Seat>,
     reader: TableReader,
-    acknowledger: Acknowledger,
+    cores: usize,
+    /// While it is waited for.
+    acknowledger: OnceLock<Acknowledger>,
 }
 
 impl RemoteEdge {
-    pub(crate) fn new(reader: &TableReader, id: EdgeId, name: &Arc<str>, cores: usize) -> Self {
+    pub(crate) fn waited(reader: &TableReader, id: EdgeId, name: &Arc<str>, cores: usize) -> Self {
+        let edge = Self::new(reader, id, name, cores);
+        edge.seat.wait_for();
+        // It has seen nothing yet: also a publication that is under way waits for it.
+        drop(edge.acknowledger.set(reader.seat_waited(&edge.seat, cores)));
+        edge
+    }
+
+    pub(crate) fn unawaited(reader: &TableReader, id: EdgeId, name: &Arc<str>, cores: usize) -> Self {
+        let edge = Self::new(reader, id, name, cores);
+        reader.seat(&edge.seat);
+        edge
+    }
+
+    fn new(reader: &TableReader, id: EdgeId, name: &Arc<str>, cores: usize) -> Self {
         let seat = Arc::new(Seat {
             id,
             name: Arc::clone(name),
+            is_waited: AtomicBool::new(false),
             queue: Mutex::new(Queue { publications: VecDeque::new(), behind: true, turn: 0 }),
             pushed: Event::new(),
             inside: Mutex::default(),
+            held: Mutex::default(),
         });
-        // It has seen nothing yet: also a publication that is under way waits for it.
-        let acknowledger = reader.seat(&seat, Arc::new(AtomicU64::new(0)), cores);
-        Self { seat, reader: reader.clone(), acknowledger }
+        Self { seat, reader: reader.clone(), cores, acknowledger: OnceLock::new() }
     }
 
     /// Its identity.
@@ -136,10 +206,16 @@ impl RemoteEdge {
         &self.seat.name
     }
 
-    /// Version of the last table that it has acknowledged.
+    /// Version of the last table that it has acknowledged; 0 before one for which it was waited.
     #[must_use]
     pub fn acknowledged(&self) -> u64 {
-        self.acknowledger.reached()
+        self.acknowledger.get().map_or(0, Acknowledger::reached)
+    }
+
+    /// Whether publications and drains wait for it.
+    #[must_use]
+    pub fn is_waited(&self) -> bool {
+        self.acknowledger.get().is_some()
     }
 
     /// A new conversation with the edge: whatever it was told before, the next publication is whole. Returns the
@@ -180,22 +256,57 @@ impl RemoteEdge {
         })
     }
 
-    /// Takes the edge's word on an upstream; `from_before` says that it knew it before it joined (again).
+    /// Takes the edge's word on an upstream; `from_before` says that it knew it before it joined (again). One that was
+    /// retired while nobody expected this edge in it, and is not forgotten, waits for it from here on.
     pub fn report(&self, generation: Generation, tally: Tally, from_before: bool) {
-        let upstream = self.seat.inside().get(&generation).map(|entry| Arc::clone(&entry.upstream));
+        let known = self.seat.inside().get(&generation).map(|entry| Arc::clone(&entry.upstream));
+        let upstream = known.or_else(|| self.reader.named_retired(&self.seat, generation));
         if let Some(upstream) = upstream {
             upstream.report_of(self.seat.id, tally, from_before);
         }
     }
 
+    /// Takes the edge's word on the requests of a service that it holds or has held; `from_before` says that it is of
+    /// what was before it joined (again).
+    pub fn report_hold(&self, service: &str, counts: HoldCounts, from_before: bool) {
+        let mut held = self.seat.held();
+        let known = held.contains_key(service);
+        let entry = held.entry(service.into()).or_default();
+        if from_before && !known {
+            entry.base = counts;
+        }
+        let table = self.reader.load();
+        let found = table.held_services().find(|one| **one.name() == *service).and_then(|one| one.hold());
+        let is_other = |queue: &&Arc<HoldQueue>| entry.queue.as_ref().is_none_or(|q| !Arc::ptr_eq(q, queue));
+        // A service that went away and was made anew has another queue, and its edges count anew.
+        if let Some(queue) = found.filter(is_other)
+            && entry.queue.replace(Arc::clone(queue)).is_some()
+        {
+            entry.base = HoldCounts::default();
+        }
+        if let Some(queue) = &entry.queue {
+            queue.report_of(self.seat.id, counts, entry.base);
+        }
+    }
+
     /// The edge uses table `version`, and of what that table and those before it have retired it is inside of `open`
-    /// alone.
+    /// alone. One that was not waited for is from here on, if that is the newest table.
     pub fn acknowledge(&self, version: u64, open: &[Generation]) {
+        if !self.is_waited()
+            && let Some(acknowledger) = self.reader.take_in(&self.seat, version, self.cores)
+        {
+            drop(self.acknowledger.set(acknowledger));
+            for generation in open {
+                self.reader.named_retired(&self.seat, *generation);
+            }
+        }
         let gone = |entry: &Inside| {
             entry.retired_at.is_some_and(|at| at <= version) && !open.contains(&entry.upstream.generation())
         };
         self.let_go_of(gone);
-        self.acknowledger.acknowledge(version);
+        if let Some(acknowledger) = self.acknowledger.get() {
+            acknowledger.acknowledge(version);
+        }
     }
 
     /// The edge has let go of a retired upstream: its last word on it was the last.
@@ -205,7 +316,9 @@ impl RemoteEdge {
 
     /// The edge has ended in order: nothing of it is inside of anything. Drop this after it.
     pub fn leave(&self) {
-        self.let_go_of(|_| true);
+        self.seat.for_each_hold_queue(|queue| queue.end_edge(self.seat.id));
+        let inside = std::mem::take(&mut *self.seat.inside());
+        inside.into_values().for_each(|entry| entry.upstream.left_by(self.seat.id));
     }
 
     fn let_go_of(&self, gone: impl Fn(&Inside) -> bool) {
@@ -235,6 +348,7 @@ impl Drop for RemoteEdge {
     fn drop(&mut self) {
         self.reader.unseat(&self.seat);
         let inside = std::mem::take(&mut *self.seat.inside());
+        self.seat.for_each_hold_queue(|queue| queue.lose_edge(self.seat.id));
         for entry in inside.into_values() {
             entry.upstream.lose_edge(self.seat.id);
         }

@@ -1,11 +1,12 @@
 //! A service: pools with exact shares, and the way into one of their upstreams.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use crate::balance::{Balance, Draw, Members};
 use crate::class::TrafficClass;
 use crate::hash::{GOLDEN, below};
+use crate::hold::{HoldCounts, HoldQueue};
 use crate::mirror::Mirror;
 use crate::retry::RetryBudget;
 use crate::spec::{ServicePolicy, ServiceSpec, UpstreamSpec};
@@ -17,6 +18,8 @@ pub struct Service {
     spec: Arc<ServiceSpec>,
     pools: Box<[Pool]>,
     total_weight: u64,
+    /// The queue that requests have to ask; `None` if the service is not held and nobody waits from before.
+    hold: Option<Arc<HoldQueue>>,
     mirror: Option<Arc<Mirror>>,
     shared: Arc<Shared>,
 }
@@ -26,6 +29,8 @@ pub struct Service {
 struct Shared {
     turn: AtomicU64,
     budget: RetryBudget,
+    /// Made with the first hold: of a million services most are never held.
+    hold: OnceLock<Arc<HoldQueue>>,
 }
 
 #[derive(Debug)]
@@ -93,7 +98,28 @@ impl Service {
             let pool = pools.iter().find(|pool| pool.name == mirror.pool)?;
             Some(Mirror::new(mirror, &pool.members.upstreams, previous.and_then(Self::mirror)))
         });
-        Self { spec, pools, total_weight, mirror, shared }
+        let hold = match &spec.policy.hold {
+            Some(_) => Some(Arc::clone(shared.hold.get_or_init(Arc::default))),
+            None => shared.hold.get().filter(|queue| !queue.is_idle()).map(Arc::clone),
+        };
+        Self { spec, pools, total_weight, hold, mirror, shared }
+    }
+
+    /// The queue that a request of this service has to ask before it goes on, if there is one.
+    #[must_use]
+    pub const fn hold(&self) -> Option<&Arc<HoldQueue>> {
+        self.hold.as_ref()
+    }
+
+    /// What became of the requests that were held, since the service was first known; over all edges.
+    #[must_use]
+    pub fn hold_counts(&self) -> HoldCounts {
+        self.shared.hold.get().map(|queue| queue.counts()).unwrap_or_default()
+    }
+
+    /// The queue of all versions of the service, if it was ever held.
+    pub(crate) fn hold_queue(&self) -> Option<&Arc<HoldQueue>> {
+        self.shared.hold.get()
     }
 
     fn turn_of(&self, pool: &str) -> Option<Arc<AtomicU64>> {

@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use crate::balance::Balance;
 use crate::class::PerClass;
+use crate::domain::{ChallengeId, ChallengeSpec, DomainSpec};
 use crate::drain::DrainTime;
+use crate::hold::HoldSpec;
 use crate::host::HostPattern;
 use crate::mirror::MirrorSpec;
+use crate::rules::Rules;
 use crate::upstream::Generation;
 
-/// One change of the table. A change is whole for its service: it says all of the service's routes and
+/// One change of the table. A change is whole for its service or domain: it says all of the service's routes and
 /// pools, and leaves every other service untouched.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::large_enum_variant, reason = "changes are rare, short-lived, and hardly ever removals")]
@@ -20,6 +23,37 @@ pub enum Change {
     Put(ServiceSpec),
     /// Takes a service away with its routes; its upstreams are retired. Unknown names are ignored.
     Remove(Arc<str>),
+    /// Adds a domain or replaces the one of the same name.
+    PutDomain(DomainSpec),
+    /// Takes a domain away. Unknown names are ignored.
+    RemoveDomain(HostPattern),
+    /// Answers a validation from now on.
+    PutChallenge(ChallengeSpec),
+    /// Answers it no longer. Unknown ones are ignored.
+    RemoveChallenge(ChallengeId),
+}
+
+impl Change {
+    /// The service that it is about, if it is about one.
+    #[must_use]
+    pub const fn service(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Put(spec) => Some(&spec.name),
+            Self::Remove(name) => Some(name),
+            Self::PutDomain(_) | Self::RemoveDomain(_) | Self::PutChallenge(_) | Self::RemoveChallenge(_) => {
+                None
+            }
+        }
+    }
+
+    /// What it puts in a service's place, if it does.
+    #[must_use]
+    pub const fn put(&self) -> Option<&ServiceSpec> {
+        match self {
+            Self::Put(spec) => Some(spec),
+            _ => None,
+        }
+    }
 }
 
 /// A service: where its requests come from and where they go.
@@ -145,8 +179,12 @@ pub struct ServicePolicy {
     pub sticky: Option<Sticky>,
     /// Sends the client's `Host` on (true) or the upstream's own address (false).
     pub preserve_host: bool,
+    /// Requests wait at the edge instead of going on.
+    pub hold: Option<Box<HoldSpec>>,
     /// Copies of safe requests for upstreams that serve nobody yet.
     pub mirror: Option<Box<MirrorSpec>>,
+    /// What requests have to pass; `None` lets all of them on.
+    pub rules: Option<Box<Rules>>,
 }
 
 impl Default for ServicePolicy {
@@ -166,7 +204,9 @@ impl Default for ServicePolicy {
             slow_start_ms: 0,
             sticky: None,
             preserve_host: true,
+            hold: None,
             mirror: None,
+            rules: None,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::domain::Domains;
 use crate::host::{HostPattern, MAX_HOST_BYTES};
 use crate::host_key::HostKey;
 use crate::keyed::Keyed;
@@ -31,6 +32,9 @@ pub struct RoutingTable {
     pub(crate) services: Radix<Arc<Service>, 4>,
     /// Services with upstreams that connections are to be opened to ahead: few, and only for a short time.
     pub(crate) ready: Vec<Arc<Service>>,
+    /// Services that are held, or that requests wait for from a hold: few, and only for a short time.
+    pub(crate) held: Vec<Arc<Service>>,
+    pub(crate) domains: Domains,
 }
 
 impl RoutingTable {
@@ -68,6 +72,23 @@ impl RoutingTable {
     /// [`Service::ready_upstreams`].
     pub fn ready_services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.ready.iter()
+    }
+
+    /// Services whose requests have to ask a queue, see [`Service::hold`].
+    pub fn held_services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.held.iter()
+    }
+
+    /// Whether a route of a service names exactly this canonical host: a pattern names nobody.
+    #[must_use]
+    pub fn names_host(&self, host: &str) -> bool {
+        self.exact.get(host.as_bytes()).is_some()
+    }
+
+    /// What is served over TLS, and which validations are answered.
+    #[must_use]
+    pub const fn domains(&self) -> &Domains {
+        &self.domains
     }
 
     /// Slot of the service that has exactly this pair.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use peregrine_engine::model::InstanceId;
 use peregrine_routing::{
-    Acknowledger, Address, Enter, Evidence, Failure, Generation, NoUpstream, Outcome, Passive, RetryClass,
-    RoutingTable, Service, TableReader, TrafficClass,
+    Acknowledger, Address, Enter, Evidence, Failure, Generation, HoldVerdict, Joined, NoUpstream, Outcome,
+    Passive, RetryClass, RoutingTable, Service, TableReader, TrafficClass,
 };
 
 use crate::book::{Book, Booked};
@@ -21,6 +21,10 @@ pub(crate) const HOST: &str = "shop.test";
 const MAX_ATTEMPTS: u8 = 3;
 /// Looks at a newer table when everything in one was retired meanwhile: as the real edge.
 const MAX_TABLE_LOADS: u8 = 3;
+/// Times that one request may be held: as the real edge.
+const MAX_HOLDS: u8 = 3;
+/// What is kept of a request that is held.
+const HELD_BYTES: u64 = 500;
 
 /// Lost by a generation of an engine that is dead, over an edge that outlived it: the engine of now knows nothing of
 /// who is inside of it.
@@ -103,6 +107,9 @@ impl Core {
         let id = self.world.bits() >> 1;
         let mut tried: Vec<Generation> = Vec::new();
         let mut earned = false;
+        if let Err(answer) = self.pass().await {
+            return answer;
+        }
         for attempt in 1..=MAX_ATTEMPTS {
             let (service, lease) = match self.enter(&mut tried, kind) {
                 Ok(found) => found,
@@ -130,6 +137,37 @@ impl Core {
             self.world.lock().report.retried += 1;
         }
         Answer::Lost("every attempt failed")
+    }
+
+    /// Waits for its turn while the service is held. A client may not have the patience.
+    async fn pass(&self) -> Result<(), Answer> {
+        for _ in 0..MAX_HOLDS {
+            let table = self.reader.load();
+            let Some(found) = table.lookup(HOST, "/") else { return Ok(()) };
+            let Some(queue) = found.service.hold().filter(|queue| queue.is_closed()) else { return Ok(()) };
+            let mut ticket = match queue.join(HELD_BYTES, self.world.edge_now_ms() * 1_000) {
+                Joined::Pass => return Ok(()),
+                Joined::Full => return Err(Answer::Lost("the queue of the hold is full")),
+                Joined::Wait(ticket) => ticket,
+            };
+            drop(table);
+            self.world.lock().report.held += 1;
+            let patience_ms = if self.world.one_in(8) { self.world.between(1, 400) } else { u64::MAX >> 16 };
+            let verdict = std::future::poll_fn(|cx| ticket.poll_verdict(cx));
+            match tokio::time::timeout(Duration::from_millis(patience_ms), verdict).await {
+                Ok(HoldVerdict::Go) => {}
+                Ok(HoldVerdict::TooOld) => return Err(Answer::Lost("it was held for too long")),
+                Err(_) => return Err(Answer::Lost("its client had left")),
+            }
+            let held = |table: &RoutingTable| {
+                let queue = table.lookup(HOST, "/").and_then(|found| found.service.hold().cloned());
+                queue.is_some_and(|queue| queue.is_held())
+            };
+            if !held(&self.reader.load()) {
+                return Ok(());
+            }
+        }
+        Err(Answer::Lost("it was held again and again"))
     }
 
     fn enter(&self, tried: &mut Vec<Generation>, kind: Kind) -> Result<(Arc<Service>, Booked), Answer> {
@@ -218,6 +256,29 @@ impl Core {
     fn keep(&self, copy: &InstanceId, lease: &Booked) {
         if !lease.upstream().is_retired() && lease.class() != TrafficClass::WebSocket {
             self.world.keep_idle(self.number, lease.upstream().generation().0, copy);
+        }
+    }
+}
+
+/// Keeps the queue of the service going while it is held, for all cores of a process.
+pub(crate) async fn keep_holds(world: World, reader: TableReader) {
+    let mut version = 0;
+    let mut queue = None;
+    loop {
+        queue = reader.load().held_services().next().and_then(|service| service.hold().cloned()).or(queue);
+        let Some(known) = &queue else {
+            version = reader.newer_than(version).await;
+            continue;
+        };
+        let changed = known.listen();
+        let now_us = world.edge_now_ms() * 1_000;
+        let next_us = known.turn(now_us);
+        let wait_us = next_us.map_or(u64::MAX >> 16, |next_us| next_us.saturating_sub(now_us));
+        tokio::select! {
+            biased;
+            newer = reader.newer_than(version) => version = newer,
+            () = changed => {}
+            () = tokio::time::sleep(Duration::from_micros(wait_us)) => {}
         }
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use crate::book::Book;
-use crate::edge::Core;
+use crate::edge::{Core, keep_holds};
 use crate::life::{Life, MortalStore};
 use crate::link::{self, Wires};
 use crate::memory::MemoryStore;
@@ -78,6 +78,9 @@ impl Process {
             };
             tasks.push(tokio::spawn(core.clone().follow(reader.register())).abort_handle());
             cores.push(core);
+        }
+        if !cores.is_empty() {
+            tasks.push(tokio::spawn(keep_holds(world.clone(), reader.clone())).abort_handle());
         }
         for wires in &ground.wires {
             tasks.push(link::serve(&world, wires, &reader, &life));

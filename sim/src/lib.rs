@@ -29,6 +29,10 @@ mod world;
 
 pub use report::{Report, Summary};
 
+/// From this seed on the service of a world is a single writer: at most one copy of it may run at any moment, and its
+/// clients are held while one takes over from the other. (Apart, so that what a seed below it stands for stays.)
+pub const SINGLE_WRITER_FROM: u64 = 1 << 32;
+
 /// Runs one seed.
 ///
 /// # Panics

@@ -65,6 +65,8 @@ pub struct Report {
     pub requests: u64,
     /// Of these: lost to a fault that no proxy can hide (its edge, or the copy that executed it, died).
     pub excused: u64,
+    /// Requests that had to wait because the service was held.
+    pub held: u64,
     /// Attempts that were made again.
     pub retried: u64,
     /// Rollouts that ended, by end: succeeded, rolled back, aborted, failed, needs operator.
@@ -93,6 +95,7 @@ pub struct Summary {
     pub failed: Vec<Report>,
     requests: u64,
     excused: u64,
+    held: u64,
     retried: u64,
     ends: [u64; 5],
     virtual_ms: u64,
@@ -106,6 +109,7 @@ impl Summary {
         self.seeds += 1;
         self.requests += report.requests;
         self.excused += report.excused;
+        self.held += report.held;
         self.retried += report.retried;
         self.virtual_ms += report.virtual_ms;
         let failed = !report.violations.is_empty();
@@ -121,11 +125,18 @@ impl Summary {
         }
     }
 
+    /// Requests that had to wait because their service was held.
+    #[must_use]
+    pub const fn held(&self) -> u64 {
+        self.held
+    }
+
     /// Adds another sum to this one.
     pub fn merge(&mut self, other: Self) {
         self.seeds += other.seeds;
         self.requests += other.requests;
         self.excused += other.excused;
+        self.held += other.held;
         self.retried += other.retried;
         self.virtual_ms += other.virtual_ms;
         for (mine, theirs) in self.tried.iter_mut().zip(other.tried) {
@@ -154,8 +165,8 @@ impl fmt::Display for Summary {
         )?;
         writeln!(
             f,
-            "{} requests: {} lost with the edge or the copy that had them, {} attempts made again",
-            self.requests, self.excused, self.retried
+            "{} requests: {} held, {} lost (with the edge or the copy that had them, or held in vain), {} attempts made again",
+            self.requests, self.held, self.excused, self.retried
         )?;
         writeln!(
             f,

@@ -127,8 +127,13 @@ impl Runtime for SimRuntime {
 
     fn remove<'a>(&'a self, id: &'a InstanceId, _grace_ms: u32) -> BoxFuture<'a, Result<(), RuntimeError>> {
         let (id, machine) = (id.clone(), self.machine);
+        // As with containers: a copy is looked up first, and what is late does nothing to one that came after it.
+        let meant = self.world.lock().copies.get(&id).map(|copy| copy.address);
         Box::pin(self.ask("remove", move |world, _| {
-            world.remove(machine, &id);
+            let there = world.lock().copies.get(&id).map(|copy| copy.address);
+            if there.is_none() || meant.is_none() || there == meant {
+                world.remove(machine, &id);
+            }
             Ok(())
         }))
     }

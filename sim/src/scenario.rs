@@ -5,16 +5,17 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use peregrine_engine::model::{
-    BalanceSpec, Control, DrainDeadlines, Guards, HealthKind, HealthSpec, HoldThen, InstanceState,
-    MachineKind, MachineSpec, MoveSettings, Resources, RolloutState, Route, ServiceSpec, TrafficPolicy,
-    WarmSettings, Workload,
+    BalanceSpec, Control, CutoverSettings, DrainDeadlines, Guards, HealthKind, HealthSpec, HoldThen,
+    InstanceState, MachineKind, MachineSpec, MoveSettings, Resources, RolloutState, Route, ServiceSpec,
+    TrafficPolicy, WarmSettings, Workload,
 };
 use peregrine_engine::{Ask, EngineHandle, MoveOverrides, State};
-use peregrine_routing::table;
+use peregrine_routing::{PoolSpec, table};
 use tokio::task::AbortHandle;
 
+use crate::SINGLE_WRITER_FROM;
 use crate::book::Book;
-use crate::edge::{Answer, Core, HOST, Kind, named};
+use crate::edge::{Answer, Core, HOST, Kind, keep_holds, named};
 use crate::engine::{Ground, Process};
 use crate::faults;
 use crate::life::End;
@@ -66,10 +67,14 @@ pub(crate) async fn run(seed: u64, trace: bool) -> (Report, Vec<String>) {
         wires: (0..edges).map(|_| Wires::new(&world)).collect(),
         clients: usize::try_from(world.between(1, 3)).unwrap_or(1),
         // In half of the worlds nothing dies that has clients inside: then none of them may notice anything.
-        strict: world.one_in(2),
+        // A single writer cannot promise it: while its only copy is on its way, so are the clients.
+        strict: world.one_in(2) && seed < SINGLE_WRITER_FROM,
         clients_on: Arc::new(AtomicBool::new(false)),
     };
-    let spec = shop(&world);
+    let mut spec = shop(&world);
+    if seed >= SINGLE_WRITER_FROM {
+        single_writer(&world, &mut spec);
+    }
     world.note(format_args!(
         "{machines} machines, {edges} edges apart, {cores} cores, strict: {}",
         ground.strict
@@ -159,8 +164,14 @@ impl Sim {
         let strict = self.ground.strict;
         let core = Core { world: world.clone(), number, reader, book: book.clone(), strict };
         let wires = Arc::clone(&self.ground.wires[edge]);
+        let keep = keep_holds(world.clone(), core.reader.clone());
         let follow = link::follow(core.clone(), Arc::clone(&wires), writer, book.clone());
-        let mut away = Away { wires, core, book, tasks: vec![tokio::spawn(follow).abort_handle()] };
+        let mut away = Away {
+            wires,
+            core,
+            book,
+            tasks: vec![tokio::spawn(follow).abort_handle(), tokio::spawn(keep).abort_handle()],
+        };
         if self.ground.clients_are_on() {
             away.start_clients(self.ground.clients);
         }
@@ -412,6 +423,27 @@ impl Sim {
                 }
             }
         }
+        let waits = |core: &Core| {
+            core.reader
+                .load()
+                .held_services()
+                .any(|service| service.hold().is_some_and(|queue| !queue.is_idle()))
+        };
+        if let Some(core) = self.cores().into_iter().find(waits) {
+            return Some(format!("core {} has not released everybody", core.number));
+        }
+        // An edge that was cut off in the middle of a cutover has the new copy without a share until it hears more.
+        let has_no_share = |core: &Core| {
+            let mut without = false;
+            core.reader.load().for_each_service(|service| {
+                let has_share = |pool: &PoolSpec| pool.weight > 0 && !pool.upstreams.is_empty();
+                without |= !service.spec().pools.iter().any(has_share);
+            });
+            without
+        };
+        if let Some(core) = self.cores().into_iter().find(has_no_share) {
+            return Some(format!("core {} gives nobody a share", core.number));
+        }
         let serving = state.instances.values().map(|instance| instance.generation).collect();
         let stale = |core: &Core| named(&core.reader.load()) != serving;
         let stale = self.cores().into_iter().find(stale)?;
@@ -502,7 +534,23 @@ fn shop(world: &World) -> ServiceSpec {
                 websocket_ms: world.between(50, 1_000),
             },
             stop_grace_ms: 500,
+            ..MoveSettings::default()
         },
         labels: Default::default(),
     }
+}
+
+/// Makes the service one of which one copy runs, with a hold that may be too short and a queue that may be too small.
+fn single_writer(world: &World, spec: &mut ServiceSpec) {
+    spec.replicas = 1;
+    spec.move_settings.single_writer = true;
+    let hold_deadline_ms = u32::try_from(world.between(1_000, 6_000)).unwrap_or(1_000);
+    spec.move_settings.cutover = CutoverSettings {
+        hold_deadline_ms,
+        hold_max_requests: u32::try_from(world.between(1, 8)).unwrap_or(1),
+        hold_max_age_ms: u32::try_from(world.between(300, 6_000)).unwrap_or(300),
+        hold_release_per_s: u32::try_from(world.between(5, 1_000)).unwrap_or(5),
+        drain_max_ms: u32::try_from(world.between(50, 800)).unwrap_or(50),
+        ..CutoverSettings::default()
+    };
 }

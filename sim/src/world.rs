@@ -85,6 +85,8 @@ pub(crate) struct Inner {
     pub(crate) troubles: Vec<Trouble>,
     /// Machines that edges cannot reach.
     pub(crate) cut_off: BTreeSet<usize>,
+    /// Of the service at most one copy may run.
+    pub(crate) single_writer: bool,
     /// New copies exit at once, or answer with errors.
     pub(crate) bad_version: Option<bool>,
     /// Removed for certain, and when.
@@ -150,6 +152,7 @@ impl World {
             copies: BTreeMap::new(),
             troubles: vec![Trouble::None; machines],
             cut_off: BTreeSet::new(),
+            single_writer: seed >= crate::SINGLE_WRITER_FROM,
             bad_version: None,
             graves: BTreeMap::new(),
             starts: BTreeMap::new(),
@@ -287,11 +290,27 @@ impl World {
             }
             return Started::At(address);
         }
-        if let Some(buried_ms) = inner.graves.get(&spec.id).filter(|buried_ms| **buried_ms < asked_ms) {
+        let buried_ms = inner.graves.get(&spec.id).copied();
+        if inner.single_writer {
+            // The old copy is started again on the way back. What was asked before its removal finds nothing to start:
+            // see `steps::cutover`.
+            if buried_ms.is_some_and(|buried_ms| asked_ms <= buried_ms) {
+                return Started::Exited;
+            }
+        } else if let Some(buried_ms) = buried_ms.filter(|buried_ms| *buried_ms < asked_ms) {
             let text = format!("{} was asked for again after its removal at {buried_ms} ms", spec.id);
             inner.report.violations.push(text);
         }
         let exits = inner.bad_version == Some(true) && spec.version > 1;
+        let runs =
+            |copy: &&Placed| copy.runs() && copy.spec.service == spec.service && copy.spec.id != spec.id;
+        if inner.single_writer
+            && !exits
+            && let Some(other) = inner.copies.values().find(runs)
+        {
+            let text = format!("two copies of a single writer run: {} beside {}", spec.id, other.spec.id);
+            inner.report.violations.push(text);
+        }
         inner.next_port += 1;
         let address =
             SocketAddr::from(([10, 0, 0, u8::try_from(machine).unwrap_or(u8::MAX)], inner.next_port));

@@ -1,9 +1,11 @@
 //! Ten thousand seeds, every seed that ever failed, and the proof that a seed is a recording.
 
-use peregrine_sim::{run, sweep, trace};
+use peregrine_sim::{SINGLE_WRITER_FROM, run, sweep, trace};
 
 /// Seeds of one test run. Each is some ten seconds of virtual time, drawn so that they fit into a minute of two cores.
 const SEEDS: u64 = 10_000;
+/// Of these, worlds with a single writer besides.
+const SINGLE_WRITER_SEEDS: u64 = 2_000;
 
 /// Seeds that failed once, with what they had found.
 const FAILED: &str = include_str!("failed-seeds.txt");
@@ -21,8 +23,17 @@ fn whatever_breaks_in_ten_thousand_worlds_the_invariants_hold() {
 }
 
 #[test]
+fn of_a_single_writer_never_two_copies_run_and_its_clients_wait() {
+    let summary = sweep(SINGLE_WRITER_FROM..SINGLE_WRITER_FROM + SINGLE_WRITER_SEEDS, threads());
+    println!("{summary}");
+    let failed: Vec<_> = summary.failed.iter().map(|report| (report.seed, &report.violations)).collect();
+    assert!(failed.is_empty(), "replay with `cargo run -p peregrine-sim -- --seed N`: {failed:#?}");
+    assert!(summary.held() > SINGLE_WRITER_SEEDS, "somebody is held in most of the worlds");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_run_event_by_event() {
-    for seed in 0..200 {
+    for seed in (0..200).chain(SINGLE_WRITER_FROM..SINGLE_WRITER_FROM + 50) {
         let (first, lines) = trace(seed);
         let (second, again) = trace(seed);
         let differs = lines.iter().zip(&again).find(|(one, other)| one != other);

@@ -102,6 +102,8 @@ pub(crate) enum Command {
     Services(command::services::Services),
     Instances(command::instances::Instances),
     Machines(command::machines::Machines),
+    Domains(command::domains::Domains),
+    Certs(command::certs::Certs),
     Edges(command::edges::Edges),
     Logs(command::logs::Logs),
     Events(command::events::Events),
@@ -180,6 +182,10 @@ pub(crate) struct EdgeArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) admin: Option<std::net::SocketAddr>,
 
+    /// User to become once the ports are bound, instead of that of the configuration; for an edge that is started by root
+    #[arg(long, value_name = "NAME", value_hint = ValueHint::Username)]
+    pub(crate) user: Option<String>,
+
     /// Engine, HOST:PORT, instead of the one that it joined with; may be repeated: they are asked in turn
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) engine: Vec<String>,
@@ -197,6 +203,19 @@ pub(crate) struct EdgeArgs {
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum EdgeAction {
     Join(EdgeJoinArgs),
+    Upgrade(EdgeUpgradeArgs),
+}
+
+/// Have another process take over from the edge that runs on this data folder, without a gap
+///
+/// The new process is started with the arguments of the one that runs, reads the configuration anew, and accepts on the
+/// same sockets; then the one before stops accepting and ends what it has. If the new one does not come up, the one before
+/// goes on as it was, and this command says why.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EdgeUpgradeArgs {
+    /// Program to take over, instead of the one at the path that the edge was started from
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) binary: Option<PathBuf>,
 }
 
 /// Make this data folder that of an edge of an installation
@@ -227,7 +246,8 @@ pub(crate) enum LogFormat {
 ///
 /// Starts everything on this machine, moves the shop from host-a to host-b and back while requests keep coming, and
 /// prints the receipt. Uses Docker where an engine answers, else plain processes on two loopback addresses; says
-/// which. Ctrl-C leaves nothing behind.
+/// which. Ctrl-C leaves nothing behind. With --json the story goes to standard error, and one document with the receipts
+/// and what the clients counted to standard output at the end.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DemoArgs {
     /// Keep everything running after the moves, and print what to type next

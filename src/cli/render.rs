@@ -107,11 +107,14 @@ fn step(step: &Step) -> String {
     match step {
         Step::Claim => "claim".into(),
         Step::Prepare { machine } => format!("prepare {}", clean(machine)),
+        Step::Hold => "hold".into(),
+        Step::Stop { .. } => "stop".into(),
         Step::Start { .. } => "start".into(),
         Step::Warm => "warm".into(),
         Step::Shift { percent } => format!("shift {percent} %"),
         Step::Drain => "drain".into(),
         Step::Soak => "soak".into(),
+        Step::Switch => "switch".into(),
         Step::Release { .. } => "release".into(),
     }
 }
@@ -141,6 +144,9 @@ pub(crate) fn receipt(receipt: &Receipt, out: &Output) -> String {
         .map(|part| format!("{} {}", part.phase.name(), human::millis(part.duration_ms)))
         .collect();
     line("phases", phases.join(", "));
+    if receipt.pause_ms > 0 {
+        line("pause", format!("{}, requests waited", human::millis(receipt.pause_ms)));
+    }
     line("retried", format!("{}, held {}", human::count(receipt.retried), human::count(receipt.held)));
     line(
         "bytes",

@@ -8,6 +8,10 @@ use super::exit::Exit;
 /// Commands that change something on the server (or start one). All others only read.
 const CHANGING: &[&str] = &[
     "serve",
+    "engine",
+    "edge",
+    "edge join",
+    "edge upgrade",
     "demo",
     "deploy",
     "move",
@@ -22,6 +26,12 @@ const CHANGING: &[&str] = &[
     "services remove",
     "machines add",
     "machines remove",
+    "domains add",
+    "domains remove",
+    "certs renew",
+    "certs import",
+    "edges invite",
+    "edges remove",
     "server backup",
     "server restore",
 ];
@@ -262,13 +272,61 @@ mod tests {
     use super::*;
     use crate::cli::args;
 
-    #[test]
-    fn every_command_that_changes_something_exists_and_says_so() {
-        let tree = tree(&args::build());
-        let leaves = tree.leaves();
-        for path in CHANGING {
-            assert!(leaves.iter().any(|leaf| leaf.path == *path && leaf.changes), "{path}");
+    /// Commands that only read; `certs export` writes files of this machine, and nothing on the server.
+    const READING: &[&str] = &[
+        "moves list",
+        "moves show",
+        "moves watch",
+        "moves receipt",
+        "status",
+        "services list",
+        "services show",
+        "instances",
+        "machines list",
+        "machines show",
+        "machines check",
+        "domains check",
+        "domains list",
+        "certs list",
+        "certs show",
+        "certs export",
+        "edges list",
+        "logs",
+        "events",
+        "audit list",
+        "audit verify",
+        "doctor",
+        "config check",
+        "completion",
+        "man",
+        "version",
+        "help",
+    ];
+
+    /// Paths of the commands that do something by themselves: also of one that has others below it, such as `edge`.
+    fn doing(above: &Command, path: &str, into: &mut Vec<String>) {
+        for command in above.get_subcommands() {
+            let path = [path, command.get_name()].join(" ").trim().to_owned();
+            if !command.is_subcommand_required_set() {
+                into.push(path.clone());
+            }
+            doing(command, &path, into);
         }
+    }
+
+    #[test]
+    fn every_command_says_whether_it_changes_something_and_none_is_forgotten() {
+        let mut commands = Vec::new();
+        doing(&args::build(), "", &mut commands);
+        for command in &commands {
+            let (changes, reads) = (CHANGING.contains(&&**command), READING.contains(&&**command));
+            assert!(changes != reads, "{command} belongs in one of the two lists: {changes} {reads}");
+        }
+        for path in CHANGING.iter().chain(READING) {
+            assert!(commands.iter().any(|command| command == path), "there is no {path}");
+        }
+        let words: Vec<String> = ["domains", "add"].map(str::to_owned).into();
+        assert!(tree(&args::build()).find(&words).expect("a command").changes);
     }
 
     #[test]

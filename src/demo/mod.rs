@@ -12,29 +12,32 @@ mod traffic;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use peregrine_api::types::Receipt;
 use peregrine_config::ServerConfig;
 use peregrine_engine::model::{
     HealthKind, HealthSpec, MoveSettings, Resources, Route, ServiceSpec, TrafficPolicy,
 };
 use peregrine_engine::{Ask, EngineHandle, ErrorKind, MoveOverrides};
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::args::DemoArgs;
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
+use crate::cli::output::Output;
 use crate::serve::{Rooms, Server, block_on};
 use hosts::Hosts;
 use screen::Screen;
 
 /// Name of the demo's service.
 const SHOP: &str = "shop";
-/// Levels of the log unless `RUST_LOG` says otherwise: the screen tells the story.
+/// The hidden command that runs the shop: the binary is the program of the demo's containers and processes, too.
 pub(crate) const SHOP_COMMAND: &str = "demo-shop";
 
 /// Runs the command.
-pub(crate) fn run(args: &DemoArgs) -> Result {
+pub(crate) fn run(args: &DemoArgs, out: Output) -> Result {
     crate::telemetry::quiet_log();
-    block_on(with_folder(args))
+    block_on(with_folder(args, out))
 }
 
 /// The shop itself: what the demo's containers and processes run.
@@ -42,7 +45,7 @@ pub(crate) fn shop() -> std::process::ExitCode {
     story::run_shop()
 }
 
-async fn with_folder(args: &DemoArgs) -> Result {
+async fn with_folder(args: &DemoArgs, out: Output) -> Result {
     let temporary = match &args.data {
         Some(_) => None,
         None => Some(
@@ -59,16 +62,19 @@ async fn with_folder(args: &DemoArgs) -> Result {
     std::fs::create_dir_all(&data).map_err(|error| Failure::file(&data, "make", &error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed("signals", &error))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed("signals", &error))?;
-    let screen = Screen::new();
+    let screen = Screen::new(out.json);
     let mut running = Running::default();
-    let result = tokio::select! {
-        result = running.play(args, &data, &screen) => result,
-        _ = interrupt.recv() => { screen.say("interrupted: taking everything down"); Ok(()) }
-        _ = terminate.recv() => { screen.say("asked to end: taking everything down"); Ok(()) }
+    let (result, interrupted) = tokio::select! {
+        result = running.play(args, &data, &screen) => (result, false),
+        _ = interrupt.recv() => { screen.say("interrupted: taking everything down"); (Ok(()), true) }
+        _ = terminate.recv() => { screen.say("asked to end: taking everything down"); (Ok(()), true) }
     };
+    let report = running.report(interrupted);
     let cleaned = running.take_down(&data, &screen).await;
     drop(temporary);
-    result.and(cleaned)
+    result.and(cleaned)?;
+    // The story was told as it went; the document has what it amounted to.
+    out.data(&report, String::new)
 }
 
 /// What is up, so that it can be taken down at any moment.
@@ -77,9 +83,24 @@ struct Running {
     hosts: Option<Hosts>,
     server: Option<Server>,
     traffic: Option<traffic::Traffic>,
+    /// Of each move that has ended, in order.
+    receipts: Vec<Receipt>,
 }
 
 impl Running {
+    /// What it amounted to so far, for `--json`.
+    fn report(&self, interrupted: bool) -> serde_json::Value {
+        let clients = self.traffic.as_ref();
+        json!({
+            "receipts": self.receipts,
+            "clients": {
+                "requests": clients.map_or(0, traffic::Traffic::sent),
+                "failed": clients.map_or(0, traffic::Traffic::failed),
+            },
+            "interrupted": interrupted,
+        })
+    }
+
     async fn play(&mut self, args: &DemoArgs, data: &Path, screen: &Screen) -> Result {
         let begin = Instant::now();
         screen.say("starting two hosts, the edge, the engine and the API");
@@ -110,7 +131,8 @@ impl Running {
             .insert(traffic::Traffic::start(edge, args.rate).map_err(|error| failed_text(&error))?);
         for number in 0..args.moves {
             let to = if number % 2 == 0 { hosts::HOST_B } else { hosts::HOST_A };
-            story::show_move(server.engine(), traffic, screen, (number + 1, args.moves), to).await?;
+            let moved = story::show_move(server.engine(), traffic, screen, (number + 1, args.moves), to);
+            self.receipts.push(moved.await?);
         }
         let failed = traffic.failed();
         screen.say(&format!("clients  {} requests, {} failed", traffic.sent(), failed));

@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-/// The demo's output. Standard output is its data: the story.
+/// The demo's output. Standard output is its data: the story, or with `--json` the one document at the end; then the
+/// story goes to standard error, a line at a time.
 pub(super) struct Screen {
+    json: bool,
     live: Option<MultiProgress>,
     bars: Mutex<Vec<ProgressBar>>,
 }
 
 impl Screen {
-    pub(super) fn new() -> Self {
-        let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
-        Self { live: terminal.then(MultiProgress::new), bars: Mutex::default() }
+    pub(super) fn new(json: bool) -> Self {
+        let terminal = !json && std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+        Self { json, live: terminal.then(MultiProgress::new), bars: Mutex::default() }
     }
 
     /// Whether lines can be redrawn.
@@ -27,7 +29,11 @@ impl Screen {
     pub(super) fn say(&self, line: &str) {
         let print = || {
             // Nobody reads any more: the demo goes on to its end and cleans up all the same.
-            let _reader_gone = writeln!(std::io::stdout(), "{line}");
+            let _reader_gone = if self.json {
+                writeln!(std::io::stderr(), "{line}")
+            } else {
+                writeln!(std::io::stdout(), "{line}")
+            };
         };
         match &self.live {
             Some(live) => live.suspend(print),

@@ -21,14 +21,14 @@ const DRAW_EVERY: Duration = Duration::from_millis(200);
 /// Width of the bar that shows a weight, in characters.
 const BAR_CHARS: usize = 20;
 
-/// Moves the shop and shows it, from the first phase to the receipt.
+/// Moves the shop and shows it, from the first phase to the receipt, which is the answer.
 pub(super) async fn show_move(
     engine: &EngineHandle,
     traffic: &Traffic,
     screen: &Screen,
     (number, of): (u32, u32),
     to: &str,
-) -> Result {
+) -> Result<peregrine_api::types::Receipt> {
     let from = if to == hosts::HOST_A { hosts::HOST_B } else { hosts::HOST_A };
     let ask = Ask::Move {
         service: SHOP.to_owned(),
@@ -50,7 +50,7 @@ pub(super) async fn show_move(
     }
     let receipt = engine.receipt(&rollout.id).await.map_err(|error| refused(&error))?;
     print_receipt(screen, &receipt, traffic.failed() - failed_before, view.longest_us);
-    Ok(())
+    Ok(peregrine_api::types::Receipt::of(&rollout.id, SHOP, &receipt))
 }
 
 async fn follow(
@@ -157,7 +157,7 @@ impl<'a> View<'a> {
     fn sides(&self, sample: &Sample) -> String {
         let p95 = |us: Option<u64>| us.map_or_else(|| "–".to_owned(), |us| format!("{:.1} ms", ms(us)));
         format!(
-            "{} {:.0} req/s p95 {}   {} {:.0} req/s p95 {}   failed {}",
+            "{} {:.0} req/s p95 {}   {} {:.0} req/s p95 {}   failed {}   longest extra wait {:.1} ms",
             self.from,
             sample.from.requests_per_s,
             p95(sample.from.p95_us),
@@ -165,7 +165,14 @@ impl<'a> View<'a> {
             sample.to.requests_per_s,
             p95(sample.to.p95_us),
             sample.totals.failed,
+            ms(sample.totals.longest_extra_us()),
         )
+    }
+
+    /// As the receipt will have it: the slowest answer of the move so far, less the typical one.
+    fn longest_extra_wait(&self) -> String {
+        let told = |sample: &Sample| format!("{:.1} ms", ms(sample.totals.longest_extra_us()));
+        self.sample.as_ref().map_or_else(|| "–".to_owned(), told)
     }
 
     fn lines(&self, traffic: &Traffic) -> Vec<String> {
@@ -189,11 +196,11 @@ impl<'a> View<'a> {
             ),
             side(self.to, self.weight_percent, to.requests_per_s, to.in_flight, to.p95_us),
             format!(
-                "clients {:.0} req/s   requests {}   failed {}   longest wait {:.1} ms   {:.1} s",
+                "clients {:.0} req/s   requests {}   failed {}   longest extra wait {}   {:.1} s",
                 traffic.per_second(),
                 traffic.sent(),
                 traffic.failed(),
-                ms(self.longest_us),
+                self.longest_extra_wait(),
                 self.begin.elapsed().as_secs_f64()
             ),
         ]

@@ -7,7 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::server::{Peregrine, free_address, http_get, signal};
+use super::docker::processes_with;
+use super::server::{Peregrine, Said, free_address, http_get, said, signal};
 use super::shop::{Shop, TWO_HOSTS};
 use super::wait_for;
 use super::wires::Wires;
@@ -23,6 +24,12 @@ pub(crate) struct Edge {
     /// Network namespace of its process, if it has one of its own.
     namespace: Option<String>,
     child: Option<Child>,
+    /// Processes that were started by it and have handed over.
+    before: Vec<Child>,
+    /// The process that has taken over last.
+    heir: Option<u32>,
+    /// Variables for its process besides those of the test.
+    pub(crate) environment: Vec<(String, String)>,
 }
 
 /// The configuration of an engine with two hosts that listens for edges there.
@@ -80,7 +87,16 @@ impl Edge {
     /// A folder that has not joined.
     pub(crate) fn fresh(name: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("peregrine-edge-").tempdir().expect("a scratch folder");
-        Self { dir, name: name.to_owned(), http: free_address(), namespace: None, child: None }
+        Self {
+            dir,
+            name: name.to_owned(),
+            http: free_address(),
+            namespace: None,
+            child: None,
+            before: Vec::new(),
+            heir: None,
+            environment: Vec::new(),
+        }
     }
 
     /// Joins and starts an edge that lives in a network namespace and listens there.
@@ -105,6 +121,24 @@ impl Edge {
         edge.start();
         wait_for_state(server, name, "connected");
         edge
+    }
+
+    /// Joins and starts an edge that speaks TLS there too, and waits until the engine sees it.
+    #[track_caller]
+    pub(crate) fn join_with_https(mut self, server: &Peregrine, link: SocketAddr, https: SocketAddr) -> Self {
+        let joined = self.try_join(&invite(server, &self.name), link);
+        assert!(joined.status.success(), "{joined:?}");
+        let config = format!("[edge]\nhttps = [\"{https}\"]\n");
+        std::fs::write(self.dir.path().join("edge.toml"), config).expect("a file");
+        self.start_with_https();
+        wait_for_state(server, &self.name, "connected");
+        self
+    }
+
+    /// Starts the process (again) with its configuration file.
+    pub(crate) fn start_with_https(&mut self) {
+        let config = self.dir.path().join("edge.toml").display().to_string();
+        self.start_with_arguments(&["--config", &config]);
     }
 
     /// Tries to join with a token.
@@ -143,7 +177,18 @@ impl Edge {
         self.start_as(&more);
     }
 
+    /// Starts the process with a configuration that says where it listens.
+    pub(crate) fn start_by_file(&mut self, config: &Path) {
+        let words = ["--config".to_owned(), config.display().to_string()];
+        self.start_with_words(&words);
+    }
+
     fn start_as(&mut self, more: &[String]) {
+        let http = ["--http".to_owned(), self.http.to_string()];
+        self.start_with_words(&[&http, more].concat());
+    }
+
+    fn start_with_words(&mut self, more: &[String]) {
         assert!(self.child.is_none(), "it runs already");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("log file");
         let mut command = match &self.namespace {
@@ -156,10 +201,11 @@ impl Edge {
                 command
             }
         };
-        command.args(["edge", "--log-format", "text", "--http", &self.http.to_string(), "--data"]);
+        command.args(["edge", "--log-format", "text", "--data"]);
         command.arg(self.data());
         command.args(more);
         command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
+        command.envs(self.environment.clone());
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("log file")).stderr(log);
         self.child = Some(command.spawn().expect("peregrine starts"));
     }
@@ -169,9 +215,55 @@ impl Edge {
         self.http
     }
 
-    /// The process.
+    /// Starts the process with these arguments besides.
+    pub(crate) fn start_with_arguments(&mut self, more: &[&str]) {
+        self.start_as(&more.iter().map(|&word| word.to_owned()).collect::<Vec<_>>());
+    }
+
+    /// The process that serves.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.as_ref().expect("it runs").id()
+        self.heir.unwrap_or_else(|| self.child.as_ref().expect("it runs").id())
+    }
+
+    /// Asks it to be taken over.
+    pub(crate) fn ask_upgrade(&self, more: &[&str]) -> Said {
+        let arguments = [&["edge", "upgrade"], more].concat();
+        said(&self.command(&arguments).output().expect("peregrine runs"), &arguments)
+    }
+
+    /// Has it taken over, by the same program: the process that was there before.
+    #[track_caller]
+    pub(crate) fn upgrade(&mut self) -> u32 {
+        let (before, said) = (self.pid(), self.ask_upgrade(&[]));
+        assert_eq!(said.code, 0, "{}\n{}", said.stderr, self.log_text());
+        let pid = said.data()["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        self.is_taken_over_by(pid.expect("a process"));
+        before
+    }
+
+    /// Another process of it serves.
+    pub(crate) fn is_taken_over_by(&mut self, pid: u32) {
+        self.heir = Some(pid);
+        self.before.extend(self.child.take());
+    }
+
+    /// Every process of it that lives, the last that was started last.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let mut pids = processes_with(&self.data().display().to_string());
+        pids.retain(|pid| is_alive(*pid));
+        pids.sort_unstable();
+        pids
+    }
+
+    /// Waits until that process has ended.
+    #[track_caller]
+    pub(crate) fn wait_gone(&mut self, pid: u32) {
+        wait_for(&format!("process {pid} to end"), || {
+            for child in &mut self.before {
+                child.try_wait().expect("a child can be asked");
+            }
+            (!is_alive(pid)).then_some(())
+        });
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -188,13 +280,22 @@ impl Edge {
 
     /// Ends it as a power cut would.
     pub(crate) fn kill(&mut self) {
+        if let Some(pid) = self.heir.take() {
+            signal(pid, "KILL");
+            return self.wait_gone(pid);
+        }
         let mut child = self.child.take().expect("it runs");
         child.kill().expect("it can be killed");
         child.wait().expect("it is gone");
     }
 
-    /// Ends it politely; its exit code.
+    /// Ends it politely; its exit code, if it is ours to know.
     pub(crate) fn stop(&mut self) -> Option<i32> {
+        if let Some(pid) = self.heir.take() {
+            signal(pid, "TERM");
+            self.wait_gone(pid);
+            return None;
+        }
         let mut child = self.child.take().expect("it runs");
         signal(child.id(), "TERM");
         child.wait().expect("it ends").code()
@@ -206,11 +307,22 @@ impl Drop for Edge {
         if std::thread::panicking() {
             eprintln!("--- log of {}\n{}", self.name, self.log_text());
         }
-        if let Some(mut child) = self.child.take() {
+        for mut child in self.child.take().into_iter().chain(self.before.drain(..)) {
             let _killed = child.kill();
             let _gone = child.wait();
         }
+        // Those that nobody here has started, and those that they are starting.
+        while let Some(pid) = self.pids().first() {
+            signal(*pid, "KILL");
+        }
     }
+}
+
+/// Whether a process runs: it is there, and more than its exit code.
+pub(crate) fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
 /// A way between an edge and an engine that can be cut: then nothing passes in either direction, and nobody is told.
@@ -318,7 +430,7 @@ impl Standby {
             .args(arguments)
             .output()
             .expect("peregrine runs");
-        super::server::said(&output, arguments).data().clone()
+        said(&output, arguments).data().clone()
     }
 
     /// Waits until the move has ended.

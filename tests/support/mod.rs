@@ -3,8 +3,13 @@
 pub(crate) mod apart;
 pub(crate) mod bad_disk;
 pub(crate) mod docker;
+pub(crate) mod knot;
+pub(crate) mod pebble;
+pub(crate) mod ports;
 pub(crate) mod server;
 pub(crate) mod shop;
+pub(crate) mod stayers;
+pub(crate) mod tls;
 pub(crate) mod traffic;
 pub(crate) mod wires;
 

@@ -1,6 +1,6 @@
 //! A running `peregrine serve`, and the command line against it.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -205,6 +205,13 @@ impl Peregrine {
         self.command(arguments).spawn().expect("peregrine runs")
     }
 
+    /// Follows the events. What happens while the listener connects is told, too.
+    #[track_caller]
+    pub(crate) fn listen(&self) -> Child {
+        let last = self.ok(&["status"])["last_event"].as_u64().expect("the newest event");
+        self.spawn(&["events", "-f", "--after", &last.to_string()])
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_peregrine"));
         command.args(["--json", "--api", &format!("http://{}", self.api), "--data"]).arg(self.data());
@@ -302,8 +309,7 @@ pub(crate) fn first_line_then_ctrl_c(command: &mut Command) -> (String, Option<i
 
 /// An address of this machine that nobody listens on.
 pub(crate) fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("an address")
+    ([127, 0, 0, 1], super::ports::free_port()).into()
 }
 
 /// A GET over a fresh connection; the whole answer as text, or `None` if nobody answers.

@@ -20,9 +20,10 @@ pub use transport::{BODY_TIMEOUT_MS, CONNECT_TIMEOUT_MS, HEAD_TIMEOUT_MS, MAX_AN
 use transport::{Call, Transport};
 
 use crate::types::{
-    Applied, AuditEntry, AuditReport, DeployRequest, Deployment, DryRun, Edge, Instance, Invite,
-    InviteRequest, Machine, MachineCheck, MachineSpec, Move, MoveRequest, MoveState, Page, Plan, Readiness,
-    Receipt, RollbackRequest, ScaleRequest, Service, ServiceSpec, Status, Version,
+    Applied, AuditEntry, AuditReport, Certificate, CertificateExport, CertificateImport, DeployRequest,
+    Deployment, Domain, DomainCheck, DomainRequest, DryRun, Edge, Instance, Invite, InviteRequest, Machine,
+    MachineCheck, MachineSpec, Move, MoveRequest, MoveState, Page, Plan, Readiness, Receipt, RollbackRequest,
+    ScaleRequest, Service, ServiceSpec, Status, Version,
 };
 
 /// A stream on which nothing came for so long is broken; the server gives a sign of life every 10 s.
@@ -221,6 +222,53 @@ impl Client {
     /// Shuts an edge out.
     pub async fn remove_edge(&self, name: &str) -> Result<(), ClientError> {
         self.transport.status(v1(Method::DELETE, &["edges", name])).await.map(drop)
+    }
+
+    // --- domains
+
+    /// All domains, by name.
+    pub async fn domains(&self) -> Result<Vec<Domain>, ClientError> {
+        self.all(&["domains"], |call| call).await
+    }
+
+    /// One domain.
+    pub async fn domain(&self, name: &str) -> Result<Domain, ClientError> {
+        self.get(&["domains", name]).await
+    }
+
+    /// Adds a domain, or changes how it is served.
+    pub async fn add_domain(&self, request: &DomainRequest) -> Result<Domain, ClientError> {
+        self.post(&["domains"], &Submit::default(), |call| call.json(request)).await
+    }
+
+    /// Looks at a name from outside.
+    pub async fn check_domain(&self, name: &str) -> Result<DomainCheck, ClientError> {
+        self.post(&["domains", name, "check"], &Submit::default(), |call| call).await
+    }
+
+    /// Removes a domain with its certificate.
+    pub async fn remove_domain(&self, name: &str) -> Result<(), ClientError> {
+        self.transport.status(v1(Method::DELETE, &["domains", name])).await.map(drop)
+    }
+
+    /// All certificates, by id.
+    pub async fn certificates(&self) -> Result<Vec<Certificate>, ClientError> {
+        self.all(&["certificates"], |call| call).await
+    }
+
+    /// Orders a new certificate now.
+    pub async fn renew_certificate(&self, domain: &str) -> Result<Domain, ClientError> {
+        self.post(&["domains", domain, "renew"], &Submit::default(), |call| call).await
+    }
+
+    /// Brings a certificate with its key.
+    pub async fn import_certificate(&self, import: &CertificateImport) -> Result<Domain, ClientError> {
+        self.post(&["certificates"], &Submit::default(), |call| call.json(import)).await
+    }
+
+    /// A certificate with its key. Not asked for with a key of its own: the answer is a secret, and kept nowhere.
+    pub async fn export_certificate(&self, domain: &str) -> Result<CertificateExport, ClientError> {
+        self.post(&["domains", domain, "export"], &Submit::default(), |call| call).await
     }
 
     // --- services

@@ -60,7 +60,7 @@ impl Context {
 
     pub(crate) fn rollout(&self, id: &RolloutId) -> Result<Rollout, ApiError> {
         let state = self.engine.state();
-        state.rollouts.get(id).cloned().ok_or_else(|| no_move(id.as_str()))
+        state.rollouts.get(id).map(|rollout| Rollout::clone(rollout)).ok_or_else(|| no_move(id.as_str()))
     }
 }
 

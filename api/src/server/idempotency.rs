@@ -24,6 +24,10 @@ use crate::config::Limits;
 /// Says that an answer is the one of an earlier request with the same key.
 const REPLAYED: &str = "idempotency-replayed";
 
+/// Marks an answer that is not kept for a repetition: it holds a secret, and asking changes nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Secret;
+
 type Fingerprint = [u8; 32];
 
 /// The answers by key. Cheap to clone.
@@ -162,6 +166,9 @@ async fn keyed(context: &Context, request: Request, next: Next) -> Result<Respon
         Claim::Again(answer) => return Ok(answer.again()),
     };
     let response = next.run(Request::from_parts(parts, body.into())).await;
+    if response.extensions().get::<Secret>().is_some() {
+        return Ok(response);
+    }
     let (answer, is_final) = Answer::of(response).await?;
     if is_final {
         claimed.answer(answer.clone());

@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 
 use super::context::Context;
 use super::error::ApiError;
-use super::routes::{audit, edges, events, instances, logs, machines, moves, services, system};
+use super::routes::{audit, domains, edges, events, instances, logs, machines, moves, services, system};
 use super::{access, idempotency, outer};
 use crate::codes;
 use crate::types::Problem;
@@ -34,6 +34,8 @@ use crate::types::Problem;
         (name = "moves", description = "Every rollout: deploy, move, rollback, scale"),
         (name = "services", description = "What is to run, and its versions"),
         (name = "machines", description = "Where it runs"),
+        (name = "domains", description = "Names that are served over TLS"),
+        (name = "certificates", description = "What they are served with"),
         (name = "edges", description = "Edges in other processes"),
         (name = "instances", description = "Running copies"),
         (name = "events", description = "What happens, as it happens"),
@@ -53,6 +55,12 @@ fn documented() -> (Router<Context>, utoipa::openapi::OpenApi) {
         .routes(routes!(edges::list_edges))
         .routes(routes!(edges::invite_edge))
         .routes(routes!(edges::remove_edge))
+        .routes(routes!(domains::list_domains, domains::add_domain))
+        .routes(routes!(domains::get_domain, domains::remove_domain))
+        .routes(routes!(domains::check_domain))
+        .routes(routes!(domains::renew_certificate))
+        .routes(routes!(domains::export_certificate))
+        .routes(routes!(domains::list_certificates, domains::import_certificate))
         .routes(routes!(services::list_services))
         .routes(routes!(services::get_service, services::put_service, services::remove_service))
         .routes(routes!(services::list_deployments, services::deploy))

@@ -59,6 +59,8 @@ pub enum InstanceState {
     Serving,
     /// It is retired; what is inside finishes.
     Draining,
+    /// It does not run: another one is taking over, and there is a way back to this one.
+    Stopped,
     /// Empty, kept ready for the way back.
     Soaking,
     /// Being stopped and removed.
@@ -140,6 +142,7 @@ impl From<engine::InstanceState> for InstanceState {
             engine::InstanceState::Started => Self::Started,
             engine::InstanceState::Serving => Self::Serving,
             engine::InstanceState::Draining => Self::Draining,
+            engine::InstanceState::Stopped => Self::Stopped,
             engine::InstanceState::Soaking => Self::Soaking,
             engine::InstanceState::Releasing => Self::Releasing,
         }

@@ -6,6 +6,7 @@
 //! not know; the server refuses them in requests (`server/extract.rs`).
 
 mod audit;
+mod domain;
 mod edge;
 mod event;
 mod instance;
@@ -17,6 +18,7 @@ mod problem;
 mod receipt;
 mod requests;
 mod rollout;
+mod rules;
 mod service;
 mod settings;
 mod status;
@@ -24,6 +26,10 @@ mod system;
 mod time;
 
 pub use audit::{AuditBreak, AuditEntry, AuditReport};
+pub use domain::{
+    CaaCheck, Certificate, CertificateExport, CertificateImport, CertificateSource, ClientAuth,
+    ClientAuthRequest, Domain, DomainCheck, DomainOrigin, DomainRequest, DomainState, Hsts,
+};
 pub use edge::{Edge, EdgeState, Invite, InviteRequest};
 pub use event::{Event, EventBody};
 pub use instance::{Instance, InstanceHealth, InstanceState, InstanceUsage};
@@ -38,10 +44,14 @@ pub use rollout::{
     Action, Control, Guard, Links, Move, MoveKind, MoveState, Phase, PhaseTime, Place, Sample, SideSample,
     StepPosition, Totals,
 };
+pub use rules::{
+    BasicAuth, Coding, Compression, ForwardAuth, HeaderEdits, Headers, RateKey, RateLimit, Redirect, Rewrite,
+    Rules,
+};
 pub use service::{Deployment, FixedUpstream, REDACTED, Route, Service, ServiceSpec, ServiceState, Workload};
 pub use settings::{
-    Balance, DrainDeadlines, Guards, Health, HoldThen, Mirror, MoveSettings, Probe, Protocol, Resources,
-    Traffic, Warm,
+    Balance, Cutover, DrainDeadlines, Guards, Health, HoldThen, Mirror, MoveSettings, Probe, Protocol,
+    Resources, Traffic, Warm,
 };
 pub use status::{MachineStatus, PlaceStatus, ServiceStatus, Status};
 pub use system::{Readiness, ReadinessCheck, Version};

@@ -59,6 +59,13 @@ pub enum Step {
         /// Machine.
         machine: String,
     },
+    /// Hold the requests of the service, until nobody is inside of the old copies.
+    Hold,
+    /// Stop an old copy before a new one is started, and confirm that it does not run.
+    Stop {
+        /// Instance id.
+        instance: String,
+    },
     /// Start a copy.
     Start {
         /// Instance id.
@@ -75,6 +82,8 @@ pub enum Step {
     Drain,
     /// Keep the old copies ready.
     Soak,
+    /// The new copy gets the requests: those that wait, and all others.
+    Switch,
     /// Stop and remove a copy, and confirm that it is gone.
     Release {
         /// Instance id.
@@ -136,11 +145,14 @@ impl From<&engine::Step> for Step {
         match step {
             engine::Step::Claim => Self::Claim,
             engine::Step::Prepare { machine } => Self::Prepare { machine: machine.clone() },
+            engine::Step::Hold => Self::Hold,
+            engine::Step::Stop { instance } => Self::Stop { instance: instance.to_string() },
             engine::Step::Start { instance } => Self::Start { instance: instance.to_string() },
             engine::Step::Warm => Self::Warm,
             engine::Step::Shift { percent } => Self::Shift { percent: *percent },
             engine::Step::Drain => Self::Drain,
             engine::Step::Soak => Self::Soak,
+            engine::Step::Switch => Self::Switch,
             engine::Step::Release { instance } => Self::Release { instance: instance.to_string() },
         }
     }

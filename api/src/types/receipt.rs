@@ -25,13 +25,17 @@ pub struct Receipt {
     pub phases: Vec<PhaseDuration>,
     /// Requests sent to the copies of the service during the rollout.
     pub requests: u64,
-    /// Of these: answers 5xx, and requests without an answer.
+    /// Answers 5xx, and requests without an answer; among them those that were held and had to be refused.
     pub failed: u64,
     /// Attempts that were made again elsewhere without the client noticing.
     pub retried: u64,
     /// Requests that were held at the edge.
     pub held: u64,
-    /// Longest time to a response head during the rollout less the p50 of the same time.
+    /// How long requests were held; 0 if they were not.
+    #[serde(default)]
+    pub pause_ms: u64,
+    /// Longest time to a response head during the rollout less the p50 of the same time, or the longest time that a
+    /// request was held if that is more.
     pub longest_extra_wait_ms: u64,
     /// Body bytes sent to the copies.
     pub bytes_to_upstream: u64,
@@ -166,6 +170,7 @@ impl Receipt {
             failed: receipt.failed,
             retried: receipt.retried,
             held: receipt.held,
+            pause_ms: receipt.pause_ms,
             longest_extra_wait_ms: receipt.longest_extra_wait_ms,
             bytes_to_upstream: receipt.bytes_to_upstream,
             bytes_to_client: receipt.bytes_to_client,

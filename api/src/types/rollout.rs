@@ -558,6 +558,7 @@ mod tests {
             phases: vec![(engine::Phase::Plan, 1_000), (engine::Phase::Start, 1_250)],
             waiting_for: None,
             problem: None,
+            hold: None,
             leftovers: Vec::new(),
             transferred_bytes: 0,
             mirror: None,

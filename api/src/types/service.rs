@@ -7,9 +7,10 @@ use peregrine_engine::model as engine;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::rules::fill;
 use super::{FieldError, Health, MoveSettings, Resources, Traffic, instant};
 
-/// What stands for the value of an environment variable in every answer. Sent back in a request it means
+/// What stands for the value of an environment variable, and for the hash of a password, in every answer. Sent back in a request it means
 /// "as it is".
 pub const REDACTED: &str = "***";
 
@@ -227,7 +228,9 @@ impl ServiceSpec {
     /// For answers: without the values of environment variables.
     #[must_use]
     pub fn redacted(spec: &engine::ServiceSpec) -> Self {
-        Self::around(spec, Workload::redacted(&spec.workload))
+        let mut redacted = Self::around(spec, Workload::redacted(&spec.workload));
+        redacted.traffic.rules.redact();
+        redacted
     }
 
     /// For requests: with the values of environment variables.
@@ -264,7 +267,7 @@ impl ServiceSpec {
         present: Option<&engine::ServiceSpec>,
     ) -> Result<engine::ServiceSpec, Vec<FieldError>> {
         let mut errors = Vec::new();
-        let spec = engine::ServiceSpec {
+        let mut spec = engine::ServiceSpec {
             name: self.name.clone(),
             routes: self
                 .routes
@@ -279,6 +282,7 @@ impl ServiceSpec {
             move_settings: (&self.move_settings).into(),
             labels: self.labels.clone(),
         };
+        fill(&mut spec.traffic.rules, present.map(|spec| &spec.traffic.rules), &mut errors);
         if errors.is_empty() { Ok(spec) } else { Err(errors) }
     }
 }
@@ -449,6 +453,22 @@ mod tests {
         let present = parsed(FULL).to_engine(None).unwrap();
         let sent = ServiceSpec::redacted(&present);
         assert_eq!(sent.to_engine(Some(&present)).unwrap(), present);
+    }
+
+    #[test]
+    fn hashes_of_passwords_are_kept_like_values() {
+        let mut spec = parsed(FULL);
+        spec.traffic.rules.basic_auth =
+            serde_json::from_str(r#"{"realm":"r","users":{"alice":"hunter2"}}"#).unwrap();
+        let present = spec.to_engine(None).unwrap();
+        let sent = ServiceSpec::redacted(&present);
+        let text = format!("{sent:?}{}", serde_json::to_string(&sent).unwrap());
+        assert!(!text.contains("hunter2") && text.contains(r#""alice":"***""#), "{text}");
+        assert_eq!(sent.to_engine(Some(&present)).unwrap(), present);
+        assert_eq!(
+            sent.to_engine(Some(&parsed(FULL).to_engine(None).unwrap())).unwrap_err()[0].pointer,
+            "/traffic/rules/basic_auth/users/alice"
+        );
     }
 
     #[test]

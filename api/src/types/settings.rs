@@ -4,7 +4,7 @@ use peregrine_engine::model as engine;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::FieldError;
+use super::{FieldError, Rules};
 
 /// Health of one instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -72,6 +72,8 @@ pub struct Traffic {
     pub slow_start_ms: u32,
     /// Sends the client's Host on.
     pub preserve_host: bool,
+    /// What requests have to pass before they go on.
+    pub rules: Rules,
 }
 
 /// Protocol spoken to instances.
@@ -136,6 +138,62 @@ pub struct MoveSettings {
     pub drain: DrainDeadlines,
     /// Grace between SIGTERM and SIGKILL when an instance is stopped.
     pub stop_grace_ms: u32,
+    /// At most one copy may run at any moment: requests wait at the edge while another one takes over.
+    pub single_writer: bool,
+    /// Bounds of that.
+    pub cutover: Cutover,
+}
+
+/// Bounds of the cutover of a single-writer service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Cutover {
+    /// Longest time that requests are held. Edges release by themselves after it; the move turns back when two thirds
+    /// of it are over.
+    pub hold_deadline_ms: u32,
+    /// Requests that each edge may keep waiting.
+    pub hold_max_requests: u32,
+    /// Bytes of their heads and bodies that each edge may keep.
+    pub hold_max_bytes: u64,
+    /// How long one request may wait.
+    pub hold_max_age_ms: u32,
+    /// Requests per second that each edge releases, at first; it doubles every 5 s. Where requests come more than half as
+    /// often, it is twice as many as come.
+    pub hold_release_per_s: u32,
+    /// How long what is inside of the old copy may take to finish while the others wait.
+    pub drain_max_ms: u32,
+}
+
+impl Default for Cutover {
+    fn default() -> Self {
+        (&engine::CutoverSettings::default()).into()
+    }
+}
+
+impl From<&engine::CutoverSettings> for Cutover {
+    fn from(settings: &engine::CutoverSettings) -> Self {
+        Self {
+            hold_deadline_ms: settings.hold_deadline_ms,
+            hold_max_requests: settings.hold_max_requests,
+            hold_max_bytes: settings.hold_max_bytes,
+            hold_max_age_ms: settings.hold_max_age_ms,
+            hold_release_per_s: settings.hold_release_per_s,
+            drain_max_ms: settings.drain_max_ms,
+        }
+    }
+}
+
+impl From<&Cutover> for engine::CutoverSettings {
+    fn from(settings: &Cutover) -> Self {
+        Self {
+            hold_deadline_ms: settings.hold_deadline_ms,
+            hold_max_requests: settings.hold_max_requests,
+            hold_max_bytes: settings.hold_max_bytes,
+            hold_max_age_ms: settings.hold_max_age_ms,
+            hold_release_per_s: settings.hold_release_per_s,
+            drain_max_ms: settings.drain_max_ms,
+        }
+    }
 }
 
 /// What happens to a step that was held for as long as it may be, without a verdict.
@@ -312,6 +370,7 @@ impl From<&engine::TrafficPolicy> for Traffic {
             max_request_body_bytes: policy.max_request_body_bytes,
             slow_start_ms: policy.slow_start_ms,
             preserve_host: policy.preserve_host,
+            rules: (&policy.rules).into(),
         }
     }
 }
@@ -332,6 +391,7 @@ impl From<&Traffic> for engine::TrafficPolicy {
             max_request_body_bytes: traffic.max_request_body_bytes,
             slow_start_ms: traffic.slow_start_ms,
             preserve_host: traffic.preserve_host,
+            rules: (&traffic.rules).into(),
         }
     }
 }
@@ -383,6 +443,8 @@ impl From<&engine::MoveSettings> for MoveSettings {
             soak_ms: settings.soak_ms,
             drain: (&settings.drain).into(),
             stop_grace_ms: settings.stop_grace_ms,
+            single_writer: settings.single_writer,
+            cutover: (&settings.cutover).into(),
         }
     }
 }
@@ -420,6 +482,8 @@ impl From<&MoveSettings> for engine::MoveSettings {
                 websocket_ms: settings.drain.websocket_ms,
             },
             stop_grace_ms: settings.stop_grace_ms,
+            single_writer: settings.single_writer,
+            cutover: (&settings.cutover).into(),
         }
     }
 }

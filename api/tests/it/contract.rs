@@ -65,7 +65,9 @@ async fn every_route_about_something_that_is_not_there_says_so() {
         let answer = server.ask(&method, &path, body).await;
         let problem = answer.problem();
         assert_eq!(answer.status, 404, "{method} {path} {problem:?}");
-        assert!(problem.code.ends_with(".unknown"), "{method} {path} {problem:?}");
+        // This server has no keeper of domains, and says so where it would have to ask one.
+        let said = problem.code.ends_with(".unknown") || problem.code == "domain.none_kept";
+        assert!(said, "{method} {path} {problem:?}");
         assert_eq!(problem.instance, path);
         seen += 1;
     }
@@ -173,12 +175,22 @@ async fn a_request_that_takes_too_long_is_told_so_and_carried_through_all_the_sa
     let mut server = Server::start().await;
     server.stop_api().await;
     server.start_api(|config| config.limits.request_timeout_ms = 0).await;
-    // No time at all: whatever has to wait for the disk is too late.
-    let body = serde_json::to_string(&machine("late", "127.0.0.4")).unwrap();
-    let answer = server.ask("POST", "/api/v1/machines", Some(&body)).await;
-    assert_eq!((answer.status, answer.problem().code.as_str()), (504, "request.timed_out"));
+    // No time at all: whatever waits for the disk longer than the clock's tick is too late, and that is soon somebody.
+    let mut late = None;
+    for number in 0..100 {
+        let name = format!("late-{number}");
+        let body = serde_json::to_string(&machine(&name, "127.0.0.4")).unwrap();
+        let answer = server.ask("POST", "/api/v1/machines", Some(&body)).await;
+        if answer.status == 504 {
+            assert_eq!(answer.problem().code, "request.timed_out");
+            late = Some(name);
+            break;
+        }
+        assert_eq!(answer.status, 201, "{answer:?}");
+    }
+    let late = late.expect("one of a hundred is too late");
     let begun = Instant::now();
-    while !server.engine.state().machines.contains_key("late") {
+    while !server.engine.state().machines.contains_key(&*late) {
         assert!(begun.elapsed() < PATIENCE, "the work was dropped");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -221,3 +221,47 @@ async fn an_instance_is_told_with_what_it_uses() {
     assert!(one.usage.is_some_and(|usage| usage.memory_bytes > 0), "{one:?}");
     assert!(one.address.is_some_and(|address| address.starts_with("127.0.0.2:")));
 }
+
+#[tokio::test]
+async fn rules_that_no_edge_could_follow_are_refused_with_what_to_write_and_sound_ones_are_shown_again() {
+    let server = Server::start().await;
+    let put = async |rules: &str| {
+        let body = format!(
+            r#"{{"workload":{{"kind":"fixed","upstreams":[{{"address":"127.0.0.1:9","weight":1}}]}},
+            "health":{{"probe":"none"}},"traffic":{{"rules":{rules}}}}}"#
+        );
+        server.ask("PUT", "/api/v1/services/web", Some(&body)).await
+    };
+    for (rules, said) in [
+        (r#"{"headers":{"request":{"set":{"Host":"hunter2"}}}}"#, "\\\"Host\\\" cannot be changed"),
+        (r#"{"headers":{"response":{"remove":["bad name"]}}}"#, "no name of a header field"),
+        (r#"{"headers":{"request":{"add":{"x-a":"hunter2\n"}}}}"#, "the value for the header field"),
+        (r#"{"redirects":[{"from":"/a","to":"//evil.test"}]}"#, "no path and no address"),
+        (r#"{"redirects":[{"from":"/a","to":"/b","status":200}]}"#, "the status 200"),
+        (r#"{"rewrite":{"strip_prefix":"/a/../b"}}"#, "no path as requests are matched"),
+        (r#"{"basic_auth":{"realm":"r","users":{"alice":"hunter2"}}}"#, "no argon2id or bcrypt hash"),
+        (r#"{"basic_auth":{"realm":"r","users":{}}}"#, "0 users"),
+        (r#"{"forward_auth":{"url":"https://auth.test/"}}"#, "no address on plain HTTP"),
+        (r#"{"forward_auth":{"url":"http://a:1/","copy_headers":["host"]}}"#, "cannot be changed"),
+        (r#"{"compression":{"codings":[]}}"#, "no codings"),
+        (r#"{"compression":{"types":["html"]}}"#, "no media type"),
+        (r#"{"error_pages":{"200":"x"}}"#, "no status that a page is for"),
+        (r#"{"redirects":[{"from":"/a","to":"/b"},{"from":"/b","to":"/a"}]}"#, "leads in a circle"),
+    ] {
+        let answer = put(rules).await;
+        assert_eq!(answer.status, 422, "{rules}: {answer:?}");
+        assert!(answer.body.contains(said) && !answer.body.contains("hunter2"), "{rules}: {}", answer.body);
+    }
+    let rules = r#"{"headers":{"request":{"set":{"x-tenant":"blue"}}},"redirects":[{"from":"/a/*","to":"/b"}],"rewrite":{"strip_prefix":"/c"}}"#;
+    let answer = put(rules).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let shown = server.ask("GET", "/api/v1/services/web", None).await.json();
+    let shown = &shown["spec"]["traffic"]["rules"];
+    assert_eq!(shown["headers"]["request"]["set"]["x-tenant"], "***", "it may be a credential");
+    let kept = put(&shown.to_string()).await;
+    assert_eq!(kept.status, 200, "what was shown can be sent back: {kept:?}");
+    let new = put(r#"{"headers":{"request":{"set":{"x-other":"***"}}}}"#).await;
+    assert!(new.status == 422 && new.body.contains("/traffic/rules/headers/request/set/x-other"), "{new:?}");
+    assert_eq!(shown["redirects"][0]["status"], 308);
+    assert_eq!(shown["rewrite"]["strip_prefix"], "/c");
+}

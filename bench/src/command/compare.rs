@@ -19,6 +19,9 @@ pub(crate) struct Arguments {
     /// Interleaved rounds.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
     rounds: u64,
+    /// The scenarios over TLS instead of those on clear text.
+    #[arg(long)]
+    tls: bool,
     /// Only these scenarios, separated by commas.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     scenarios: Vec<String>,
@@ -47,6 +50,7 @@ pub(crate) async fn run(arguments: Arguments) -> Done {
         peregrine: arguments.peregrine,
         seconds: arguments.seconds,
         rounds: arguments.rounds,
+        tls: arguments.tls,
         scenarios: arguments.scenarios,
         contenders: arguments.contenders,
         access_log: !arguments.no_access_log,

@@ -1,10 +1,13 @@
 //! `peregrine-bench load`: one run, its summary, and an exit code that says whether anything failed.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use peregrine_bench::load::{Expect, Load, LoadOptions, Pace, Protocol, Sample, Summary, Until};
+use peregrine_bench::load::{Expect, Load, LoadOptions, Pace, Protocol, Sample, Summary, Tls, Until};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Done;
@@ -56,6 +59,12 @@ pub(crate) struct Arguments {
     /// Every answer's body must have this many bytes.
     #[arg(long, value_name = "N")]
     expect_bytes: Option<u64>,
+    /// Speak TLS, and trust the certificate in this file (PEM); the server's name is that of --host
+    #[arg(long, value_name = "FILE")]
+    trust: Option<PathBuf>,
+    /// Resume sessions over TLS
+    #[arg(long, requires = "trust")]
+    resume: bool,
     /// Print the summary as JSON on standard output.
     #[arg(long)]
     json: bool,
@@ -70,7 +79,7 @@ enum ProtocolArgument {
 }
 
 impl Arguments {
-    fn into_options(self) -> LoadOptions {
+    fn into_options(self) -> Result<LoadOptions, Box<dyn std::error::Error>> {
         let mut options = LoadOptions::new(self.target);
         options.host = self.host.unwrap_or(options.host);
         options.path = self.path;
@@ -91,14 +100,19 @@ impl Arguments {
         options.idle_connections = self.idle_connections;
         options.request_timeout_ms = self.request_timeout_ms;
         options.expect = self.expect_bytes.map_or(Expect::Whole, Expect::Length);
-        options
+        if let Some(file) = self.trust {
+            let trusted =
+                CertificateDer::from_pem_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+            options.tls = Some(Tls { trusted: trusted.to_vec(), resume: self.resume });
+        }
+        Ok(options)
     }
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Done {
     let json = arguments.json;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut handle = Load::start(arguments.into_options())?;
+    let mut handle = Load::start(arguments.into_options()?)?;
     let mut samples = handle.samples();
     loop {
         tokio::select! {

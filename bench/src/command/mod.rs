@@ -1,5 +1,6 @@
 //! One file per subcommand: arguments in, exit code out.
 
+pub(crate) mod certificate;
 pub(crate) mod check;
 pub(crate) mod compare;
 pub(crate) mod load;

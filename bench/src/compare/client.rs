@@ -11,7 +11,8 @@ use tokio::process::Command;
 
 use super::CompareError;
 use super::process::find_program;
-use super::scenario::{CONNECTIONS, H2_CONNECTIONS, Scenario, Wire};
+use super::scenario::{CONNECTIONS, Client, H2_CONNECTIONS, Scenario, TLS_HOST, Wire};
+use crate::load::{EchoOptions, Load, Tls, echo};
 
 /// How much longer than its own time a client may take, in seconds.
 const CLIENT_GRACE_S: u64 = 20;
@@ -44,12 +45,50 @@ impl Clients {
     pub(super) async fn run(
         &self,
         scenario: &Scenario,
+        (target, tls): (SocketAddr, Option<Tls>),
+        seconds: u64,
+    ) -> Result<Served, CompareError> {
+        match scenario.client {
+            Client::Theirs => self.theirs(scenario, target, seconds).await,
+            Client::Handshakes { resume } => {
+                let summary = Load::run(scenario.handshakes(target, tls, seconds * 1000)).await?;
+                // The first of each worker has nothing to resume, and those that race for a ticket neither.
+                if resume && summary.tls_resumed * 10 < summary.connections_opened * 9 {
+                    let (resumed, all) = (summary.tls_resumed, summary.connections_opened);
+                    return Err(CompareError::Client(format!("{resumed} of {all} handshakes were resumed")));
+                }
+                Ok(Served { requests: summary.sent, failed: summary.failed.total() })
+            }
+            Client::Echo => {
+                let options = EchoOptions {
+                    target,
+                    host: TLS_HOST.to_owned(),
+                    path: "/ws".to_owned(),
+                    tls,
+                    connections: CONNECTIONS,
+                    message_bytes: usize::try_from(scenario.reply_bytes).unwrap_or(usize::MAX),
+                    duration_ms: seconds * 1000,
+                };
+                let echoed = echo(options).await?;
+                Ok(Served { requests: echoed.messages, failed: echoed.failed })
+            }
+        }
+    }
+
+    async fn theirs(
+        &self,
+        scenario: &Scenario,
         target: SocketAddr,
         seconds: u64,
     ) -> Result<Served, CompareError> {
-        let url = format!("http://{target}{}", scenario.path);
+        // The name that certificates are chosen by: the clients take it from the address.
+        let url = if scenario.tls {
+            format!("https://{TLS_HOST}:{}{}", target.port(), scenario.path)
+        } else {
+            format!("http://{target}{}", scenario.path)
+        };
         let (mut command, parse): (_, fn(&str) -> Option<Served>) = match scenario.wire {
-            Wire::H2 => (self.h2load(seconds), parse_h2load),
+            Wire::H2 => (self.h2load(scenario, seconds), parse_h2load),
             Wire::H1 => (self.wrk(scenario, seconds), parse_wrk),
         };
         command.arg(url).kill_on_drop(true);
@@ -78,10 +117,10 @@ impl Clients {
         command
     }
 
-    fn h2load(&self, seconds: u64) -> Command {
+    fn h2load(&self, scenario: &Scenario, seconds: u64) -> Command {
         let mut command = Command::new(&self.h2load);
         command.args(["--threads=1", &format!("--clients={H2_CONNECTIONS}")]);
-        command.arg(format!("--max-concurrent-streams={}", CONNECTIONS / H2_CONNECTIONS));
+        command.arg(format!("--max-concurrent-streams={}", scenario.h2_streams));
         // Windows of 1 GiB, so that the client never is what holds an answer back.
         command.args(["--window-bits=30", "--connection-window-bits=30", &format!("--duration={seconds}")]);
         command

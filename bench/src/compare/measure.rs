@@ -4,13 +4,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::CompareError;
+use super::certificate::Certificate;
 use super::client::Clients;
 use super::contender::{Contender, Running};
 use super::origin::Origin;
 use super::process::{Core, core_busy_us};
 use super::report::{ClosedRun, OpenRun};
 use super::scenario::{Scenario, Wire};
-use crate::load::{IdleConnections, Load, LoadOptions, Pace, Until};
+use crate::load::{IdleConnections, Load, LoadOptions, Pace, Tls, Until};
 
 /// Requests that fill pools and caches before anything is counted; large replies need fewer.
 const WARM_UP_REQUESTS: u64 = 2_000;
@@ -25,6 +26,7 @@ pub(super) struct Bench<'a> {
     pub(super) clients: Clients,
     pub(super) origin: Origin,
     pub(super) core: Core,
+    pub(super) certificate: Certificate,
     pub(super) scratch: &'a Path,
 }
 
@@ -39,11 +41,13 @@ impl Bench<'_> {
     ) -> Result<ClosedRun, CompareError> {
         let mut running = self.start(contender, scenario).await?;
         let target = address(&running, scenario);
-        let idle = hold_idle(&running, scenario).await?;
+        let memory_before_kib = running.process.memory_kib();
+        let idle = self.hold_idle(&running, scenario).await?;
+        let idle_kib = running.process.memory_kib().saturating_sub(memory_before_kib);
         let seen_before = self.origin.seen().await?;
         let (cpu_before, busy_before) = (running.process.cpu_us(), core_busy_us(self.core));
         let started = Instant::now();
-        let loading = self.clients.run(scenario, target, seconds);
+        let loading = self.clients.run(scenario, (target, self.tls(scenario)), seconds);
         let (served, switches) = while_switching(&mut running, scenario, loading).await?;
         let (took, cpu_us) = (started.elapsed(), running.process.cpu_us() - cpu_before);
         let busy_us = core_busy_us(self.core).unwrap_or(0).saturating_sub(busy_before.unwrap_or(0));
@@ -67,6 +71,7 @@ impl Bench<'_> {
             upstream_requests: seen.requests - seen_before.requests - 1,
             switches,
             idle_closed,
+            bytes_per_idle_connection: bytes_for_each(idle_kib, scenario.idle_connections as u64),
         })
     }
 
@@ -80,9 +85,10 @@ impl Bench<'_> {
     ) -> Result<OpenRun, CompareError> {
         let mut running = self.start(contender, scenario).await?;
         let target = address(&running, scenario);
-        let idle = hold_idle(&running, scenario).await?;
+        let idle = self.hold_idle(&running, scenario).await?;
         let cpu_before = running.process.cpu_us();
-        let loading = async { Ok(Load::run(scenario.open_loop(target, per_second, duration_ms)).await?) };
+        let options = scenario.open_loop(target, self.tls(scenario), per_second, duration_ms);
+        let loading = async { Ok(Load::run(options).await?) };
         let (summary, _) = while_switching(&mut running, scenario, loading).await?;
         let cpu_us = running.process.cpu_us() - cpu_before;
         drop(idle);
@@ -128,13 +134,14 @@ impl Bench<'_> {
             std::fs::create_dir(&folder)
         };
         cleared().map_err(|error| CompareError::start(&folder, error))?;
-        let running = contender.start(self.core, &folder).await?;
+        let certificate = scenario.tls.then_some(&self.certificate);
+        let running = contender.start(self.core, &folder, certificate).await?;
         let requests =
             if scenario.reply_bytes > LARGE_REPLY_BYTES { WARM_UP_LARGE_REQUESTS } else { WARM_UP_REQUESTS };
         let warm_up = LoadOptions {
             pace: Pace::Closed,
             until: Until::Count(requests),
-            ..scenario.open_loop(address(&running, scenario), 1, 1)
+            ..scenario.open_loop(address(&running, scenario), self.tls(scenario), 1, 1)
         };
         let warmed = Load::run(warm_up).await?;
         match warmed.failures.first() {
@@ -148,23 +155,39 @@ impl Bench<'_> {
             ))),
         }
     }
+
+    fn tls(&self, scenario: &Scenario) -> Option<Tls> {
+        scenario.tls.then(|| self.certificate.tls())
+    }
+
+    async fn hold_idle(
+        &self,
+        running: &Running,
+        scenario: &Scenario,
+    ) -> Result<Option<IdleConnections>, CompareError> {
+        if scenario.idle_connections == 0 {
+            return Ok(None);
+        }
+        let options = scenario.idle(address(running, scenario), self.tls(scenario));
+        let idle = IdleConnections::open(options).await?;
+        match idle.failures().first() {
+            None => Ok(Some(idle)),
+            Some(why) => Err(CompareError::NotServing(format!("an idle connection failed: {why}"))),
+        }
+    }
+}
+
+/// What so much more memory is for each of so many connections. Without connections it is not theirs: a contender's
+/// memory moves by itself, too.
+fn bytes_for_each(kib: u64, connections: u64) -> u64 {
+    (kib * 1024).checked_div(connections).unwrap_or(0)
 }
 
 fn address(running: &Running, scenario: &Scenario) -> std::net::SocketAddr {
     match scenario.wire {
+        _ if scenario.tls => running.tls(),
         Wire::H1 => running.h1(),
         Wire::H2 => running.h2(),
-    }
-}
-
-async fn hold_idle(running: &Running, scenario: &Scenario) -> Result<Option<IdleConnections>, CompareError> {
-    if scenario.idle_connections == 0 {
-        return Ok(None);
-    }
-    let idle = IdleConnections::open(scenario.idle(running.h1())).await?;
-    match idle.failures().first() {
-        None => Ok(Some(idle)),
-        Some(why) => Err(CompareError::NotServing(format!("an idle connection failed: {why}"))),
     }
 }
 
@@ -186,5 +209,16 @@ async fn while_switching<T>(
                 switches += 1;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_grew_without_idle_connections_is_none_of_theirs() {
+        assert_eq!(bytes_for_each(2_000, 1_000), 2_048);
+        assert_eq!(bytes_for_each(2_000, 0), 0);
     }
 }

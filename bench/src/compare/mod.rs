@@ -1,12 +1,13 @@
-//! Peregrine beside nginx and HAProxy, in one run.
+//! Peregrine beside nginx, HAProxy, Caddy and a minimal Pingora proxy, in one run.
 //!
 //! Each contender runs alone on one core ([`CompareOptions::contender_core`]); load and origin share another. Every
 //! measurement starts a fresh process, in interleaved rounds (A B C, A B C, …), so that what else the machine does
 //! falls on all alike. What cannot be measured is told with its reason, never left out or guessed.
 //!
-//! Needs `taskset` and `setpriv` (util-linux), `nginx` (also the origin), `wrk` and `h2load`; HAProxy and Peregrine take
-//! part where they are. Uses the loopback ports 19101, 19102, 19170, 19180 and 19182.
+//! Needs `taskset` and `setpriv` (util-linux), `nginx` (also the origin), `wrk` and `h2load`; the others take part where
+//! they are. Uses the loopback ports 19101 to 19103, 19143, 19170, 19180 and 19182.
 
+mod certificate;
 mod client;
 mod contender;
 mod measure;
@@ -16,6 +17,7 @@ mod report;
 mod scenario;
 mod switch;
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -24,24 +26,25 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use thiserror::Error;
 
+pub use self::certificate::Certificate;
 use self::client::Clients;
 use self::contender::{Contender, Kind, version_of};
 use self::measure::Bench;
-use self::origin::{Origin, loopback};
-use self::process::Core;
+use self::origin::{ECHO_PORT, Origin, loopback};
+use self::process::{Core, Process};
 use self::report::Spread;
 pub use self::report::{ClosedRun, Machine, OpenRun, Report, ScenarioReport};
-use self::scenario::{SCENARIOS, Scenario};
+use self::scenario::{Client, SCENARIOS, Scenario, TLS_SCENARIOS};
 use crate::load::LoadError;
 
 /// The longest that a comparison may take, in seconds.
-pub const MAX_RUN_S: u64 = 600;
+pub const MAX_RUN_S: u64 = 1_200;
 /// What a measurement costs besides its load: start, warm-up, stop; in milliseconds.
 const OVERHEAD_MS: u64 = 500;
 /// The open loop's share of what the slowest contender can do, in percent.
 const OPEN_LOOP_PERCENT: f64 = 70.0;
 /// Ports that must be free, those of the files under `bench/conf`.
-const PORTS: [u16; 5] = [19101, 19102, 19170, 19180, 19182];
+const PORTS: [u16; 7] = [19101, 19102, 19103, 19143, 19170, 19180, 19182];
 
 /// What to compare, and how long.
 #[derive(Debug, Clone)]
@@ -52,7 +55,9 @@ pub struct CompareOptions {
     pub seconds: u64,
     /// Interleaved rounds.
     pub rounds: u64,
-    /// Names of the scenarios to run; empty means all.
+    /// The scenarios over TLS instead of those on clear text, unless scenarios are named.
+    pub tls: bool,
+    /// Names of the scenarios to run; empty means all of one kind.
     pub scenarios: Vec<String>,
     /// Names of the contenders to run; empty means all.
     pub contenders: Vec<String>,
@@ -70,6 +75,7 @@ impl Default for CompareOptions {
             peregrine: None,
             seconds: 5,
             rounds: 3,
+            tls: false,
             scenarios: Vec::new(),
             contenders: Vec::new(),
             access_log: true,
@@ -150,7 +156,15 @@ pub async fn compare(options: &CompareOptions, progress: impl Fn(&str)) -> Resul
     let clients = Clients::find()?;
     let versions = versions(&contenders, &clients);
     let origin = Origin::start(Core(options.load_core), &scratch.0.join("origin")).await?;
-    let bench = Bench { clients, origin, core: Core(options.contender_core), scratch: &scratch.0 };
+    let certificate = Certificate::fresh()
+        .map_err(|error| CompareError::Prepare(io::Error::other(format!("no certificate: {error}"))))?;
+    let _echo = if scenarios.iter().any(|scenario| scenario.client == Client::Echo) {
+        Some(echo_origin(Core(options.load_core), &scratch.0.join("echo"))?)
+    } else {
+        None
+    };
+    let core = Core(options.contender_core);
+    let bench = Bench { clients, origin, core, certificate, scratch: &scratch.0 };
     let mut report = Report {
         started: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         machine,
@@ -166,6 +180,15 @@ pub async fn compare(options: &CompareOptions, progress: impl Fn(&str)) -> Resul
     }
     bench.origin.stop().await;
     Ok(report)
+}
+
+/// This program's own origin, where WebSockets are echoed. Ends when it is dropped.
+fn echo_origin(core: Core, folder: &Path) -> Result<Process, CompareError> {
+    let this = std::env::current_exe().map_err(CompareError::Prepare)?;
+    std::fs::create_dir(folder).map_err(CompareError::Prepare)?;
+    let listen = loopback(ECHO_PORT).to_string();
+    let arguments = ["origin", "--listen", &listen].map(OsStr::new);
+    Process::start(core, folder, &this, &arguments, &[])
 }
 
 async fn run_scenario(
@@ -205,7 +228,9 @@ async fn run_scenario(
             report.closed.push(run);
         }
     }
-    report.open_loop_rate = open_loop_rate(&report.closed);
+    // Messages of a WebSocket have no open loop.
+    let able = if scenario.client == Client::Echo { Vec::new() } else { able };
+    report.open_loop_rate = if able.is_empty() { 0 } else { open_loop_rate(&report.closed, scenario.tls) };
     for round in 1..=options.rounds {
         for contender in &able {
             let pace = (report.open_loop_rate, options.open_loop_ms());
@@ -220,10 +245,14 @@ async fn run_scenario(
     Ok(report)
 }
 
-/// 70 % of what the slowest contender could do: one rate for all, or latencies could not be compared.
-fn open_loop_rate(closed: &[ClosedRun]) -> u32 {
+/// 70 % of what the slowest contender could do, or, over TLS, of what Peregrine could: one rate for all, or latencies
+/// could not be compared.
+fn open_loop_rate(closed: &[ClosedRun], of_peregrine: bool) -> u32 {
+    let is_peregrine = |run: &&ClosedRun| run.contender == Kind::Peregrine.name();
+    let of_peregrine = of_peregrine && closed.iter().any(|run| is_peregrine(&run));
     let slowest = closed
         .iter()
+        .filter(|run| !of_peregrine || is_peregrine(run))
         .map(|of| closed.iter().filter(|run| run.contender == of.contender))
         .map(|runs| Spread::of(runs.map(|run| run.requests_per_second)).median)
         .min_by(f64::total_cmp);
@@ -234,11 +263,13 @@ fn open_loop_rate(closed: &[ClosedRun]) -> u32 {
 
 impl CompareOptions {
     fn chosen_scenarios(&self) -> Result<Vec<&'static Scenario>, CompareError> {
-        let known: Vec<&str> = SCENARIOS.iter().map(|scenario| scenario.name).collect();
+        let all = || SCENARIOS.iter().chain(&TLS_SCENARIOS);
+        let known: Vec<&str> = all().map(|scenario| scenario.name).collect();
         check_names("scenario", &self.scenarios, &known)?;
-        let is_chosen =
-            |name| self.scenarios.is_empty() || self.scenarios.iter().any(|chosen| chosen == name);
-        Ok(SCENARIOS.iter().filter(|scenario| is_chosen(scenario.name)).collect())
+        if self.scenarios.is_empty() {
+            return Ok(if self.tls { TLS_SCENARIOS.iter().collect() } else { SCENARIOS.iter().collect() });
+        }
+        Ok(all().filter(|scenario| self.scenarios.iter().any(|chosen| chosen == scenario.name)).collect())
     }
 
     /// Who takes part, and who does not and why.
@@ -355,7 +386,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_comparison_of_three_stays_below_ten_minutes() {
+    fn the_default_comparison_stays_below_the_longest() {
         let planned_s = CompareOptions::default().planned_s(SCENARIOS.len(), Kind::ALL.len());
         assert!(planned_s < MAX_RUN_S, "{planned_s} s");
     }
@@ -402,8 +433,10 @@ mod tests {
             upstream_requests: 1,
             switches: 0,
             idle_closed: 0,
+            bytes_per_idle_connection: 0,
         };
-        assert_eq!(open_loop_rate(&[run("a", 1000.0), run("b", 500.0)]), 350);
+        assert_eq!(open_loop_rate(&[run("a", 1000.0), run("b", 500.0)], true), 350);
+        assert_eq!(open_loop_rate(&[run("peregrine", 1000.0), run("b", 500.0)], true), 700);
     }
 
     #[test]
@@ -413,6 +446,10 @@ mod tests {
             include_str!("../../conf/nginx/nginx.conf"),
             include_str!("../../conf/haproxy/haproxy.cfg"),
             include_str!("../../conf/peregrine/peregrine.toml"),
+            include_str!("../../conf/nginx/tls.conf"),
+            include_str!("../../conf/haproxy/tls.cfg"),
+            include_str!("../../conf/peregrine/tls.toml"),
+            include_str!("../../conf/caddy/Caddyfile"),
         ];
         for file in files {
             for (at, _) in file.match_indices("127.0.0.1:") {

@@ -14,6 +14,8 @@ use super::process::{Core, Process, find_program};
 
 /// The two addresses of `conf/origin/nginx.conf`; the second is what an upstream is switched to.
 pub(super) const ORIGIN_PORTS: [u16; 2] = [19101, 19102];
+/// Where WebSockets are echoed, by this crate's own origin.
+pub(super) const ECHO_PORT: u16 = 19103;
 /// How long a server may take until it answers, in milliseconds.
 const START_TIMEOUT_MS: u64 = 10_000;
 

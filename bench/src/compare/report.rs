@@ -86,6 +86,8 @@ pub struct ClosedRun {
     pub switches: u64,
     /// Idle connections that the contender closed.
     pub idle_closed: u64,
+    /// What the idle connections added to its memory (PSS), in bytes for each; 0 where there were none.
+    pub bytes_per_idle_connection: u64,
 }
 
 impl ClosedRun {
@@ -181,6 +183,15 @@ impl ScenarioReport {
                     "\n{disturbed} of {of} runs shared the contender's core with others: repeat them on a quiet machine."
                 ),
             );
+        }
+        for contender in self
+            .contenders()
+            .into_iter()
+            .filter(|_| self.closed.iter().any(|run| run.bytes_per_idle_connection > 0))
+        {
+            let runs = self.closed.iter().filter(|run| run.contender == contender);
+            let bytes = Spread::of(runs.map(|run| run.bytes_per_idle_connection as f64));
+            line(out, format_args!("\n{contender}: {} bytes for each idle connection", bytes.show(0)));
         }
         for (contender, why) in &self.not_measured {
             line(out, format_args!("\n**{contender}: not measured** ({why})"));
@@ -297,6 +308,7 @@ mod tests {
             upstream_requests: 1000,
             switches: 0,
             idle_closed: 0,
+            bytes_per_idle_connection: 0,
         }
     }
 
@@ -330,6 +342,15 @@ mod tests {
         assert!(out.contains("99.00 %"), "{out}");
         assert!(out.contains("peregrine: not measured"), "{out}");
         assert!(!out.contains("shared the contender's core"), "{out}");
+        assert!(!out.contains("idle connection"), "{out}");
+    }
+
+    #[test]
+    fn what_an_idle_connection_takes_is_told_where_there_were_some() {
+        let mut out = String::new();
+        report(vec![ClosedRun { bytes_per_idle_connection: 2_048, ..run("nginx", 20.0) }])
+            .write_markdown(&mut out);
+        assert!(out.contains("nginx: 2048 bytes for each idle connection"), "{out}");
     }
 
     #[test]

@@ -11,7 +11,6 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::TcpStream;
 
 use super::driver::Shared;
 use super::options::{Expect, Protocol};
@@ -56,9 +55,7 @@ impl Connection {
     }
 
     async fn connect(shared: &Arc<Shared>) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        let stream = TcpStream::connect(shared.options.target).await?;
-        stream.set_nodelay(true)?;
-        let io = TokioIo::new(stream);
+        let io = TokioIo::new(shared.connect().await?);
         let by_us = Arc::new(AtomicBool::new(false));
         let sender = match shared.options.protocol {
             Protocol::Http1 => {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, TE};
 use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -15,6 +16,7 @@ use super::idle::IdleConnections;
 use super::options::{Expect, LoadError, LoadOptions, Protocol};
 use super::pacer::{Pacer, Ticket};
 use super::tally::{FailureKind, Outcome, Sample, Summary, Tally};
+use super::tls::{Connector, Stream};
 use crate::origin::REQUEST_ID_HEADER;
 
 /// Pause of a worker that got no connection, in milliseconds: a dead target must not be hammered.
@@ -29,6 +31,7 @@ pub(super) struct Shared {
     pub(super) options: LoadOptions,
     pub(super) samples: watch::Sender<Sample>,
     pub(super) ended: watch::Sender<bool>,
+    tls: Option<Connector>,
     request: Template,
     pacer: Pacer,
     tally: Mutex<Tally>,
@@ -48,6 +51,7 @@ impl Shared {
     pub(super) fn new(options: LoadOptions) -> Result<Self, LoadError> {
         options.check()?;
         Ok(Self {
+            tls: Connector::of(&options)?,
             request: Template::new(&options),
             pacer: Pacer::new(&options),
             options,
@@ -60,6 +64,16 @@ impl Shared {
 
     pub(super) fn tally(&self) -> MutexGuard<'_, Tally> {
         self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection to the target, with its TLS.
+    pub(super) async fn connect(&self) -> std::io::Result<Stream> {
+        let stream = TcpStream::connect(self.options.target).await?;
+        stream.set_nodelay(true)?;
+        let Some(tls) = &self.tls else { return Ok(Stream::Plain(stream)) };
+        let (stream, resumed) = tls.connect(stream).await?;
+        self.tally().tls_resumed += u64::from(resumed);
+        Ok(stream)
     }
 
     pub(super) fn elapsed_ms(&self) -> u64 {
@@ -116,7 +130,10 @@ impl Template {
     fn new(options: &LoadOptions) -> Self {
         let (uri, host) = match options.protocol {
             Protocol::Http1 => (options.path.clone(), Some(options.host.as_str())),
-            Protocol::H2c => (format!("http://{}{}", options.host, options.path), None),
+            Protocol::H2c => {
+                let scheme = if options.tls.is_some() { "https" } else { "http" };
+                (format!("{scheme}://{}{}", options.host, options.path), None)
+            }
         };
         Self {
             uri: uri.parse().expect("host and path were checked"),

@@ -10,10 +10,12 @@
 
 mod connection;
 mod driver;
+mod echo;
 mod idle;
 mod options;
 mod pacer;
 mod tally;
+mod tls;
 
 use std::sync::Arc;
 
@@ -21,8 +23,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::driver::Shared;
+pub use self::echo::{EchoOptions, Echoed, echo};
 pub use self::idle::IdleConnections;
-pub use self::options::{Expect, LoadError, LoadOptions, Pace, Protocol, Until};
+pub use self::options::{Expect, LoadError, LoadOptions, Pace, Protocol, Tls, Until};
 pub use self::tally::{Failure, FailureKind, Failures, Latency, Sample, Summary};
 
 /// Starts load runs.

@@ -13,7 +13,7 @@ use crate::origin::unix_ns;
 pub enum Protocol {
     /// HTTP/1.1.
     Http1,
-    /// HTTP/2 on clear text with prior knowledge (RFC 9113 §3.3).
+    /// HTTP/2: on clear text with prior knowledge (RFC 9113 §3.3), over TLS by ALPN.
     H2c,
 }
 
@@ -53,6 +53,15 @@ pub enum Expect {
     Call,
 }
 
+/// How a run speaks TLS. The server's name is that of [`LoadOptions::host`].
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// The certificate that is trusted, in DER.
+    pub trusted: Vec<u8>,
+    /// Sessions are resumed where the server lets them; else each handshake is a full one.
+    pub resume: bool,
+}
+
 /// What a run does.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
@@ -89,6 +98,8 @@ pub struct LoadOptions {
     pub connect_timeout_ms: u64,
     /// The run's name, the first part of its ids; visible ASCII.
     pub run: String,
+    /// TLS 1.3 to the target; clear text without it.
+    pub tls: Option<Tls>,
     /// What an answer's body must be.
     pub expect: Expect,
     /// How often counters are published, in milliseconds.
@@ -116,6 +127,7 @@ impl LoadOptions {
             request_timeout_ms: 10_000,
             connect_timeout_ms: 5_000,
             run: new_run_name(),
+            tls: None,
             expect: Expect::Whole,
             sample_ms: 1000,
         }
@@ -171,6 +183,12 @@ impl LoadOptions {
 pub struct LoadError {
     field: &'static str,
     why: String,
+}
+
+impl LoadError {
+    pub(super) const fn new(field: &'static str, why: String) -> Self {
+        Self { field, why }
+    }
 }
 
 /// A name that no other run of this machine has.

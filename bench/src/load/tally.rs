@@ -154,6 +154,8 @@ pub struct Summary {
     pub idle_connections_failed: u64,
     /// Answers that announced the end of their connection (`Connection: close`).
     pub close_announced: u64,
+    /// Connections over which a TLS session was resumed.
+    pub tls_resumed: u64,
     /// Complete 2xx answers by the origin that gave them (`x-instance`).
     pub per_instance: BTreeMap<String, u64>,
     /// The first failures in detail, at most 20.
@@ -192,6 +194,7 @@ pub(super) struct Tally {
     pub(super) connections_opened: u64,
     pub(super) connections_closed_by_peer: u64,
     pub(super) close_announced: u64,
+    pub(super) tls_resumed: u64,
     pub(super) idle_failed: u64,
     instances: Vec<Instance>,
     failures: Vec<Failure>,
@@ -218,6 +221,7 @@ impl Tally {
             connections_opened: 0,
             connections_closed_by_peer: 0,
             close_announced: 0,
+            tls_resumed: 0,
             idle_failed: 0,
             instances: Vec::new(),
             failures: Vec::new(),
@@ -320,6 +324,7 @@ impl Tally {
             connections_closed_by_peer: self.connections_closed_by_peer,
             idle_connections_failed: self.idle_failed,
             close_announced: self.close_announced,
+            tls_resumed: self.tls_resumed,
             per_instance: self.per_instance(),
             failures: std::mem::take(&mut self.failures),
             acknowledged,

@@ -1,6 +1,7 @@
 //! `[service.NAME]`: what runs or where it is, how it is reached, and how it may be moved.
 
 mod rollout;
+mod rules;
 mod traffic;
 mod workload;
 
@@ -8,6 +9,7 @@ use std::collections::BTreeMap;
 
 use peregrine_engine::model::{Route, ServiceSpec, Workload};
 
+pub(crate) use self::workload::unlimited;
 use crate::names;
 use crate::raw::{Node, quoted};
 
@@ -70,6 +72,15 @@ fn service<'d>(name: &str, node: Node<'d>, claimed: &mut Claims) -> Option<Read<
         }
     } else if let Some(node) = no_probes {
         traffic::refuse_no_probes(&node);
+    }
+    if let Some(node) = replicas_node.as_ref().filter(|_| move_settings.single_writer && replicas > 1) {
+        let message =
+            format_args!("{} is {replicas}, and of a single_writer at most one copy may run", node.path);
+        node.wrong(
+            "config.conflict",
+            message,
+            "write replicas = 1, or take single_writer out of its move settings",
+        );
     }
     let workload = workload?;
     drop(fields);

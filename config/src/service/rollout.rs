@@ -1,6 +1,8 @@
 //! `[service.NAME.move]`: how a rollout goes about a service.
 
-use peregrine_engine::model::{DrainDeadlines, Guards, HoldThen, MirrorSettings, MoveSettings, WarmSettings};
+use peregrine_engine::model::{
+    CutoverSettings, DrainDeadlines, Guards, HoldThen, MirrorSettings, MoveSettings, WarmSettings,
+};
 
 use crate::names;
 use crate::raw::Node;
@@ -37,6 +39,8 @@ pub(super) fn move_settings(node: &Node<'_>) -> MoveSettings {
     fields.set_duration("start_timeout", &mut settings.start_timeout_ms, 1..=DAY_MS);
     fields.set_duration("soak", &mut settings.soak_ms, 0..=30 * DAY_MS);
     fields.set_duration("stop_grace", &mut settings.stop_grace_ms, 0..=HOUR_MS);
+    fields.set("single_writer", &mut settings.single_writer, Node::boolean);
+    fields.set("cutover", &mut settings.cutover, cutover);
     fields.set("abort_on", &mut settings.guards, guards);
     fields.set("warm", &mut settings.warm, warm);
     fields.set("drain", &mut settings.drain, drain);
@@ -104,6 +108,23 @@ fn warm(node: &Node<'_>) -> Option<WarmSettings> {
         None => mirror(node).map(Some),
     });
     Some(warm)
+}
+
+fn cutover(node: &Node<'_>) -> Option<CutoverSettings> {
+    let mut cutover = CutoverSettings::default();
+    let mut fields = node.fields()?;
+    // The engine refuses the same from the API; here it is told with the line.
+    let longest_ms = u64::from(CutoverSettings::MAX_MS);
+    let shortest_ms = u64::from(CutoverSettings::MIN_HOLD_DEADLINE_MS);
+    let (most, fastest) = (CutoverSettings::MAX_HOLD_REQUESTS, CutoverSettings::MAX_HOLD_RELEASE_PER_S);
+    let bytes = CutoverSettings::MIN_HOLD_BYTES..=CutoverSettings::MAX_HOLD_BYTES;
+    fields.set_duration("hold_deadline", &mut cutover.hold_deadline_ms, shortest_ms..=longest_ms);
+    fields.set_integer("hold_max_requests", &mut cutover.hold_max_requests, 1..=i64::from(most));
+    fields.set_size("hold_max_bytes", &mut cutover.hold_max_bytes, bytes);
+    fields.set_duration("hold_max_age", &mut cutover.hold_max_age_ms, 1..=longest_ms);
+    fields.set_integer("hold_release_per_s", &mut cutover.hold_release_per_s, 1..=i64::from(fastest));
+    fields.set_duration("drain_max", &mut cutover.drain_max_ms, 0..=longest_ms);
+    Some(cutover)
 }
 
 fn mirror(node: &Node<'_>) -> Option<MirrorSettings> {

@@ -2,6 +2,7 @@
 
 use peregrine_engine::model::{BalanceSpec, HashBy, HealthKind, HealthSpec, Protocol, TrafficPolicy};
 
+use super::rules::rules;
 use super::workload::unlimited;
 use crate::names;
 use crate::raw::{Fields, Node};
@@ -23,6 +24,7 @@ pub(super) fn traffic(fields: &mut Fields<'_>) -> TrafficPolicy {
         unlimited(node).or_else(|| node.size_bytes(1..=MAX_BODY_BYTES))
     });
     fields.set_duration("slow_start", &mut policy.slow_start_ms, 0..=HOUR_MS);
+    fields.set("rules", &mut policy.rules, rules);
     if let Some(mut timeouts) = fields.take("timeouts").and_then(|node| node.fields()) {
         timeouts.set_duration("connect", &mut policy.connect_timeout_ms, 1..=HOUR_MS);
         timeouts.set_duration("response_head", &mut policy.response_head_timeout_ms, 1..=DAY_MS);

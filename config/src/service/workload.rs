@@ -257,6 +257,6 @@ pub(super) fn resources(node: &Node<'_>) -> Resources {
 }
 
 /// `"unlimited"` is 0 for the engine.
-pub(super) fn unlimited(node: &Node<'_>) -> Option<u64> {
+pub(crate) fn unlimited(node: &Node<'_>) -> Option<u64> {
     (node.as_text() == Some("unlimited")).then_some(0)
 }

@@ -1,5 +1,6 @@
 //! Every kind of mistake, and exactly what is said about it.
 
+mod domain;
 mod file;
 mod server;
 mod traffic;

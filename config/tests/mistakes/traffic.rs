@@ -343,3 +343,41 @@ error[config.conflict]: service.c.health.probe can be "none" for fixed upstreams
 "#,
     );
 }
+
+#[test]
+fn what_rules_change_can_be_changed_and_secrets_are_not_shown() {
+    told(
+        &manifest(
+            r#"[service.a]
+image = "a"
+port = 1
+[service.a.rules]
+redirects = [{ from = "/old/*", to = "/old/new" }]
+rewrite = { strip_prefix = "/api/" }
+[service.a.rules.headers.request]
+set = { Host = "hunter2" }
+"#,
+        ),
+        r#"error[config.bad_value]: the redirect from "/old/*" to "/old/new" leads to itself
+ --> peregrine.toml:5:14
+  |
+5 | redirects = [{ from = "/old/*", to = "/old/new" }]
+  |              ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  = write a path that it is not for, or the address of another site
+
+error[config.bad_value]: strip_prefix "/api/" ends in a slash
+ --> peregrine.toml:6:11
+  |
+6 | rewrite = { strip_prefix = "/api/" }
+  |           ^^^^^^^^^^^^^^^^^^^^^^^^^^
+  = write it without, such as /api: it ends where a segment of the path does
+
+error[config.bad_value]: the header field "Host" cannot be changed: it frames, routes or identifies
+ --> peregrine.toml:7:1
+  |
+7 | [service.a.rules.headers.request]
+  | ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  = the edge alone writes such fields (docs/security.md). Take it out, or use a name of your own
+"#,
+    );
+}

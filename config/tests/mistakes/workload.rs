@@ -168,6 +168,27 @@ error[config.wrong_type]: service.web.capabilities has to be a string, but is a 
 }
 
 #[test]
+fn several_copies_of_a_single_writer_are_a_contradiction() {
+    told(
+        &manifest(
+            r#"[service.web]
+image = "shop:1.4"
+port = 3000
+replicas = 2
+move = { single_writer = true }
+"#,
+        ),
+        r#"error[config.conflict]: service.web.replicas is 2, and of a single_writer at most one copy may run
+ --> peregrine.toml:4:12
+  |
+4 | replicas = 2
+  |            ^
+  = write replicas = 1, or take single_writer out of its move settings
+"#,
+    );
+}
+
+#[test]
 fn zero_copies_are_no_service() {
     told(
         &manifest(

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::rollouts;
+use crate::alarms;
 use crate::audit::AuditAct;
 use crate::core::Core;
 use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, IdempotencyKey, MoveOverrides};
 use crate::model::{Control, Receipt, Rollout, RolloutId, RolloutKind, RolloutState};
 use crate::reconcile;
-use crate::rollout::is_past_return;
+use crate::rollout::{is_cutting_over, is_past_return};
 
 pub(crate) async fn pause(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
     steer(core, id, Control::Pause).await
@@ -30,7 +31,8 @@ pub(crate) async fn abort(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, E
 async fn steer(core: &Arc<Core>, id: &RolloutId, control: Control) -> Result<Rollout, EngineError> {
     let id = id.clone();
     core.commit(move |draft| {
-        let mut rollout = draft.state().rollouts.get(&id).cloned().ok_or_else(|| unknown(&id))?;
+        let mut rollout =
+            draft.state().rollouts.get(&id).map(|known| Rollout::clone(known)).ok_or_else(|| unknown(&id))?;
         if rollout.state.is_terminal() {
             return Err(refused(
                 &rollout,
@@ -69,6 +71,9 @@ async fn steer(core: &Arc<Core>, id: &RolloutId, control: Control) -> Result<Rol
                 "Wait for its end, then take it back: peregrine moves rollback.",
             ));
         }
+        if control == Control::Pause && is_cutting_over(draft.state(), &rollout) {
+            return Err(holding(&rollout));
+        }
         rollout.control = control;
         rollout.state = if control == Control::Pause { RolloutState::Paused } else { RolloutState::Running };
         draft.put_rollout(&rollout);
@@ -78,12 +83,27 @@ async fn steer(core: &Arc<Core>, id: &RolloutId, control: Control) -> Result<Rol
     .await
 }
 
+/// A cutover that stood still would keep every client waiting, with no copy that serves.
+fn holding(rollout: &Rollout) -> EngineError {
+    let (id, plan) = (&rollout.id, &rollout.plan);
+    refused(
+        rollout,
+        "move.holding",
+        format!("{id} cannot be paused now: the requests of {} wait for it", plan.service),
+        &format!(
+            "It switches or goes back by itself within {} ms. To go back at once: peregrine moves abort {id}.",
+            plan.settings.cutover.hold_deadline_ms
+        ),
+    )
+}
+
 pub(crate) async fn rollback(
     core: &Arc<Core>,
     id: &RolloutId,
     key: IdempotencyKey,
 ) -> Result<Rollout, EngineError> {
-    let known = core.state().rollouts.get(id).cloned().ok_or_else(|| unknown(id))?;
+    let known =
+        core.state().rollouts.get(id).map(|known| Rollout::clone(known)).ok_or_else(|| unknown(id))?;
     if !known.state.is_terminal() && !is_past_return(&known) {
         return abort(core, id).await;
     }
@@ -146,7 +166,7 @@ pub(crate) async fn cleanup(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout,
 
 async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
     let state = core.state();
-    let known = state.rollouts.get(id).cloned().ok_or_else(|| unknown(id))?;
+    let known = state.rollouts.get(id).map(|known| Rollout::clone(known)).ok_or_else(|| unknown(id))?;
     if !known.state.is_terminal() {
         return Err(refused(
             &known,
@@ -156,6 +176,7 @@ async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, Engin
         ));
     }
     let service = &known.plan.service;
+    alarms::refuse_aside(&state, service)?;
     if let Some(running) = state.services.get(service).and_then(|service| service.rollout.clone()) {
         let mut error = refused(
             &known,
@@ -174,7 +195,12 @@ async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, Engin
     let problems = kept.clone();
     let rollout = core
         .commit(move |draft| {
-            let mut rollout = draft.state().rollouts.get(&id).cloned().ok_or_else(|| unknown(&id))?;
+            let mut rollout = draft
+                .state()
+                .rollouts
+                .get(&id)
+                .map(|known| Rollout::clone(known))
+                .ok_or_else(|| unknown(&id))?;
             let left: Vec<String> = problems.into_iter().map(|problem| problem.message).collect();
             if rollout.leftovers != left {
                 rollout.leftovers = left;
@@ -201,7 +227,7 @@ async fn cleanup_here(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, Engin
 pub(crate) async fn ended(core: &Arc<Core>, id: &RolloutId) -> Result<Rollout, EngineError> {
     core.until(|state| match state.rollouts.get(id) {
         None => Some(Err(unknown(id))),
-        Some(rollout) if rollout.state.is_terminal() => Some(Ok(rollout.clone())),
+        Some(rollout) if rollout.state.is_terminal() => Some(Ok(Rollout::clone(rollout))),
         Some(_) => None,
     })
     .await

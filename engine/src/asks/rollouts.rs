@@ -139,7 +139,7 @@ fn answered(core: &Core, key: Option<&str>, ask: &str) -> Option<Result<Option<R
         )));
     }
     let Some(id) = &known.rollout else { return Some(Ok(None)) };
-    state.rollouts.get(id).map(|rollout| Ok(Some(rollout.clone())))
+    state.rollouts.get(id).map(|rollout| Ok(Some(Rollout::clone(rollout))))
 }
 
 fn answer(draft: &mut Draft<'_>, key: &str, ask: String, accepted: &Accepted) {
@@ -257,6 +257,7 @@ pub(super) fn accept(
         phases: Vec::new(),
         waiting_for: None,
         problem: None,
+        hold: None,
         leftovers: Vec::new(),
         transferred_bytes: 0,
         mirror: None,

@@ -64,6 +64,8 @@ pub enum InstanceState {
     Serving,
     /// It is retired; what is inside finishes.
     Draining,
+    /// It does not run: another one is taking over, and there is a way back to this one.
+    Stopped,
     /// Empty, kept ready for the way back.
     Soaking,
     /// Being stopped and removed.

@@ -1,6 +1,8 @@
 //! The nouns of the engine: what is stored, planned and told. Plain data, no behaviour beyond
 //! validation, so that a record written today is read by any later version.
 
+mod answers;
+mod cutover;
 mod event;
 mod hidden;
 mod ids;
@@ -10,8 +12,11 @@ mod mirror;
 mod plan;
 mod receipt;
 mod rollout;
+mod rules;
 mod service;
 
+pub use answers::{CodingSpec, CompressionSpec};
+pub use cutover::{CutoverSettings, Hold};
 pub use event::{Event, EventBody};
 pub(crate) use hidden::{HiddenBytes, HiddenValues};
 pub use ids::{InstanceId, RolloutId};
@@ -21,6 +26,10 @@ pub use mirror::{MirrorReport, MirrorSettings};
 pub use plan::{Estimate, Finding, PLAN_FORMAT, Plan, PlannedInstance, RolloutKind, Step};
 pub use receipt::{ClassCounts, InstanceReceipt, PhaseTime, Receipt};
 pub use rollout::{Control, Phase, Rollout, RolloutState, Sample, SideSample, Totals};
+pub use rules::{
+    BasicAuthSpec, ForwardAuthSpec, HeaderEditsSpec, HeadersSpec, RateLimitSpec, RedirectSpec, RewriteSpec,
+    RulesSpec, Unfit,
+};
 pub use service::{
     BalanceSpec, CAPABILITIES, DrainDeadlines, FixedUpstream, Guards, HashBy, HealthKind, HealthSpec,
     HoldThen, MoveSettings, Protocol, Resources, Route, Service, ServiceSpec, TrafficPolicy, Version,

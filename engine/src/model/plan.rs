@@ -77,6 +77,13 @@ pub enum Step {
         /// Machine.
         machine: String,
     },
+    /// Hold the requests of the service, until nobody is inside of the old copies.
+    Hold,
+    /// Stop an old copy before a new one is started, and confirm that it does not run.
+    Stop {
+        /// Instance.
+        instance: InstanceId,
+    },
     /// Start a copy.
     Start {
         /// Instance.
@@ -93,6 +100,8 @@ pub enum Step {
     Drain,
     /// Keep the old copies ready.
     Soak,
+    /// The new copy gets the requests: those that wait, and all others.
+    Switch,
     /// Stop and remove a copy, and confirm that it is gone.
     Release {
         /// Instance.

@@ -17,13 +17,17 @@ pub struct Receipt {
     pub phases: Vec<PhaseTime>,
     /// Requests sent to the copies of this service during the rollout.
     pub requests: u64,
-    /// Of these: answers 5xx, and requests without an answer.
+    /// Answers 5xx, and requests without an answer; among them those that were held and had to be refused.
     pub failed: u64,
     /// Attempts that were made again elsewhere without the client noticing.
     pub retried: u64,
     /// Requests that were held at the edge.
     pub held: u64,
-    /// Longest time to a response head during the rollout less the p50 of the same time, in milliseconds.
+    /// How long requests were held, in milliseconds; 0 if they were not.
+    #[serde(default)]
+    pub pause_ms: u64,
+    /// Longest time to a response head during the rollout less the p50 of the same time, or the longest time that a
+    /// request was held if that is more; in milliseconds.
     pub longest_extra_wait_ms: u64,
     /// Body bytes to the copies and to clients.
     pub bytes_to_upstream: u64,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Plan, Receipt, RolloutId, UnixMs};
+use super::{Hold, Plan, Receipt, RolloutId, UnixMs};
 
 /// The phases, under the same names everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -106,6 +106,9 @@ pub struct Rollout {
     pub waiting_for: Option<String>,
     /// Why it failed or went back: code, message, hint.
     pub problem: Option<super::Finding>,
+    /// The hold of its service's requests.
+    #[serde(default)]
+    pub hold: Option<Hold>,
     /// What an undo could not clean up.
     pub leftovers: Vec<String>,
     /// Bytes of image brought to targets.
@@ -126,6 +129,18 @@ pub struct Totals {
     pub failed: u64,
     /// Longest time to a response head, in microseconds, bucketed.
     pub longest_us: u64,
+    /// Median time to a response head, in microseconds, bucketed.
+    #[serde(default)]
+    pub typical_us: u64,
+}
+
+impl Totals {
+    /// How much longer than the typical answer the slowest one took, in microseconds: the longest extra wait of a
+    /// receipt, unless a request was held for longer.
+    #[must_use]
+    pub const fn longest_extra_us(&self) -> u64 {
+        self.longest_us.saturating_sub(self.typical_us)
+    }
 }
 
 /// A live reading of a rollout, about once a second.

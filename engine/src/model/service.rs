@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HiddenValues, MirrorSettings, RolloutId, UnixMs};
+use super::{CutoverSettings, HiddenValues, MirrorSettings, RolloutId, RulesSpec, UnixMs};
 
 /// A service as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -225,6 +225,9 @@ pub struct TrafficPolicy {
     pub slow_start_ms: u32,
     /// Sends the client's Host on.
     pub preserve_host: bool,
+    /// What requests have to pass.
+    #[serde(default)]
+    pub rules: RulesSpec,
 }
 
 impl Default for TrafficPolicy {
@@ -241,6 +244,7 @@ impl Default for TrafficPolicy {
             max_request_body_bytes: edge.max_request_body_bytes,
             slow_start_ms: edge.slow_start_ms,
             preserve_host: edge.preserve_host,
+            rules: RulesSpec::default(),
         }
     }
 }
@@ -302,6 +306,12 @@ pub struct MoveSettings {
     pub drain: DrainDeadlines,
     /// Grace between SIGTERM and SIGKILL when an instance is stopped.
     pub stop_grace_ms: u32,
+    /// At most one copy may run at any moment: requests wait while another one takes over.
+    #[serde(default)]
+    pub single_writer: bool,
+    /// Bounds of that.
+    #[serde(default)]
+    pub cutover: CutoverSettings,
 }
 
 impl Default for MoveSettings {
@@ -319,6 +329,8 @@ impl Default for MoveSettings {
             soak_ms: 0,
             drain: DrainDeadlines::default(),
             stop_grace_ms: 10_000,
+            single_writer: false,
+            cutover: CutoverSettings::default(),
         }
     }
 }

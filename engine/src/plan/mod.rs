@@ -9,6 +9,7 @@ mod verdict;
 
 use sha2::{Digest as _, Sha256};
 
+use crate::alarms;
 use crate::error::{EngineError, ErrorKind};
 use crate::handle::{Ask, MoveOverrides};
 use crate::journal::ServiceChange;
@@ -21,6 +22,9 @@ use crate::state::State;
 pub use observe::{ImageSeen, MachineSeen, Observations};
 pub(crate) use observe::{image_wanted, machines_of_interest};
 use target::Target;
+
+/// What a copy that stops and one that starts take together, as long as nobody has measured it for this service.
+const STOP_AND_START_MS: u64 = 2_000;
 
 /// A plan with what has to be stored along with it.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +66,7 @@ pub fn plan(
     seen: &Observations,
     fresh: &mut dyn FnMut() -> InstanceId,
 ) -> Result<Outcome, EngineError> {
+    alarms::refuse_aside(state, ask.service())?;
     let target = match target::target(state, ask)? {
         target::Wanted::Settings(spec) => {
             refuse_second(state, &spec.name)?;
@@ -104,7 +109,10 @@ fn build(
         .iter()
         .map(|machine| PlannedInstance { id: fresh(), machine: machine.clone(), version: target.to_version })
         .collect();
-    let settings = target.settings.clone();
+    let mut settings = target.settings.clone();
+    if is_cutover(&target, &settings) {
+        settings.warm.mirror = None; // while requests wait there is none to copy
+    }
     let transfer = verdict::transfer_bytes(state, &target, seen);
     let mut plan = Plan {
         format: PLAN_FORMAT,
@@ -117,7 +125,7 @@ fn build(
         warnings: verdict::warnings(state, &target, seen),
         estimate: Estimate {
             duration_ms: duration_ms(&target, &settings),
-            pause_ms: 0,
+            pause_ms: pause_ms(state, &target, &settings),
             transfer_bytes: transfer,
         },
         add,
@@ -143,13 +151,10 @@ fn build(
 
 fn steps(target: &Target, add: &[PlannedInstance], settings: &MoveSettings) -> Vec<Step> {
     let mut steps = vec![Step::Claim];
-    if !add.is_empty() {
-        if matches!(target.workload, Workload::Image { .. }) {
-            let mut machines: Vec<&String> = add.iter().map(|added| &added.machine).collect();
-            machines.sort_unstable();
-            machines.dedup();
-            steps.extend(machines.into_iter().map(|machine| Step::Prepare { machine: machine.clone() }));
-        }
+    if is_cutover(target, settings) {
+        steps.extend(cutover(target, add));
+    } else if !add.is_empty() {
+        steps.extend(prepare(target, add));
         steps.extend(add.iter().map(|added| Step::Start { instance: added.id.clone() }));
         steps.push(Step::Warm);
         // With no old copy there is nothing to compare with and nothing to protect.
@@ -157,7 +162,9 @@ fn steps(target: &Target, add: &[PlannedInstance], settings: &MoveSettings) -> V
         let percents = if first { &[100][..] } else { &settings.steps[..] };
         steps.extend(percents.iter().map(|percent| Step::Shift { percent: *percent }));
     }
-    if !target.retire.is_empty() {
+    if is_cutover(target, settings) {
+        steps.extend(target.retire.iter().map(|id| Step::Release { instance: id.clone() }));
+    } else if !target.retire.is_empty() {
         steps.push(Step::Drain);
         if settings.soak_ms > 0 && !add.is_empty() {
             steps.push(Step::Soak);
@@ -167,14 +174,59 @@ fn steps(target: &Target, add: &[PlannedInstance], settings: &MoveSettings) -> V
     steps
 }
 
+fn prepare(target: &Target, add: &[PlannedInstance]) -> Vec<Step> {
+    if !matches!(target.workload, Workload::Image { .. }) {
+        return Vec::new();
+    }
+    let mut machines: Vec<&String> = add.iter().map(|added| &added.machine).collect();
+    machines.sort_unstable();
+    machines.dedup();
+    machines.into_iter().map(|machine| Step::Prepare { machine: machine.clone() }).collect()
+}
+
+/// Whether one copy takes over from another, and the two may not run at the same time.
+fn is_cutover(target: &Target, settings: &MoveSettings) -> bool {
+    settings.single_writer && !target.add.is_empty() && !target.retire.is_empty()
+}
+
+/// The old copy is stopped before the new one is started.
+fn cutover(target: &Target, add: &[PlannedInstance]) -> Vec<Step> {
+    let mut steps = prepare(target, add);
+    steps.push(Step::Hold);
+    steps.extend(target.retire.iter().map(|id| Step::Stop { instance: id.clone() }));
+    steps.extend(add.iter().map(|added| Step::Start { instance: added.id.clone() }));
+    steps.extend([Step::Warm, Step::Switch]);
+    steps
+}
+
+/// How long clients are expected to wait: as long as the last time, or else for the probes and for a copy to stop and
+/// another one to start.
+fn pause_ms(state: &State, target: &Target, settings: &MoveSettings) -> u64 {
+    if !is_cutover(target, settings) {
+        return 0;
+    }
+    let mut before = state.rollouts.values().rev().filter(|rollout| rollout.plan.service == target.service);
+    let last = before.find_map(|rollout| {
+        rollout.receipt.as_ref().map(|receipt| receipt.pause_ms).filter(|pause_ms| *pause_ms > 0)
+    });
+    last.unwrap_or_else(|| STOP_AND_START_MS + warm_ms(settings))
+}
+
+fn warm_ms(settings: &MoveSettings) -> u64 {
+    u64::from(settings.warm.probes) * u64::from(settings.warm.probe_interval_ms)
+}
+
 fn duration_ms(target: &Target, settings: &MoveSettings) -> u64 {
     if target.add.is_empty() {
         return 0;
     }
+    if is_cutover(target, settings) {
+        return warm_ms(settings);
+    }
     let has_old = !(target.retire.is_empty() && target.keep.is_empty());
     let mirror =
         settings.warm.mirror.as_ref().filter(|_| has_old).map_or(0, |mirror| u64::from(mirror.max_ms));
-    let warm = u64::from(settings.warm.probes) * u64::from(settings.warm.probe_interval_ms) + mirror;
+    let warm = warm_ms(settings) + mirror;
     let steps =
         if target.retire.is_empty() && target.keep.is_empty() { 1 } else { settings.steps.len() as u64 };
     let soak = if target.retire.is_empty() { 0 } else { settings.soak_ms };
@@ -230,6 +282,7 @@ pub(crate) fn runs_the_same(version: &Version, spec: &ServiceSpec) -> bool {
 
 /// The plan of taking a service away: the same steps, with nothing to add.
 pub(crate) fn plan_removal(state: &State, service: &str) -> Result<Option<Planned>, EngineError> {
+    alarms::refuse_aside(state, service)?;
     refuse_second(state, service)?;
     let Some(known) = state.services.get(service) else { return Err(target::unknown_service(service)) };
     if matches!(known.spec.workload, Workload::Fixed { .. }) || state.instances_of(service).next().is_none() {

@@ -122,7 +122,9 @@ fn deploy(
     if is_fixed(&spec.workload) && before_fixed != Some(false) {
         return Ok(Wanted::Settings(Box::new(spec.clone())));
     }
-    let settings = resolve(&spec.move_settings, overrides);
+    let mut settings = resolve(&spec.move_settings, overrides);
+    // The copies of before keep the promise that they were started with.
+    settings.single_writer |= known.is_some_and(|known| known.spec.move_settings.single_writer);
     check::steps(&format!("service {}", spec.name), &settings)?;
     let serving_version = known.and_then(|s| s.version).and_then(|n| state.version(&spec.name, n));
     let same = serving_version.filter(|version| runs_the_same(version, spec));
@@ -266,6 +268,12 @@ fn scale(state: &State, service: &str, replicas: u32, machine: Option<&str>) -> 
             "scale.out_of_range",
             format!("service {service} can have from 1 to {} copies", check::MAX_REPLICAS),
             "To stop a service, remove it.",
+        ));
+    } else if replicas > 1 && target.settings.single_writer {
+        target.blockers.push(wrong(
+            "service.single_writer",
+            format!("at most one copy of service {service} may run: it is a single_writer"),
+            "Deploy it without single_writer first, if several copies may write.",
         ));
     } else if copies.is_empty() {
         target.blockers.push(wrong(

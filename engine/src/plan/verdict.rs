@@ -1,6 +1,6 @@
 //! What stands in a plan's way, and what the operator should know.
 
-use crate::model::{Finding, HealthKind, MachineKind, ServiceSpec, Workload};
+use crate::model::{Finding, HealthKind, Instance, InstanceState, MachineKind, ServiceSpec, Workload};
 use crate::runtime::ImageInfo;
 use crate::state::State;
 
@@ -27,8 +27,24 @@ pub(super) fn blockers(state: &State, target: &Target, seen: &Observations) -> V
     if found.is_empty() && !target.add.is_empty() {
         found.extend(image_missing(state, target, seen));
     }
+    found.extend(copy_left(state, target));
     found.extend(target.after.iter().flat_map(|after| routes_taken(state, after)));
     found
+}
+
+/// Of a single writer no copy is started while another one may still run somewhere.
+fn copy_left(state: &State, target: &Target) -> Option<Finding> {
+    let is_left = |instance: &&Instance| instance.state != InstanceState::Serving;
+    let mut left = state.instances_of(&target.service).filter(is_left);
+    let instance = left.next().filter(|_| target.settings.single_writer && !target.add.is_empty())?;
+    Some(finding(
+        "service.copy_left",
+        format!(
+            "{} on {} is not confirmed to be gone, and at most one copy of service {} may run",
+            instance.id, instance.machine, target.service
+        ),
+        "Bring its machine back: it is removed by itself then (peregrine moves cleanup tries at once).",
+    ))
 }
 
 fn machine_blocker(state: &State, target: &Target, seen: &Observations, name: &str) -> Option<Finding> {

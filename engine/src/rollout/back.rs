@@ -11,8 +11,8 @@ use super::executor::{begin, defect, finish, note_refusal, pause_for_store};
 use super::supervisor::Signals;
 use crate::core::Core;
 use crate::journal::{Direction, JournalRecord};
-use crate::model::{Control, Finding, InstanceState, Plan, RolloutState, Step};
-use crate::order::{self, Traffic};
+use crate::model::{Control, Finding, InstanceState, Plan, Rollout, RolloutState, Step};
+use crate::order::{self, Traffic, Undo};
 use crate::state::State;
 use crate::steps::{self, Problem, StepContext};
 
@@ -44,7 +44,7 @@ pub(super) async fn go_back(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>) 
     let was_aborted = problem.as_ref().is_some_and(|problem| problem.code == "move.aborted");
     let end = if was_aborted {
         RolloutState::Aborted
-    } else if had_shifted(&core.state(), run, plan) {
+    } else if was_noticed(&core.state(), run, plan) {
         RolloutState::RolledBack
     } else {
         RolloutState::Failed
@@ -82,6 +82,12 @@ fn had_shifted(state: &State, run: &Run, plan: &Plan) -> bool {
         .iter()
         .any(|index| plan.steps[*index].kind().row().traffic != Traffic::Old);
     shifted && !first
+}
+
+/// Whether clients have noticed something that was taken back.
+fn was_noticed(state: &State, run: &Run, plan: &Plan) -> bool {
+    let first = plan.retire.is_empty() && plan.keep.is_empty();
+    !first && forward_intents(state, run).iter().any(|index| plan.steps[*index].kind().is_noticed())
 }
 
 async fn undo(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>, index: usize) -> Undone {
@@ -127,12 +133,19 @@ async fn undo(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>, index: usize) 
             Err(error) => defect(&error),
         };
         failed += 1;
-        settle(core, run, intent, Err((problem, failed >= MAX_UNDO_ATTEMPTS))).await;
-        if failed >= MAX_UNDO_ATTEMPTS {
+        let gives_up = failed >= MAX_UNDO_ATTEMPTS && !must_succeed(plan, index);
+        settle(core, run, intent, Err((problem, gives_up))).await;
+        if gives_up {
             return Undone::Yes; // written down as left over; what comes next is undone all the same
         }
         tokio::time::sleep(Duration::from_millis(UNDO_RETRY_MS)).await;
     }
+}
+
+/// Where at most one copy may run, the old one must not be started while it is not sure that the new one is gone.
+fn must_succeed(plan: &Plan, index: usize) -> bool {
+    let removes = plan.steps[index].kind().row().undo == Undo::Remove;
+    removes && plan.steps.iter().any(|step| step.kind().row().undo == Undo::Restart)
 }
 
 async fn settle(core: &Arc<Core>, run: &Run, intent: u64, result: Result<String, (Finding, bool)>) {
@@ -144,7 +157,7 @@ async fn settle(core: &Arc<Core>, run: &Run, intent: u64, result: Result<String,
             note_refusal(draft, &rollout, problem);
         }
         if let Err((problem, true)) = &result {
-            let mut rollout = rollout.clone();
+            let mut rollout = Rollout::clone(rollout);
             rollout.leftovers.push(problem.message.clone());
             draft.put_rollout(&rollout);
         }
@@ -187,7 +200,7 @@ async fn turn_forward(core: &Arc<Core>, run: &Run, plan: &Arc<Plan>, why: Findin
         else {
             return Ok(());
         };
-        let mut rollout = rollout.clone();
+        let mut rollout = Rollout::clone(rollout);
         rollout.state = RolloutState::Running;
         rollout.control = Control::Run;
         rollout.problem = Some(why.clone());

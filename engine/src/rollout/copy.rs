@@ -28,6 +28,8 @@ const INSPECT_TIMEOUT_MS: u64 = 2_000;
 pub(super) struct Known {
     pub(super) vital: Vital,
     pub(super) why: String,
+    /// It was looked at, whatever came of it; before that it is believed to be well.
+    pub(super) looked: bool,
 }
 
 /// A copy under watch. The watching ends when this is dropped.
@@ -129,17 +131,19 @@ impl Watcher {
             return Known {
                 vital,
                 why: format!("{} probes in a row were bad: {why}{machine}", self.bad_probes),
+                looked: true,
             };
         }
         match upstream {
             Some(upstream) if upstream.health() == Health::Unhealthy => {
-                Known { vital: Vital::Unwell, why: "the edge's probes are bad".to_owned() }
+                Known { vital: Vital::Unwell, why: "the edge's probes are bad".to_owned(), looked: true }
             }
             Some(upstream) if upstream.ejected_until_ms() > self.core.edge_now_ms() => Known {
                 vital: Vital::Unwell,
                 why: "the edge has ejected it: requests in a row failed".to_owned(),
+                looked: true,
             },
-            _ => Known::default(),
+            _ => Known { looked: true, ..Known::default() },
         }
     }
 
@@ -203,5 +207,5 @@ fn probe_threshold(core: &Core, id: &InstanceId) -> u32 {
 }
 
 fn dead(why: &str) -> Known {
-    Known { vital: Vital::Dead, why: why.to_owned() }
+    Known { vital: Vital::Dead, why: why.to_owned(), looked: true }
 }

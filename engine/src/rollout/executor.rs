@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use peregrine_routing::HoldCounts;
+
 use super::supervisor::Signals;
 use super::{Run, back};
 use crate::alarms;
@@ -16,9 +18,12 @@ use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind, FENCED_CODE};
 use crate::journal::{Direction, JournalRecord, ServiceChange};
 use crate::model::{Control, EventBody, Finding, Phase, Plan, Rollout, RolloutState, Service, Step};
-use crate::order::{self, Vital};
+use crate::order::{self, Kind, Vital};
+use crate::state::State;
 use crate::steps::{self, Done, Problem, StepContext};
 
+/// Longest time that the first look at the new copies is waited for; one that gets no answer is one, too.
+const FIRST_LOOK_LIMIT_MS: u64 = 5_000;
 /// Between attempts when the store cannot be written.
 const STORE_RETRY_MS: u64 = 500;
 /// Ended rollouts that are kept, with their receipts: some years of a daily deploy.
@@ -41,7 +46,7 @@ pub(super) async fn execute(core: Arc<Core>, run: Arc<Run>) {
         let Some(rollout) = state.rollouts.get(&run.id).filter(|rollout| !rollout.state.is_terminal()) else {
             break;
         };
-        if let Some(problem) = alarms::held(rollout) {
+        if let Some(problem) = alarms::held(&state, rollout) {
             drop(state);
             tell_held(&core, &run, problem).await;
             break;
@@ -93,6 +98,10 @@ async fn forward(core: &Arc<Core>, run: &Arc<Run>, plan: &Arc<Plan>, index: usiz
         Ran::Done(done) => settle(core, run, plan, intent, index, done).await,
         Ran::Failed(problem) if matches!(step, Step::Release { .. }) => {
             leave_over(core, run, intent, index, problem).await
+        }
+        Ran::Failed(problem) if !step.kind().row().returns => {
+            tracing::error!(rollout = %run.id, problem = %problem.message, "a step without a way back is begun again");
+            pause_for_store().await;
         }
         Ran::Failed(problem) | Ran::Turn(problem) => return turn_back(core, run, problem).await,
         Ran::Again => pause_for_store().await,
@@ -164,9 +173,25 @@ fn is_stranded(signals: &Signals) -> bool {
     order::is_stranded(signals.old, signals.new)
 }
 
-/// Old copies are being removed: there is no way back any more, but a rollout of its own.
+/// Old copies are being removed, or the only one that may run is the new one: there is no way back any more, but a rollout of its own.
 pub(crate) fn is_past_return(rollout: &Rollout) -> bool {
-    rollout.phase == Phase::Release
+    let is_switch = |step: &Step| step.kind() == Kind::Switch;
+    let switch = rollout.plan.steps.iter().position(is_switch);
+    let switched =
+        switch.is_some_and(|at| rollout.step > at || (rollout.step == at && rollout.phase == Phase::Shift));
+    switched || rollout.phase == Phase::Release
+}
+
+/// From the intent of the hold to the settlement of the switch: nobody serves for much of that time, and clients wait. What stood
+/// still in there would be an outage without an end.
+pub(crate) fn is_cutting_over(state: &State, rollout: &Rollout) -> bool {
+    let at = |kind| rollout.plan.steps.iter().position(|step| step.kind() == kind);
+    let (Some(hold), Some(switch)) = (at(Kind::Hold), at(Kind::Switch)) else { return false };
+    let begun =
+        |record: &JournalRecord| matches!(record, JournalRecord::Intent { step, .. } if *step == hold);
+    let journal = state.journals.get(&rollout.id);
+    (hold + 1..=switch).contains(&rollout.step)
+        || (rollout.step == hold && journal.is_some_and(|journal| journal.values().any(begun)))
 }
 
 fn aborted() -> Finding {
@@ -177,9 +202,10 @@ fn aborted() -> Finding {
     }
 }
 
-/// A pause holds before each step. Traffic stays as it is; health still decides.
+/// A pause holds before each step outside of a cutover. Traffic stays as it is; health still decides.
 async fn wait_while_paused(core: &Core, run: &Run, step: &Step) -> Ran {
     let mut signals = run.signals.subscribe();
+    let look_by = tokio::time::Instant::now() + Duration::from_millis(FIRST_LOOK_LIMIT_MS);
     loop {
         let mut now = signals.borrow_and_update().clone();
         let state = core.state();
@@ -188,13 +214,16 @@ async fn wait_while_paused(core: &Core, run: &Run, step: &Step) -> Ran {
         if let Some(why) = wants_back(rollout, step, &now) {
             return Ran::Turn(why);
         }
-        if now.control != Control::Pause {
+        // An engine that has just begun may find a new copy dead: before the old ones go, it has to have looked.
+        let sure = step.kind() != Kind::Release || now.looked || tokio::time::Instant::now() >= look_by;
+        if sure && (now.control != Control::Pause || is_cutting_over(&state, rollout)) {
             return Ran::Again;
         }
         drop(state);
         tokio::select! {
             biased;
             () = signals.changed() => {}
+            () = tokio::time::sleep_until(look_by), if !sure => {}
             () = core.stop.cancelled() => return Ran::Stopped,
         }
     }
@@ -218,10 +247,12 @@ pub(super) async fn begin(
         }
         let step = &plan.steps[index];
         let too_late = rollout.control == Control::Abort && !stranded && !is_past_return(rollout);
-        if direction == Direction::Forward && (rollout.step != index || too_late) {
+        // It was asked for after the last look, and before anything of this step.
+        let paused = rollout.control == Control::Pause && !is_cutting_over(draft.state(), rollout);
+        if direction == Direction::Forward && (rollout.step != index || too_late || paused) {
             return Ok(None);
         }
-        let mut rollout = rollout.clone();
+        let mut rollout = Rollout::clone(rollout);
         let phase = steps::phase(step);
         let entered = rollout.phase != phase || rollout.phases.is_empty();
         if direction == Direction::Forward {
@@ -289,7 +320,7 @@ async fn settle(core: &Arc<Core>, run: &Run, plan: &Arc<Plan>, intent: u64, inde
     let step = plan.steps[index].clone();
     let settled = core.commit(move |draft| {
         let Some(rollout) = draft.state().rollouts.get(&id) else { return Ok(()) };
-        let mut rollout = rollout.clone();
+        let mut rollout = Rollout::clone(rollout);
         if rollout.step != index || rollout.state == RolloutState::RollingBack {
             return Ok(());
         }
@@ -319,7 +350,7 @@ async fn leave_over(core: &Arc<Core>, run: &Run, intent: u64, index: usize, prob
         let Some(rollout) = draft.state().rollouts.get(&id).filter(|rollout| rollout.step == index) else {
             return Ok(());
         };
-        let mut rollout = rollout.clone();
+        let mut rollout = Rollout::clone(rollout);
         rollout.step = index + 1;
         rollout.leftovers.push(problem.message.clone());
         note_refusal(draft, &rollout, &problem);
@@ -341,7 +372,7 @@ pub(super) async fn turn_back(core: &Arc<Core>, run: &Run, why: Finding) -> bool
         if rollout.state.is_terminal() || rollout.state == RolloutState::RollingBack {
             return Ok(());
         }
-        let mut rollout = rollout.clone();
+        let mut rollout = Rollout::clone(rollout);
         rollout.state = RolloutState::RollingBack;
         rollout.problem = Some(why.clone());
         rollout.waiting_for = None;
@@ -373,7 +404,9 @@ pub(super) async fn pause_for_store() {
 /// Ends the rollout: the claim is released, the receipt written, the journal closed, all in one commit.
 pub(super) async fn finish(core: &Arc<Core>, run: &Arc<Run>, end: RolloutState, problem: Option<Finding>) {
     let (id, shared) = (run.id.clone(), Arc::clone(run));
-    let ended = core.commit(move |draft| end_rollout(draft, &id, &shared, end, problem)).await;
+    let service = core.state().rollouts.get(&id).map(|rollout| rollout.plan.service.clone());
+    let holds = service.map(|service| core.table.hold_counts(&service)).unwrap_or_default();
+    let ended = core.commit(move |draft| end_rollout(draft, &id, &holds, &shared, end, problem)).await;
     match ended {
         Ok(service) => {
             metrics::counter!("peregrine_rollouts_total", "end" => end_name(end)).increment(1);
@@ -401,6 +434,7 @@ const fn end_name(end: RolloutState) -> &'static str {
 fn end_rollout(
     draft: &mut Draft<'_>,
     id: &crate::model::RolloutId,
+    holds: &HoldCounts,
     run: &Run,
     end: RolloutState,
     problem: Option<Finding>,
@@ -409,7 +443,7 @@ fn end_rollout(
     let Some(rollout) = state.rollouts.get(id) else {
         return Err(EngineError::new(ErrorKind::Internal, "move.unknown", format!("{id} is gone"), ""));
     };
-    let mut rollout = rollout.clone();
+    let mut rollout = Rollout::clone(rollout);
     let end = if rollout.leftovers.is_empty() { end } else { RolloutState::NeedsOperator };
     let succeeded = rollout.state != RolloutState::RollingBack;
     rollout.state = end;
@@ -417,7 +451,7 @@ fn end_rollout(
     rollout.waiting_for = None;
     rollout.control = Control::Run;
     rollout.problem = problem.or(rollout.problem);
-    rollout.receipt = Some(run.ledger.receipt(&rollout));
+    rollout.receipt = Some(run.ledger.receipt(&rollout, holds));
     let name = rollout.plan.service.clone();
     if let Some(service) = state.services.get(&name).filter(|service| service.rollout.as_ref() == Some(id)) {
         release_claim(draft, service, state.changes.get(id), &rollout.plan, succeeded);

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use peregrine_routing::{DrainReceipt, OutcomeCounts, PerClass, TrafficClass, Upstream};
+use peregrine_routing::{DrainReceipt, HoldCounts, OutcomeCounts, PerClass, TrafficClass, Upstream};
 
 use crate::core::Core;
 use crate::model::{
@@ -23,6 +23,8 @@ pub(crate) struct Ledger {
 #[derive(Default)]
 struct Inner {
     parts: Vec<Part>,
+    /// What the edges had held before.
+    holds: HoldCounts,
     resumed: bool,
 }
 
@@ -61,7 +63,10 @@ impl Ledger {
     pub(super) fn begin(&self, core: &Core, id: &RolloutId, resumed: bool) {
         let state = core.state();
         let Some(rollout) = state.rollouts.get(id) else { return };
-        self.lock().resumed = resumed;
+        let holds = core.table.hold_counts(&rollout.plan.service);
+        let mut inner = self.lock();
+        (inner.resumed, inner.holds) = (resumed, holds);
+        drop(inner);
         for instance in state.instances_of(&rollout.plan.service) {
             self.enter(core, rollout, instance, true);
         }
@@ -114,11 +119,12 @@ impl Ledger {
         })
     }
 
-    /// Every retired upstream may be forgotten: its counts are in the receipt.
+    /// Every retired upstream may be forgotten, as far as this is about its counts: they are in the receipt.
     pub(super) fn release(&self, core: &Core) {
+        let state = core.state();
         let mut inner = self.lock();
         for part in inner.parts.drain(..).filter(|part| part.upstream.is_empty()) {
-            core.table.forget(part.upstream.generation().0);
+            core.table.forget(&state, &part.upstream);
         }
     }
 
@@ -129,6 +135,7 @@ impl Ledger {
             requests: self.traffic(Side::Old).0 + self.traffic(Side::New).0,
             failed: outcomes.errors(),
             longest_us: outcomes.latency.quantile_us(1.0).unwrap_or(0),
+            typical_us: outcomes.latency.quantile_us(0.5).unwrap_or(0),
         }
     }
 
@@ -152,22 +159,26 @@ impl Ledger {
     }
 
     /// What the rollout amounted to; it has ended.
-    pub(super) fn receipt(&self, rollout: &Rollout) -> Receipt {
+    /// `holds` are the counts of its service's queue.
+    pub(super) fn receipt(&self, rollout: &Rollout, holds: &HoldCounts) -> Receipt {
         let at = rollout.ended_at.unwrap_or(rollout.started_at);
         let totals = self.totals();
-        let mut all = self.outcomes(Side::Old);
-        all.add(&self.outcomes(Side::New));
-        let typical_us = all.latency.quantile_us(0.5).unwrap_or(0);
         let inner = self.lock();
+        let held = if rollout.hold.is_some() { holds.since(&inner.holds) } else { HoldCounts::default() };
+        // The longest wait of the hold of this rollout, and of none before it.
+        let is_ours = rollout.hold.as_ref().is_some_and(|hold| held.hold == Some(hold.id));
+        let longest_wait_us = if is_ours { held.longest_wait_us } else { 0 };
+        let longest_us = totals.longest_extra_us().max(longest_wait_us);
         let mut receipt = Receipt {
             at,
             duration_ms: at.saturating_sub(rollout.started_at),
             phases: phase_times(rollout, at),
             requests: totals.requests,
-            failed: totals.failed,
+            failed: totals.failed + held.refused(),
             retried: 0,
-            held: 0,
-            longest_extra_wait_ms: totals.longest_us.saturating_sub(typical_us) / 1_000,
+            held: held.held,
+            pause_ms: pause_ms(rollout, at),
+            longest_extra_wait_ms: longest_us / 1_000,
             bytes_to_upstream: 0,
             bytes_to_client: 0,
             transferred_bytes: rollout.transferred_bytes,
@@ -175,7 +186,7 @@ impl Ledger {
             hard_cut: Vec::new(),
             hard_cut_by_class: BTreeMap::new(),
             mirror: rollout.mirror.clone(),
-            notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts)),
+            notes: notes(rollout, inner.resumed, &lost_edges(&inner.parts), &held),
         };
         for part in &inner.parts {
             add_part(&mut receipt, part);
@@ -201,7 +212,6 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     let started = now.started.saturating_sub(base.started);
     let completed = counts(&now.completed, &base.completed);
     let soft_closed = counts(&now.soft_closed, &base.soft_closed);
-    receipt.held += completed.held;
     receipt.bytes_to_upstream += now.bytes_to_upstream.saturating_sub(base.bytes_to_upstream);
     receipt.bytes_to_client += now.bytes_to_client.saturating_sub(base.bytes_to_client);
     receipt.retried += now.retried.saturating_sub(base.retried);
@@ -229,17 +239,45 @@ fn add_part(receipt: &mut Receipt, part: &Part) {
     }
 }
 
-/// Edges that were given up while they may have been inside of a copy of this rollout, with what they had out.
+/// Edges that were given up in this rollout while they may have been inside of one of its copies, with what they had out.
 fn lost_edges(parts: &[Part]) -> BTreeMap<Arc<str>, u64> {
     let mut lost = BTreeMap::new();
-    for one in parts.iter().flat_map(|part| part.upstream.receipt().lost) {
-        *lost.entry(one.edge).or_default() += one.in_flight;
+    for part in parts {
+        let before = part.base.receipt.lost.iter().map(|one| one.number).max().unwrap_or(0);
+        for one in part.upstream.receipt().lost.into_iter().filter(|one| one.number > before) {
+            *lost.entry(one.edge).or_default() += one.in_flight;
+        }
     }
     lost
 }
 
-fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>) -> Vec<String> {
+fn pause_ms(rollout: &Rollout, end: u64) -> u64 {
+    let hold = rollout.hold.as_ref();
+    hold.map_or(0, |hold| hold.released_at.unwrap_or(end).min(hold.until).saturating_sub(hold.since))
+}
+
+fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>, held: &HoldCounts) -> Vec<String> {
     let mut notes = Vec::new();
+    if held.overflowed + held.aged_out > 0 {
+        notes.push(format!(
+            "{} requests were refused while others were held: {} found no room, {} waited for too long.",
+            held.overflowed + held.aged_out,
+            held.overflowed,
+            held.aged_out
+        ));
+    }
+    if held.unserved > 0 {
+        notes.push(format!(
+            "{} requests were answered 503 because no copy served: they could be held for no longer.",
+            held.unserved
+        ));
+    }
+    if held.left > 0 {
+        notes.push(format!(
+            "{} clients left while their requests were held; these were sent nowhere.",
+            held.left
+        ));
+    }
     if resumed {
         notes.push(
             "The engine was restarted during this rollout: requests before the restart were served and are not counted here."
@@ -248,7 +286,7 @@ fn notes(rollout: &Rollout, resumed: bool, lost: &BTreeMap<Arc<str>, u64>) -> Ve
     }
     for (edge, in_flight) in lost {
         notes.push(format!(
-            "Edge {edge} was not heard of until its lease ended: {in_flight} requests were under way there when it was last heard of, and neither their end nor anything that it did later is counted here."
+            "Edge {edge} was given up, because it was not heard of until its lease ended or did not use a table in time: {in_flight} requests were under way there when it was last heard of, and neither their end nor anything that it did later is counted here."
         ));
     }
     if rollout.plan.retire.is_empty() && rollout.plan.keep.is_empty() {

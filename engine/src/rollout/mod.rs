@@ -22,7 +22,7 @@ use crate::core::Core;
 use crate::latest::Latest;
 use crate::model::{RolloutId, Sample};
 
-pub(crate) use executor::{adopt, defect, is_past_return, restore};
+pub(crate) use executor::{adopt, defect, is_cutting_over, is_past_return, restore};
 pub(crate) use judge::{Judge, MirrorJudge, Reading, Terms, Verdict};
 pub(crate) use ledger::{Ledger, Side};
 pub(crate) use supervisor::Signals;

@@ -28,6 +28,8 @@ pub(crate) struct Signals {
     pub(crate) old: Option<Vital>,
     /// The new side; `None` before it was started.
     pub(crate) new: Option<Vital>,
+    /// Each of the new copies was looked at in this life of the engine.
+    pub(crate) looked: bool,
     /// What is wrong with the new side.
     pub(crate) new_why: String,
     /// What is wrong with the old side.
@@ -56,6 +58,7 @@ pub(super) async fn supervise(core: Arc<Core>, run: Arc<Run>) {
         };
         // A side of old copies lives while one of them does; a new side has to be whole.
         let old_side = known(&old).into_iter().min_by_key(|known| known.vital);
+        let looked = known(&new).iter().all(|known| known.looked);
         let new_side = known(&new).into_iter().max_by_key(|known| known.vital);
         if let Some(side) =
             new_side.as_ref().filter(|side| side.vital == Vital::Dead && rollout.phase != Phase::Warm)
@@ -67,6 +70,7 @@ pub(super) async fn supervise(core: Arc<Core>, run: Arc<Run>) {
             control: rollout.control,
             old: old_side.as_ref().map(|side| side.vital),
             new: new_side.as_ref().map(|side| side.vital),
+            looked,
             old_why: old_side.map(|side| side.why).unwrap_or_default(),
             new_why: new_side.map(|side| side.why).unwrap_or_default(),
         };
@@ -89,10 +93,10 @@ pub(super) async fn supervise(core: Arc<Core>, run: Arc<Run>) {
 
 fn old_copies(state: &State, rollout: &Rollout) -> Vec<InstanceId> {
     let lives = |id: &&InstanceId| {
-        state
-            .instances
-            .get(*id)
-            .is_some_and(|i| !matches!(i.state, InstanceState::Planned | InstanceState::Releasing))
+        state.instances.get(*id).is_some_and(|i| {
+            use InstanceState::{Planned, Releasing, Stopped};
+            !matches!(i.state, Planned | Stopped | Releasing)
+        })
     };
     rollout.plan.retire.iter().chain(&rollout.plan.keep).filter(lives).cloned().collect()
 }

@@ -53,6 +53,7 @@ pub(super) fn retire(draft: &mut Draft<'_>, instance: &Instance, state: Instance
     let change = match state {
         InstanceState::Draining => "draining",
         InstanceState::Soaking => "soaking",
+        InstanceState::Stopped => "stopped",
         _ => "releasing",
     };
     let body = EventBody::InstanceChanged { instance: instance.id.clone(), change: change.to_owned() };

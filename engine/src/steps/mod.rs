@@ -3,6 +3,7 @@
 //! A deed may be run again after any part of it was done, and may be abandoned at any await. It changes the
 //! state only through [`StepContext::commit`], which refuses a deed that is not the newest.
 
+mod cutover;
 mod drain;
 mod mirroring;
 mod pace;
@@ -25,7 +26,7 @@ use crate::rollout::Run;
 use crate::runtime::{Runtime, RuntimeError};
 
 pub(crate) use drain::{drain_one, times as drain_times};
-pub(crate) use release::remove_instance;
+pub(crate) use release::{no_longer_left, remove_instance};
 pub(crate) use start::instance_spec;
 
 /// Edges take milliseconds to acknowledge; what takes longer is told.
@@ -130,7 +131,7 @@ impl StepContext {
         let said = self
             .commit(move |draft, rollout| {
                 if rollout.waiting_for != what {
-                    let mut rollout = rollout.clone();
+                    let mut rollout = Rollout::clone(rollout);
                     rollout.waiting_for = what;
                     draft.put_rollout(&rollout);
                 }
@@ -204,6 +205,9 @@ pub(crate) fn limit_ms(step: &Step, settings: &MoveSettings) -> u64 {
             u64::from(settings.start_timeout_ms) + mirror
         }
         Step::Shift { .. } => u64::from(settings.step_max_ms),
+        Step::Hold => u64::from(settings.cutover.drain_max_ms) + u64::from(settings.cutover.hold_deadline_ms),
+        Step::Stop { .. } => u64::from(settings.stop_grace_ms) + release::REMOVE_LIMIT_MS,
+        Step::Switch => u64::from(settings.cutover.hold_deadline_ms),
         Step::Drain => drain::longest_ms(&settings.drain),
         Step::Soak => settings.soak_ms,
         Step::Release { .. } => u64::from(settings.stop_grace_ms) + release::REMOVE_LIMIT_MS,
@@ -215,8 +219,11 @@ pub(crate) async fn forward(context: StepContext, step: Step) -> Result<Done, Pr
     match step {
         Step::Claim => claim(&context).await,
         Step::Prepare { machine } => prepare::forward(&context, &machine).await,
-        Step::Start { instance } => start::forward(&context, &instance).await,
-        Step::Warm => warm::forward(&context).await,
+        Step::Hold => cutover::hold(&context).await,
+        Step::Stop { instance } => cutover::in_time(&context, cutover::stop(&context, &instance)).await,
+        Step::Start { instance } => cutover::in_time(&context, start::forward(&context, &instance)).await,
+        Step::Warm => cutover::in_time(&context, warm::forward(&context)).await,
+        Step::Switch => cutover::switch(&context).await,
         Step::Shift { percent } => shift::forward(&context, percent).await,
         Step::Drain => drain::forward(&context).await,
         Step::Soak => soak::forward(&context).await,
@@ -229,7 +236,9 @@ pub(crate) async fn back(context: StepContext, step: Step) -> Result<Done, Probl
     match (step.kind().row().undo, step) {
         (Undo::Remove, Step::Start { instance }) => start::back(&context, &instance).await,
         (Undo::Traffic, _) => shift::back(&context).await,
-        (Undo::Nothing | Undo::Remove, _) => Ok(Done::new("nothing to undo")),
+        (Undo::Release, _) => cutover::release_to_old(&context).await,
+        (Undo::Restart, Step::Stop { instance }) => cutover::restart(&context, &instance).await,
+        (Undo::Nothing | Undo::Remove | Undo::Restart, _) => Ok(Done::new("nothing to undo")),
     }
 }
 

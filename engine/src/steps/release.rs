@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{Done, Problem, StepContext, drain};
 use crate::core::Core;
 use crate::draft::Draft;
-use crate::model::{EventBody, Finding, InstanceId, InstanceState};
+use crate::model::{EventBody, Finding, InstanceId, InstanceState, Rollout};
 use crate::runtime::RuntimeError;
 
 /// Beyond the grace: how long a runtime may take to remove a copy and confirm it.
@@ -74,6 +74,7 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
         Err(_) => return Err(left(id, &instance.machine, "it was not confirmed in time")),
     }
     core.note_removed(id);
+    core.table.forget_copy(id);
     let id = id.clone();
     core.commit(move |draft| {
         if let Some(instance) = draft.state().instances.get(&id) {
@@ -88,12 +89,12 @@ pub(crate) async fn remove_instance(core: &Arc<Core>, id: &InstanceId, grace_ms:
     Ok(())
 }
 
-/// Takes a copy off the lists of what rollouts have left over; in the commit that forgets it, so that no list
-/// names what nobody knows any more.
-fn no_longer_left(draft: &mut Draft<'_>, id: &InstanceId) {
+/// Takes a copy off the lists of what rollouts have left over: in the commit that forgets it, so that no list
+/// names what nobody knows any more, or when it runs as it should.
+pub(crate) fn no_longer_left(draft: &mut Draft<'_>, id: &InstanceId) {
     for rollout in draft.state().rollouts.values() {
         if rollout.leftovers.iter().any(|left| left.contains(id.as_str())) {
-            let mut rollout = rollout.clone();
+            let mut rollout = Rollout::clone(rollout);
             rollout.leftovers.retain(|left| !left.contains(id.as_str()));
             draft.put_rollout(&rollout);
         }

@@ -47,7 +47,7 @@ async fn set_weight(context: &StepContext, percent: u8) -> Result<(), Problem> {
         .commit(move |draft, rollout| {
             serve(draft, &plan);
             if rollout.weight_percent != percent {
-                let mut rollout = rollout.clone();
+                let mut rollout = Rollout::clone(rollout);
                 rollout.weight_percent = percent;
                 draft.put_rollout(&rollout);
             }
@@ -72,7 +72,7 @@ async fn tell_weight(context: &StepContext, percent: u8) -> Result<(), EngineErr
 }
 
 /// New copies serve from now on; one that was retired on a way back gets a new stretch of service.
-fn serve(draft: &mut Draft<'_>, plan: &Plan) {
+pub(super) fn serve(draft: &mut Draft<'_>, plan: &Plan) {
     for added in &plan.add {
         let Some(instance) = draft.state().instances.get(&added.id) else { continue };
         if instance.state == InstanceState::Serving {
@@ -216,13 +216,16 @@ impl Judged<'_> {
         }
     }
 
-    /// Stays at these weights until somebody decides, and says so.
+    /// Stays at these weights until somebody decides, and says so. What somebody has decided just before it stands.
     async fn pause(&self, now: &Reading, why: &str) -> Result<(), EngineError> {
         let message = self.message(now, why);
-        tracing::warn!(rollout = %self.context.id(), %message, "a move is paused");
+        tracing::warn!(rollout = %self.context.id(), %message, "a step had no verdict for long: without one of a person the move is paused");
         let service = self.context.plan.service.clone();
         self.context
             .commit(move |draft, rollout| {
+                if rollout.control != Control::Run {
+                    return Ok(());
+                }
                 let mut rollout = rollout.clone();
                 rollout.control = Control::Pause;
                 rollout.state = RolloutState::Paused;
@@ -304,7 +307,7 @@ pub(super) async fn back(context: &StepContext) -> Result<Done, Problem> {
     Ok(Done::new("the old copies serve"))
 }
 
-fn restore(draft: &mut Draft<'_>, rollout: &Rollout, plan: &Plan) -> Result<(), EngineError> {
+pub(super) fn restore(draft: &mut Draft<'_>, rollout: &Rollout, plan: &Plan) -> Result<(), EngineError> {
     for id in &plan.retire {
         let Some(instance) = draft.state().instances.get(id) else { continue };
         if instance.state == InstanceState::Serving {
@@ -317,7 +320,7 @@ fn restore(draft: &mut Draft<'_>, rollout: &Rollout, plan: &Plan) -> Result<(), 
         instance.state = InstanceState::Serving;
         draft.put_instance(&instance);
     }
-    let mut rollout = rollout.clone();
+    let mut rollout = Rollout::clone(rollout);
     rollout.weight_percent = 0;
     draft.put_rollout(&rollout);
     let service = draft.state().services.get(&plan.service);

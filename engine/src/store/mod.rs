@@ -133,6 +133,32 @@ pub struct Survey {
     pub unsound: Vec<(String, String)>,
 }
 
+impl Survey {
+    /// Whether nothing is there.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.unsound.is_empty()
+    }
+
+    /// The last key of it, sound or not.
+    #[must_use]
+    pub fn last_key(&self) -> Option<&str> {
+        let sound = self.entries.last().map(|entry| entry.key.as_str());
+        let unsound = self.unsound.iter().map(|(key, _)| key.as_str()).max();
+        sound.max(unsound)
+    }
+
+    /// Keeps the first `max` keys.
+    fn cut_to(&mut self, max: usize) {
+        let entries = self.entries.iter().map(|entry| &entry.key);
+        let mut keys: Vec<&String> = entries.chain(self.unsound.iter().map(|(key, _)| key)).collect();
+        keys.sort_unstable();
+        let Some(beyond) = keys.get(max).map(|key| (*key).clone()) else { return };
+        self.entries.retain(|entry| entry.key < beyond);
+        self.unsound.retain(|(key, _)| *key < beyond);
+    }
+}
+
 /// A lease that was given, or who has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseGrant {
@@ -218,6 +244,24 @@ pub trait Store: Send + Sync + 'static {
         async move {
             let (revision, entries) = range.await?;
             Ok(Survey { revision, entries, unsound: Vec::new() })
+        }
+        .boxed()
+    }
+
+    /// As [`Store::survey`] of the first `max` entries whose key is `from` or after it: for families that are too large to
+    /// be read for what is new of them. Entries that cannot be trusted count.
+    fn survey_from<'a>(
+        &'a self,
+        prefix: &'a str,
+        from: &'a str,
+        max: usize,
+    ) -> BoxFuture<'a, Result<Survey, StoreError>> {
+        async move {
+            let mut survey = self.survey(prefix).await?;
+            survey.entries.retain(|entry| entry.key.as_str() >= from);
+            survey.unsound.retain(|(key, _)| key.as_str() >= from);
+            survey.cut_to(max);
+            Ok(survey)
         }
         .boxed()
     }

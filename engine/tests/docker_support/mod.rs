@@ -5,11 +5,13 @@
 //! `PEREGRINE_TEST_DOCKER=/path/of/docker.sock` is taken as the first engine, if set.
 
 pub(crate) mod image;
+#[path = "../../../tests/support/ports.rs"]
+pub(crate) mod ports;
 pub(crate) mod program;
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Weak};
@@ -234,9 +236,4 @@ impl Certificates {
             other_client_key: file("other-client.key", other_client_key),
         }
     }
-}
-
-/// A free port on loopback.
-pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind((IpAddr::from([127, 0, 0, 1]), 0)).unwrap().local_addr().unwrap().port()
 }

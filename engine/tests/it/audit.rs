@@ -6,11 +6,11 @@ use std::sync::Arc;
 use peregrine_engine::EngineHandle;
 use peregrine_engine::audit::{self, AuditAct, AuditEntry};
 use peregrine_engine::model::{Control, RolloutState};
-use peregrine_engine::store::{Batch, SqliteStore, Write};
+use peregrine_engine::store::{Batch, Write};
 
 use crate::support::life::Life;
 use crate::support::runtime::World;
-use crate::support::{Bench, machine, move_to, shop, slow_move_to};
+use crate::support::{Bench, machine, move_to, open_store, shop, slow_move_to};
 
 fn kinds(entries: &[AuditEntry]) -> Vec<&'static str> {
     let kind = |entry: &AuditEntry| match entry.act {
@@ -118,7 +118,7 @@ async fn a_receipt_that_was_changed_where_people_read_it_is_named() {
 }
 
 async fn on_disk(dir: &Path) -> Bench {
-    let store = Arc::new(SqliteStore::open(dir).expect("the store opens"));
+    let store = open_store(dir).await;
     Bench::open(World::new(&["host-a", "host-b"]), store, Life::new()).await
 }
 
@@ -168,7 +168,7 @@ async fn a_copy_whose_record_cannot_be_read_is_no_orphan() {
     let (world, store) = bench.shut_down().await;
     drop(store);
     spoil(dir.path(), &format!("instances/{id}"));
-    let store = Arc::new(SqliteStore::open(dir.path()).expect("the store opens"));
+    let store = open_store(dir.path()).await;
     let again = Bench::open(Arc::clone(&world), store, Life::new()).await;
     let stranger = world.plant("host-a", &again.engine.install()).await;
     crate::support::until("an orphan to be swept", || (!world.runs("host-a", &stranger)).then_some(())).await;

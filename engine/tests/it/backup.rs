@@ -10,10 +10,10 @@ use peregrine_engine::{ErrorKind, State, backup};
 
 use crate::support::life::Life;
 use crate::support::runtime::World;
-use crate::support::{Bench, machine, move_to, shop};
+use crate::support::{Bench, machine, move_to, open_store, shop};
 
 async fn shop_on_disk(dir: &Path) -> Bench {
-    let store = Arc::new(SqliteStore::open(dir).expect("the store opens"));
+    let store = open_store(dir).await;
     let bench = Bench::open(World::new(&["host-a", "host-b"]), store, Life::new()).await;
     for name in ["host-a", "host-b"] {
         bench.engine.add_machine(machine(name)).await.expect("a machine can be added");
@@ -34,7 +34,7 @@ async fn state_at(store: &dyn Store, revision: u64) -> State {
 }
 
 async fn stored_state(dir: &Path) -> State {
-    let store = SqliteStore::open(dir).expect("the store opens");
+    let store = open_store(dir).await;
     let (revision, entries) = store.range("").await.expect("it can be read");
     let mut state = State::default();
     let writes = entries.into_iter().map(|e| peregrine_engine::store::Write::Put(e.key, e.value)).collect();
@@ -52,7 +52,7 @@ fn before_the_reign(mut state: State, like: &State) -> State {
         instance.epoch %= 1 << 32;
     }
     for rollout in state.rollouts.values_mut() {
-        rollout.epoch %= 1 << 32;
+        Arc::make_mut(rollout).epoch %= 1 << 32;
     }
     assert!(state.last_generation > 1 << 32, "generations go up");
     state.last_generation %= 1 << 32;
@@ -80,12 +80,14 @@ async fn a_backup_made_while_moves_run_is_of_one_revision_and_is_restored_elsewh
         let restored = backup::restore(&file, &to, false).await.expect("it is restored");
         assert_eq!((restored.revision, &restored.sha256), (summary.revision, &summary.sha256));
         let expected = state_at(&*bench.store, summary.revision).await;
+        let epoch = SqliteStore::open(&to).expect("the store opens").epoch();
+        assert!(epoch > 1 << 32, "edges have heard no higher one than {epoch}");
         let found = stored_state(&to).await;
         assert_eq!(before_the_reign(found, &expected), expected, "backup {turn}");
     }
     // An engine takes it up: what was under way comes to its end.
     let to = other.path().join("data-5");
-    let store = Arc::new(SqliteStore::open(&to).expect("the store opens"));
+    let store = open_store(&to).await;
     let again = Bench::open(Arc::clone(&bench.world), store, Life::new()).await;
     bench.crash();
     let last = again.engine.state().rollouts.values().next_back().cloned().expect("there is one");
@@ -94,6 +96,21 @@ async fn a_backup_made_while_moves_run_is_of_one_revision_and_is_restored_elsewh
     assert_eq!(again.edge.get("/").await, Ok(200));
     let report = again.engine.verify_audit().await.expect("it can be read");
     assert_eq!(report.broken, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_on_a_restored_store_leads_under_an_epoch_that_no_edge_has_heard_of() {
+    let (data, files, other) = (folder(), folder(), folder());
+    let file = files.path().join("early.backup");
+    drop(SqliteStore::open(data.path()).expect("the store opens"));
+    backup::backup(data.path(), &file).expect("a backup");
+    // Edges have heard of each of these, and listen to no lower one.
+    let heard = (0..3).map(|_| SqliteStore::open(data.path()).expect("the store opens").epoch()).max();
+    for force in [false, true] {
+        backup::restore(&file, other.path(), force).await.expect("it is restored");
+        let restored = SqliteStore::open(other.path()).expect("the store opens").epoch();
+        assert!(Some(restored) > heard && restored > 1 << 32, "{restored} is not above {heard:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

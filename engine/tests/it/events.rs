@@ -11,7 +11,7 @@ use peregrine_engine::store::{Committed, Store as _, Write};
 use crate::support::life::Life;
 use crate::support::memory::MemoryStore;
 use crate::support::runtime::World;
-use crate::support::{Bench, machine, move_to, shop, shop_version, until};
+use crate::support::{Bench, machine, move_to, open_store, shop, shop_version, until};
 
 async fn stored_until(bench: &Bench, after: u64, last: u64) -> Vec<Event> {
     let mut events = bench.engine.events(after);
@@ -46,6 +46,26 @@ async fn a_reader_that_comes_back_misses_nothing_and_sees_nothing_twice() {
         .collect()
         .await;
     assert_eq!(live, all[usize::try_from(first_half).expect("few events")..]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_is_damaged_hides_no_other() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let store = open_store(dir.path()).await;
+    let bench = Bench::open(World::new(&["host-a", "host-b"]), store, Life::new()).await;
+    bench.engine.add_machine(machine("host-a")).await.expect("a machine can be added");
+    bench.deploy(shop(), Some("host-a")).await;
+    let (world, store) = bench.shut_down().await;
+    drop(store);
+    let file = rusqlite::Connection::open(dir.path().join("store.db")).expect("it is there");
+    let forged = "UPDATE entry SET value = CAST('{' AS BLOB) WHERE key = 'events/00000000000000000003'";
+    assert_eq!(file.execute(forged, ()).expect("it is changed"), 1);
+    drop(file);
+    let again = Bench::open(world, open_store(dir.path()).await, Life::new()).await;
+    let last = again.engine.last_event();
+    let events = stored_until(&again, 0, last).await;
+    let expected: Vec<u64> = (1..=last).filter(|id| *id != 3).collect();
+    assert_eq!(events.iter().map(|event| event.id).collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -117,6 +137,22 @@ async fn replaying_what_was_committed_gives_the_live_state() {
     let mut opened = State::default();
     opened.apply(&Committed { revision, writes }).expect("what is stored can be read");
     assert_eq!(*bench.engine.state(), opened);
+}
+
+#[test]
+fn a_forged_number_is_kept_aside_and_the_numbers_go_on_where_they_were() {
+    let mut state = State::default();
+    let put = |key: &str, value: &str| Write::Put(key.to_owned(), bytes::Bytes::from(value.to_owned()));
+    let writes = vec![
+        put("events/00000000000000000003", "{}"),
+        put("events/18446744073709551615", "{}"),
+        put("audit/00000000000000000002", "{}"),
+        put("audit/18446744073709551615", "{}"),
+        put("meta/audit", r#"{"number":18446744073709551615,"hash":"x"}"#),
+    ];
+    let error = state.apply(&Committed { revision: 1, writes }).expect_err("some were never given out");
+    assert_eq!((error.key.as_str(), state.aside.len()), ("events/18446744073709551615", 3));
+    assert_eq!((state.last_event, state.audit.number), (3, 2));
 }
 
 #[test]

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use peregrine_engine::model::{InstanceState, Phase, Rollout, RolloutState};
+use peregrine_engine::store::{Batch, Write};
 use peregrine_engine::{Ask, ErrorKind, MoveOverrides};
 
 use crate::support::life::Life;
 use crate::support::memory::MemoryStore;
 use crate::support::runtime::World;
-use crate::support::{Bench, machine, move_to, shop, shop_image, shop_version, until};
+use crate::support::{Bench, machine, move_to, shop, shop_image, shop_version, slow_move_to, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_fails_leaves_everything_as_it_was() {
@@ -285,4 +286,94 @@ async fn an_image_that_cannot_be_brought_leaves_everything_as_it_was() {
     );
     bench.assert_tidy(1).await;
     assert_eq!(bench.edge.get("/").await, Ok(200));
+}
+
+/// An engine that was killed in the soak of a move, on a store of which one record is damaged since.
+async fn damaged_in_the_soak(key: impl Fn(&Rollout) -> String) -> (Bench, Rollout) {
+    let first = Bench::with_shop().await;
+    let started = first.start(slow_move_to("host-b", 1_000)).await;
+    let soaks = |r: &Rollout| r.phase == Phase::Soak && r.waiting_for.is_some();
+    let soaking = first.until(&started, "the soak", soaks).await;
+    first.crash();
+    let writes = vec![Write::Put(key(&soaking), "{".into())];
+    first.store.commit(Batch { preconditions: Vec::new(), writes }).await.expect("it is stored");
+    (first.reopened().await, soaking)
+}
+
+async fn some_looks(bench: &Bench) {
+    let looks = bench.world.calls("host-a", "list");
+    // Ten a second: the soak is over long before the last one.
+    until("some looks", || (bench.world.calls("host-a", "list") > looks + 20).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_whose_record_cannot_be_read_is_held_with_its_rollout_and_loses_no_copy() {
+    let (bench, soaking) = damaged_in_the_soak(|_| "services/shop".to_owned()).await;
+    some_looks(&bench).await;
+    for id in [&soaking.plan.retire[0], &soaking.plan.add[0].id] {
+        let instance = bench.engine.state().instances[id].clone();
+        assert!(bench.world.runs(&instance.machine, id), "{instance:?}");
+    }
+    let rollout = bench.engine.state().rollouts[&soaking.id].clone();
+    assert!(!rollout.state.is_terminal(), "{rollout:?}");
+    let alarms: Vec<String> = bench.engine.alarms().into_iter().map(|alarm| alarm.code).collect();
+    assert_eq!(alarms, ["service.aside", "store.record_aside"]);
+    assert_eq!(bench.engine.unreadable_services(), ["shop"]);
+    // What is not known is not replaced by a guess.
+    let deploy = Ask::Deploy { spec: Box::new(shop()), machine: None, overrides: MoveOverrides::default() };
+    for ask in [deploy, move_to("host-a")] {
+        let refused = bench.engine.start(ask, "test".to_owned(), None, None).await.expect_err("unknown");
+        assert_eq!((refused.kind, refused.code), (ErrorKind::Conflict, "service.aside"));
+    }
+    assert_eq!(bench.engine.remove_service("shop").await.expect_err("unknown").code, "service.aside");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_whose_record_cannot_be_read_gives_its_copies_no_share_while_an_older_one_serves() {
+    let first = Bench::new().await;
+    let mut spec = shop();
+    spec.move_settings.step_hold_ms = 30_000;
+    first.deploy(spec, Some("host-a")).await;
+    let old = first.serving()[0].id.clone();
+    let started = first.start(move_to("host-b")).await;
+    first.until(&started, "the first step", |r| r.weight_percent == 1).await;
+    first.crash();
+    let writes = vec![Write::Put(format!("rollouts/{}", started.id), "{".into())];
+    first.store.commit(Batch { preconditions: Vec::new(), writes }).await.expect("it is stored");
+    let second = first.reopened().await;
+    let new = second.world.seen(&started.plan.add[0].id);
+    let before = (second.world.seen(&old).requests(), new.requests());
+    for _ in 0..50 {
+        assert_eq!(second.edge.get("/").await, Ok(200));
+    }
+    let after = (second.world.seen(&old).requests(), new.requests());
+    assert_eq!((after.0 - before.0, after.1 - before.1), (50, 0), "one in a hundred was its share");
+    // It still stands by.
+    second.world.faults("host-a", |faults| {
+        faults.hang.insert("ensure");
+    });
+    second.world.kill(&old);
+    // What was in the queue of its socket is lost with it.
+    let mut lost = 0;
+    while second.edge.get("/").await != Ok(200) {
+        lost += 1;
+        assert!(lost < 3, "the new copy stands by");
+    }
+    for _ in 0..10 {
+        assert_eq!(second.edge.get("/").await, Ok(200));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_whose_record_cannot_be_read_keeps_the_traffic_where_it_has_all_been_brought() {
+    let (bench, soaking) = damaged_in_the_soak(|rollout| format!("rollouts/{}", rollout.id)).await;
+    some_looks(&bench).await;
+    let (old, new) = (&soaking.plan.retire[0], &soaking.plan.add[0].id);
+    let before = (bench.world.seen(old).requests(), bench.world.seen(new).requests());
+    for _ in 0..10 {
+        assert_eq!(bench.edge.get("/").await, Ok(200));
+    }
+    let after = (bench.world.seen(old).requests(), bench.world.seen(new).requests());
+    assert_eq!((after.0 - before.0, after.1 - before.1), (0, 10));
+    assert!(bench.world.runs("host-a", old), "it still stands by");
 }

@@ -77,7 +77,7 @@ fn state_of(spec: &ServiceSpec, machines: Vec<Machine>) -> State {
         state.machines.insert(machine.spec.name.clone(), machine);
     }
     state.services.insert(spec.name.clone(), service(spec, 1, None));
-    state.versions.insert((spec.name.clone(), 1), version(spec, 1, None));
+    state.versions.insert((spec.name.clone(), 1), version(spec, 1, None).into());
     state.instances.insert(InstanceId("ins_1".to_owned()), copy("ins_1", spec, 1, "host-a"));
     state
 }
@@ -202,7 +202,7 @@ fn an_image_for_another_architecture_blocks() {
 #[test]
 fn an_image_that_is_known_by_digest_and_is_nowhere_blocks() {
     let mut state = state_of(&image_shop(), dockers());
-    state.versions.insert(("shop".to_owned(), 1), version(&image_shop(), 1, Some("sha256:1")));
+    state.versions.insert(("shop".to_owned(), 1), version(&image_shop(), 1, Some("sha256:1")).into());
     let mut seen = all_up(&state);
     for seen in seen.machines.values_mut() {
         seen.image = ImageSeen::Missing;
@@ -250,7 +250,7 @@ fn a_rollback_is_a_rollout_to_the_version_before_in_the_same_places() {
     let mut state = state_of(&shop(), processes());
     let second = shop_version("two");
     state.services.insert("shop".to_owned(), service(&second, 2, Some(1)));
-    state.versions.insert(("shop".to_owned(), 2), version(&second, 2, None));
+    state.versions.insert(("shop".to_owned(), 2), version(&second, 2, None).into());
     state.instances.get_mut(&InstanceId("ins_1".to_owned())).expect("it is there").version = 2;
     let plan =
         planned(&state, &Ask::Rollback { service: "shop".to_owned(), to_version: None }, &all_up(&state));

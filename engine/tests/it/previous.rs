@@ -4,16 +4,15 @@
 //! have ended, a move that stands at half of the traffic and one that stands in its soak.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use peregrine_engine::model::{EventBody, HoldThen, PLAN_FORMAT, Phase, RolloutId, RolloutState};
-use peregrine_engine::store::{Batch, SqliteStore, Store as _, Write};
+use peregrine_engine::store::{Batch, Store as _, Write};
 
 use crate::support::life::Life;
 use crate::support::runtime::World;
-use crate::support::{Bench, until};
+use crate::support::{Bench, open_store, until};
 
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/store-be570ca.db");
 /// The move that has ended, at half, and in its soak.
@@ -28,7 +27,7 @@ fn copied() -> tempfile::TempDir {
 }
 
 async fn taken_up(dir: &Path) -> Bench {
-    let store = Arc::new(SqliteStore::open(dir).expect("the store opens"));
+    let store = open_store(dir).await;
     Bench::open(World::new(&["host-a", "host-b"]), store, Life::new()).await
 }
 
@@ -77,7 +76,7 @@ async fn a_store_of_the_previous_version_is_read_whole_and_its_moves_come_to_the
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plan_of_a_version_that_is_not_known_is_held_and_stops_no_other() {
     let dir = copied();
-    let store = SqliteStore::open(dir.path()).expect("the store opens");
+    let store = open_store(dir.path()).await;
     let (_, entries) = store.range(&format!("rollouts/{AT_HALF}")).await.expect("it can be read");
     let mut rollout: serde_json::Value = serde_json::from_slice(&entries[0].value).expect("JSON");
     rollout["plan"]["format"] = (PLAN_FORMAT + 1).into();

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use futures_util::StreamExt as _;
-use peregrine_engine::model::{EventBody, HoldThen, Rollout, RolloutState};
+use peregrine_engine::model::{Control, EventBody, HoldThen, Rollout, RolloutState};
 use peregrine_engine::{Ask, MoveOverrides};
 
 use crate::support::{Bench, HOST, PATIENCE, move_to, shop, until};
@@ -68,6 +68,25 @@ async fn a_suspicion_holds_the_step_until_the_move_is_paused_and_a_person_decide
     let told = events.iter().filter(|(verdict, _)| verdict == "inconclusive").map(|(_, message)| message);
     let told: Vec<_> = told.collect();
     assert!(told[0].contains("1 failed") && told[0].contains("without a verdict"), "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_abort_that_is_being_stored_is_not_overwritten_by_the_pause_of_a_held_step() {
+    let (bench, started) = suspected(HoldThen::Pause).await;
+    let gate = bench.life.keep_back(|rollout| rollout.control == Control::Abort);
+    let waits = |r: &Rollout| r.waiting_for.as_ref().is_some_and(|what| what.starts_with("a verdict"));
+    bench.until(&started, "the hold", waits).await;
+    let (engine, id) = (bench.engine.clone(), started.id.clone());
+    let aborting = tokio::spawn(async move { engine.abort(&id).await });
+    until("the abort to be on its way to the disk", || gate.is_reached().then_some(())).await;
+    // The step gives up its hold meanwhile, and wants to commit that behind the abort.
+    let looks = bench.world.calls("host-a", "list");
+    until("some looks", || (bench.world.calls("host-a", "list") > looks + 8).then_some(())).await;
+    gate.open();
+    aborting.await.expect("no panic").expect("it is heard");
+    let ended = bench.end_of(&started).await;
+    assert_eq!(ended.state, RolloutState::Aborted, "{:?}", ended.problem);
+    bench.assert_tidy(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,25 +8,34 @@
 //! ```
 //!
 //! A table is used, then on the disk, then acknowledged: what the engine takes as acknowledged is what this edge
-//! would start from. The engine's return changes nothing by itself: what is the same in both tables is not touched.
+//! would start from, unless it says that it is not on the disk: one that fails or hangs keeps nobody waiting for long. The
+//! engine's return changes nothing by itself: what is the same in both tables is not touched.
 
 mod identity;
+mod place;
+mod secrets;
 mod session;
 mod status;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use peregrine_routing::{TableError, TableReader};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use self::identity::Identity;
 pub use self::identity::{Joined, join};
+pub use self::place::{Before, PlaceHandle};
+use self::place::{Disk, Place};
+use self::secrets::Asked;
+pub use self::secrets::{NotGiven, SecretsHandle};
 pub use self::status::LinkStatus;
 use self::table::EdgeTable;
 use crate::authority::AuthorityError;
@@ -34,12 +43,14 @@ use crate::files;
 use crate::saved::{self, Saved};
 use crate::wire::FrameError;
 
-/// First pause after a connection that failed; it doubles up to [`MAX_PAUSE_MS`].
+/// Pause after a connection that an engine had taken. Each attempt that fails doubles it, up to [`MAX_PAUSE_MS`].
 const MIN_PAUSE_MS: u64 = 100;
 /// Longest pause between two attempts: an engine that is back is found soon after.
 const MAX_PAUSE_MS: u64 = 2_000;
 /// Longest wait at the end for the engine to take the last report in.
 const FAREWELL_MS: u64 = 2_000;
+/// Longest wait for the disk before a table is acknowledged without it; a lease, if that is shorter.
+const SAVE_PATIENCE_MS: u64 = 5_000;
 const LOCK_FILE: &str = "edge.lock";
 
 /// Why an edge does not start, or cannot join.
@@ -48,6 +59,9 @@ pub enum EdgeError {
     /// Another process has the data folder.
     #[error("the data folder {0} is in use by another edge")]
     Locked(PathBuf),
+    /// The process that this one takes over from has another data folder.
+    #[error("{0} is not the data folder of the edge that this one takes over from")]
+    OtherFolder(PathBuf),
     /// It has not joined.
     #[error("this edge has not joined an installation: {0} has no identity")]
     NotJoined(PathBuf),
@@ -108,11 +122,20 @@ pub struct EdgeLink {
     reader: TableReader,
     ready: watch::Sender<bool>,
     status: watch::Sender<LinkStatus>,
-    incarnation: u64,
     cores: u32,
     clock: Arc<dyn Fn() -> u64 + Send + Sync>,
-    /// Given back when the process ends, however it ends.
-    _lock: File,
+    /// Longest wait at the end: [`FAREWELL_MS`].
+    farewell: Duration,
+    /// Longest wait for the disk: [`SAVE_PATIENCE_MS`].
+    save_patience: Duration,
+    /// Its lock is given back when the process ends, however it ends, and no other process has taken over.
+    place: PlaceHandle,
+    /// An epoch was heard that is not on the disk, because that is another process's.
+    epoch_unsaved: bool,
+    /// It was begun, and the disk hangs.
+    writing_epoch: Option<tokio::task::JoinHandle<Option<Result<(), EdgeError>>>>,
+    secrets: SecretsHandle,
+    asked: Asked,
 }
 
 impl std::fmt::Debug for EdgeLink {
@@ -133,17 +156,37 @@ impl EdgeLink {
         cores: u32,
         clock: Arc<dyn Fn() -> u64 + Send + Sync>,
     ) -> Result<Self, EdgeError> {
+        let before = None;
+        Self::take_over(folder, engines, cores, clock, before)
+    }
+
+    /// As [`EdgeLink::open`], after the process `before` of the same edge, which goes on for now: the folder is locked for
+    /// both, and its files are written by that one until [`PlaceHandle::take_disk`].
+    ///
+    /// # Errors
+    /// [`EdgeError`].
+    pub fn take_over(
+        folder: &Path,
+        engines: &[String],
+        cores: u32,
+        clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+        before: Option<Before>,
+    ) -> Result<Self, EdgeError> {
         let failed = |source| EdgeError::File { path: folder.to_owned(), source };
         let mut identity = Identity::read(folder)?;
         if !engines.is_empty() {
             identity.engines = engines.to_vec();
         }
-        let lock = lock(folder)?;
+        let disk = Arc::new(Disk::new(before.is_none()));
+        let (lock, beside) = match before {
+            Some(before) => (same_lock(folder, before.lock)?, before.incarnations),
+            None => (lock(folder)?, Vec::new()),
+        };
         let mut incarnation = [0; 8];
         getrandom::fill(&mut incarnation).map_err(|error| failed(io::Error::other(error.to_string())))?;
         let (writer, reader) = peregrine_routing::table();
         let heard = identity::read_epoch(folder)?;
-        let mut table = EdgeTable::new(writer, folder.to_owned(), heard);
+        let mut table = EdgeTable::new(writer, folder.to_owned(), heard, Arc::clone(&disk));
         let found = match saved::load(folder) {
             Saved::Last(saved) => Some(saved),
             Saved::Before(saved, why) => {
@@ -160,18 +203,27 @@ impl EdgeLink {
         if let Some(saved) = found {
             table.restore(saved)?;
         }
-        let status = LinkStatus::away(table.epoch(), has_table);
+        let status = watch::Sender::new(LinkStatus::away(table.epoch(), has_table));
+        let (secrets, asked) = secrets::channel(status.subscribe());
+        let incarnation = u64::from_le_bytes(incarnation);
+        let place = Arc::new(Mutex::new(Place { beside, handed_over: false }));
+        let place = PlaceHandle { incarnation, place, disk, lock: Arc::new(lock) };
         Ok(Self {
             identity,
-            status: watch::Sender::new(status),
+            status,
             folder: folder.to_owned(),
             table,
             reader,
             ready: watch::Sender::new(has_table),
-            incarnation: u64::from_le_bytes(incarnation),
             cores,
             clock,
-            _lock: lock,
+            farewell: Duration::from_millis(FAREWELL_MS),
+            save_patience: Duration::from_millis(SAVE_PATIENCE_MS),
+            place,
+            epoch_unsaved: false,
+            writing_epoch: None,
+            secrets,
+            asked,
         })
     }
 
@@ -194,6 +246,18 @@ impl EdgeLink {
         self.status.subscribe()
     }
 
+    /// The way to ask an engine for what the table names.
+    #[must_use]
+    pub fn secrets(&self) -> SecretsHandle {
+        self.secrets.clone()
+    }
+
+    /// The place of this process among those of the same edge.
+    #[must_use]
+    pub fn place(&self) -> PlaceHandle {
+        self.place.clone()
+    }
+
     /// Its name in the installation.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -212,6 +276,7 @@ impl EdgeLink {
         let mut pause_ms = MIN_PAUSE_MS;
         for engine in self.identity.engines.clone().iter().cycle() {
             let mut leaving = false;
+            self.save_what_is_left().await;
             let ended = self.talk(engine, shutdown.as_mut(), &mut leaving).await;
             if leaving {
                 return;
@@ -233,7 +298,8 @@ impl EdgeLink {
         mut shutdown: std::pin::Pin<&mut (impl Future<Output = ()> + Send)>,
         leaving: &mut bool,
     ) -> (bool, EdgeError) {
-        let attach = self.table.attach(self.incarnation, self.cores);
+        let place = self.place.place().clone();
+        let attach = self.table.attach(self.place.incarnation(), self.cores, &place);
         let connected = tokio::select! {
             () = &mut shutdown => {
                 *leaving = true;
@@ -245,25 +311,32 @@ impl EdgeLink {
             Ok(connected) => connected,
             Err(error) => return (false, error),
         };
-        if let Err(error) = self.accept_epoch(epoch) {
+        if let Err(error) = self.accept_epoch(epoch).await {
             return (false, error);
         }
         tracing::info!(%engine, epoch, "connected to the engine");
         self.status.send_modify(|status| status.connected(engine, epoch));
-        let told = session::Told { ready: &self.ready, status: &self.status };
+        let lease = Duration::from_millis(u64::from(lease_ms));
+        let told = session::Told { ready: &self.ready, status: &self.status, ours: self.place.disk.watch() };
+        let patience = session::Patience { lease, save: self.save_patience.min(lease) };
+        let clock = Arc::clone(&self.clock);
         let mut session =
-            session::Session::new(&mut self.table, stream, lease_ms, told, Arc::clone(&self.clock));
+            session::Session::new(&mut self.table, &mut self.asked, stream, patience, told, clock);
+        let (ask, asked) = oneshot::channel();
+        let mut talking = Box::pin(session.run(asked));
         let ended = tokio::select! {
-            ended = session.run() => ended,
+            ended = &mut talking => ended,
             () = shutdown => {
                 *leaving = true;
-                let farewell = Duration::from_millis(FAREWELL_MS);
-                match tokio::time::timeout(farewell, session.leave()).await {
+                // It ends its frame first: what comes after half of one is not understood.
+                drop(ask);
+                match tokio::time::timeout(self.farewell, &mut talking).await {
                     Ok(ended) => ended,
                     Err(_) => Err(FrameError::from(io::Error::from(io::ErrorKind::TimedOut))),
                 }
             }
         };
+        drop(talking);
         drop(session);
         self.status.send_modify(LinkStatus::lost);
         let source = ended.err().unwrap_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof).into());
@@ -272,7 +345,7 @@ impl EdgeLink {
 
     /// An engine of a lower epoch than this edge has heard was replaced: it is not listened to. A higher one is
     /// remembered, on the disk, before anything of it is used.
-    fn accept_epoch(&mut self, epoch: u64) -> Result<(), EdgeError> {
+    async fn accept_epoch(&mut self, epoch: u64) -> Result<(), EdgeError> {
         let heard = self.table.epoch();
         if epoch < heard {
             return Err(EdgeError::Refused {
@@ -281,11 +354,60 @@ impl EdgeLink {
             });
         }
         if epoch > heard {
-            identity::write_epoch(&self.folder, epoch)?;
+            self.write_epoch(epoch).await?;
             self.table.set_epoch(epoch);
         }
         Ok(())
     }
+
+    /// Writes it down, if the disk is ours and does not hang; otherwise later.
+    async fn write_epoch(&mut self, epoch: u64) -> Result<(), EdgeError> {
+        self.epoch_unsaved = true;
+        if self.writing_epoch.as_ref().is_some_and(|writing| !writing.is_finished()) {
+            return Ok(());
+        }
+        let (disk, folder) = (Arc::clone(&self.place.disk), self.folder.clone());
+        let mut writing = tokio::task::spawn_blocking(move || {
+            let turn = disk.ours();
+            turn.map(|_turn| identity::write_epoch(&folder, epoch))
+        });
+        match tokio::time::timeout(self.save_patience, &mut writing).await {
+            Ok(Ok(Some(written))) => {
+                self.epoch_unsaved = false;
+                written
+            }
+            Ok(_) => Ok(()),
+            Err(_) => {
+                tracing::error!(epoch, "the disk does not take the epoch of the engine: it goes on without");
+                self.writing_epoch = Some(writing);
+                Ok(())
+            }
+        }
+    }
+
+    /// What was heard while the disk was another process's, if it is not any more.
+    async fn save_what_is_left(&mut self) {
+        if self.epoch_unsaved
+            && let Err(error) = self.write_epoch(self.table.epoch()).await
+        {
+            tracing::error!(%error, "the epoch of the engine cannot be written down");
+        }
+        if self.table.is_unsaved() {
+            let (saved, _) = session::in_time(self.table.save(), self.save_patience).await;
+            self.status.send_modify(|status| status.saved = saved);
+        }
+    }
+}
+
+/// The lock that the process before this one holds, if it is of this folder.
+fn same_lock(folder: &Path, lock: File) -> Result<File, EdgeError> {
+    let path = folder.join(LOCK_FILE);
+    let here = std::fs::metadata(&path).and_then(|here| Ok((here, lock.metadata()?)));
+    let (here, held) = here.map_err(|source| EdgeError::File { path, source })?;
+    if (here.dev(), here.ino()) == (held.dev(), held.ino()) {
+        return Ok(lock);
+    }
+    Err(EdgeError::OtherFolder(folder.to_owned()))
 }
 
 fn lock(folder: &Path) -> Result<File, EdgeError> {

@@ -48,8 +48,8 @@ impl LinkStatus {
         (self.engine, self.since) = (None, Instant::now());
     }
 
-    pub(super) fn uses(&mut self, version: u64, saved: bool) {
+    pub(super) fn uses(&mut self, version: u64, saved: bool, problem: Option<String>) {
         (self.has_table, self.table_version, self.saved) = (true, Some(version), saved);
-        self.problem = None;
+        self.problem = problem;
     }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peregrine_routing::{
-    Change, EdgeId, Generation, Publication, RemoteEdge, RoutingTable, TrafficClass, Upstream,
+    CertificateId, Change, EdgeId, Generation, HostPattern, Publication, RemoteEdge, RoutingTable,
+    TrafficClass, Upstream,
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -15,16 +16,22 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::{Edge, GREETING_TIMEOUT_MS, Shared};
+use super::{GREETING_TIMEOUT_MS, Process, Shared};
 use crate::authority::fingerprint;
 use crate::registry::now;
 use crate::token::hex;
 use crate::wire::{
-    self, Attach, Down, FrameError, Greeting, MAX_FRAME_BYTES, MAX_GREETING_BYTES, Reply, Up, WireTally,
+    self, Attach, Down, FrameError, Given, Greeting, MAX_FRAME_BYTES, MAX_GREETING_BYTES, Reply, Up,
+    WireChange, WireTally,
 };
 
 /// Frames that wait to be written; who says more waits for room.
 const MAX_QUEUED_FRAMES: usize = 256;
+/// Questions of an edge for certificates that are worked on at a time: twice what an edge has under way, as an answer may be
+/// there before its work is seen to have ended.
+const MAX_ANSWERING: usize = 128;
+/// How long it may take to find one.
+const ANSWER_TIMEOUT_MS: u64 = 3_000;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -105,11 +112,10 @@ async fn join(
     if let Err(why) = speaks(version) {
         return Err(refuse(stream, "link.version", why).await);
     }
-    let (name, certificate) = match shared.registry.admit(&shared.authority, secret, public_key) {
+    let (name, certificate) = match shared.admit(secret, public_key) {
         Ok(admitted) => admitted,
         Err(error) => return Err(refuse(stream, "join.refused", error.to_string()).await),
     };
-    shared.take_in(&name);
     tracing::info!(edge = %name, "an edge has joined");
     let reply = Reply::Joined { name, certificate, authority: shared.authority.certificate().to_vec() };
     wire::write(&mut stream, &reply).await?;
@@ -129,7 +135,8 @@ async fn attach_edge(
     let certificates = stream.get_ref().1.peer_certificates();
     let print =
         certificates.and_then(|chain| chain.first()).map(|certificate| hex(&fingerprint(certificate)));
-    let Some(name) = print.and_then(|print| shared.name_of(&print)) else {
+    let known = print.and_then(|print| Some((shared.name_of(&print)?, print)));
+    let Some((name, print)) = known else {
         let why = "this edge is not in the registry: it was removed, or has not joined".to_owned();
         return Err(refuse(stream, "edge.unknown", why).await);
     };
@@ -143,14 +150,21 @@ async fn attach_edge(
     }
     let reply = Reply::Attached { epoch: shared.config.epoch, lease_ms: shared.config.lease_ms };
     wire::write(&mut stream, &reply).await?;
-    let Some((remote, end)) = shared.attach(&name, peer, attach) else { return Err(Ended::Replaced) };
+    let attached = shared.attach(&name, &print, peer, attach);
+    let Some((remote, end)) = attached else { return Err(Ended::Replaced) };
     tracing::info!(edge = %name, %peer, "an edge is connected");
     let (down, frames) = mpsc::channel(MAX_QUEUED_FRAMES);
-    let session = Session { shared: Arc::clone(shared), name, remote, down, end: Arc::clone(&end) };
+    let (shared, unusable) = (Arc::clone(shared), Arc::default());
+    let session = Session { shared, name, remote, down, end, unusable };
     let ended = session.run(stream, frames).await;
     let Err(ended) = ended else { return Ok(()) };
     session.over(&ended);
     Err(ended)
+}
+
+/// What is wrong with an edge that is not waited for, whatever it acknowledges but the newest table.
+fn stalled() -> (u64, String) {
+    (u64::MAX, "it did not use the newest table in time: moves do not wait for it until it does".to_owned())
 }
 
 impl Shared {
@@ -159,70 +173,72 @@ impl Shared {
         edges.iter().find(|(_, edge)| edge.record.fingerprint == print).map(|(name, _)| name.clone())
     }
 
-    /// A fresh record: whoever had that name before is shut out.
-    fn take_in(&self, name: &str) {
-        let Ok(records) = self.registry.edges() else { return };
-        let Some((_, record)) = records.into_iter().find(|(known, _)| known == name) else { return };
-        let replaced = self.edges().insert(name.to_owned(), Edge::new(record));
-        if let Some((_, end)) = replaced.and_then(|edge| edge.session) {
-            end.notify_one();
-        }
-    }
-
-    /// Gives a connected edge its place; `None` if it was removed meanwhile.
-    fn attach(
+    /// Gives a connected edge its place; `None` if it was removed or replaced meanwhile.
+    pub(super) fn attach(
         &self,
         name: &str,
+        print: &str,
         peer: SocketAddr,
         attach: &Attach,
     ) -> Option<(Arc<RemoteEdge>, Arc<Notify>)> {
         let mut edges = self.edges();
-        let edge = edges.get_mut(name)?;
+        let edge = edges.get_mut(name).filter(|edge| edge.record.fingerprint == print)?;
         let end = Arc::new(Notify::new());
-        if let Some((_, before)) = edge.session.replace((peer, Arc::clone(&end))) {
-            before.notify_one();
+        let id = EdgeId(attach.incarnation);
+        let mut replaced = Vec::new();
+        if edge.processes.iter().all(|process| process.remote.id() != id) {
+            // Another process of the same edge. What those had out that it does not live beside died with them; one that
+            // has handed over was given up by us, and says nothing of the others.
+            let lives = |other: &Process| attach.handed_over || attach.beside.contains(&other.remote.id().0);
+            replaced.extend(edge.processes.extract_if(.., |other| !lives(other)));
+            let cores = attach.cores as usize;
+            let remote = if edge.stalled.contains(&id) {
+                self.reader.join_unawaited(id, &name.into(), cores)
+            } else {
+                self.reader.join(id, &name.into(), cores)
+            };
+            // The last one is the edge: one that has handed over is not.
+            let place = if attach.handed_over { 0 } else { edge.processes.len() };
+            edge.processes.insert(place, Process::new(remote, attach.cores));
         }
-        let same = edge.remote.as_ref().filter(|remote| remote.id() == EdgeId(attach.incarnation));
-        let (remote, replaced) = match same {
-            Some(remote) => (Arc::clone(remote), None),
-            // Another process of the same edge: what the one before had out died with it.
-            None => {
-                let cores = attach.cores as usize;
-                let fresh = self.reader.join(EdgeId(attach.incarnation), &name.into(), cores);
-                let fresh = Arc::new(fresh);
-                (Arc::clone(&fresh), edge.remote.replace(fresh))
-            }
-        };
-        edge.seen = Instant::now();
-        (edge.lost, edge.problem) = (false, None);
-        edge.record.incarnation = Some(attach.incarnation);
-        edge.record.cores = attach.cores;
+        let process = edge.processes.iter_mut().find(|process| process.remote.id() == id)?;
+        process.end_session();
+        process.session = Some((peer, Arc::clone(&end)));
+        let is_waited = process.remote.is_waited();
+        (process.seen, process.problem) = (Instant::now(), (!is_waited).then(stalled));
+        let remote = Arc::clone(&process.remote);
+        edge.lost = false;
         edge.record.seen_at = now();
-        edge.record.away = false;
-        let record = edge.record.clone();
+        edge.note_processes();
         drop(edges);
         // Before it is told anything: an engine that starts again has to wait for it.
-        self.keep(name, &record);
+        let ours = self.keep(name);
+        replaced.iter_mut().for_each(Process::end_session);
         drop(replaced);
-        Some((remote, end))
+        ours.then_some((remote, end))
     }
 
-    /// Runs on the edge of this session, unless another one has taken its place.
-    fn with_edge(&self, name: &str, end: &Arc<Notify>, work: impl FnOnce(&mut Edge)) {
+    /// Runs on the process of this session, unless another session has taken its place.
+    fn with_process(&self, name: &str, end: &Arc<Notify>, work: impl FnOnce(&mut Process)) {
         let mut edges = self.edges();
-        let ours = |edge: &&mut Edge| edge.session.as_ref().is_some_and(|(_, other)| Arc::ptr_eq(end, other));
-        if let Some(edge) = edges.get_mut(name).filter(ours) {
-            work(edge);
+        let ours = |process: &&mut Process| {
+            process.session.as_ref().is_some_and(|(_, other)| Arc::ptr_eq(end, other))
+        };
+        if let Some(process) = edges.get_mut(name).and_then(|edge| edge.processes.iter_mut().find(ours)) {
+            work(process);
         }
     }
 }
 
+#[derive(Clone)]
 struct Session {
     shared: Arc<Shared>,
     name: String,
     remote: Arc<RemoteEdge>,
     down: mpsc::Sender<Vec<u8>>,
     end: Arc<Notify>,
+    /// It could not use what it was told.
+    unusable: Arc<Notify>,
 }
 
 impl Session {
@@ -250,14 +266,22 @@ impl Session {
             may_tell.notified().await;
             told.tell().await
         });
+        let keys = self.clone();
+        parts.spawn(async move { keys.tell_ticket_keys().await });
         let heard = async {
+            let mut answers = JoinSet::new();
             loop {
+                while answers.try_join_next().is_some() {} // given
                 let up: Up = wire::read(&mut incoming, MAX_FRAME_BYTES).await?;
-                self.shared.with_edge(&self.name, &self.end, |edge| edge.seen = Instant::now());
-                if up == Up::Ready {
-                    ready.notify_one();
-                } else {
-                    self.hear(up)?;
+                self.shared.with_process(&self.name, &self.end, |process| process.seen = Instant::now());
+                match up {
+                    Up::Ready => ready.notify_one(),
+                    Up::Certificate { id, .. } if answers.len() >= MAX_ANSWERING => self.put_off(id)?,
+                    Up::Certificate { id, domain } => {
+                        let session = self.clone();
+                        answers.spawn(async move { session.answer(CertificateId(id), &domain).await });
+                    }
+                    up => self.hear(up)?,
                 }
             }
         };
@@ -271,31 +295,26 @@ impl Session {
         }
     }
 
-    fn clone(&self) -> Self {
-        Self {
-            shared: Arc::clone(&self.shared),
-            name: self.name.clone(),
-            remote: Arc::clone(&self.remote),
-            down: self.down.clone(),
-            end: Arc::clone(&self.end),
-        }
-    }
-
     /// The connection has gone. The edge has its lease.
     fn over(&self, why: &Ended) {
         let left = matches!(why, Ended::Left);
-        let mut gone = None;
-        self.shared.with_edge(&self.name, &self.end, |edge| {
-            edge.session = None;
+        let (mut ours, mut gone) = (false, None);
+        self.shared.with_process(&self.name, &self.end, |process| (ours, process.session) = (true, None));
+        if !ours {
+            return;
+        }
+        if let Some(edge) = self.shared.edges().get_mut(&self.name) {
             edge.record.seen_at = now();
             if left {
-                edge.record.away = true;
-                gone = edge.remote.take();
+                // By its identity: it may have met us anew meanwhile, and it has left all the same.
+                let id = self.remote.id();
+                gone = edge.processes.extract_if(.., |process| process.remote.id() == id).next();
+                edge.note_processes();
             }
-            self.shared.keep(&self.name, &edge.record);
-        });
-        if let Some(remote) = gone {
-            remote.leave();
+        }
+        self.shared.keep(&self.name);
+        if let Some(process) = gone {
+            process.remote.leave();
         }
     }
 
@@ -304,13 +323,20 @@ impl Session {
     fn hear(&self, up: Up) -> Result<(), Ended> {
         match up {
             Up::Known(tallies) => self.take(tallies, true),
-            Up::Ready => return Err(Ended::OutOfPlace("ready")),
+            Up::Ready | Up::Certificate { .. } => return Err(Ended::OutOfPlace("a question")),
+            Up::Wanted { name } => {
+                if let Some(secrets) = self.shared.secrets.get() {
+                    secrets.wanted(&name);
+                }
+            }
             Up::Acknowledged { version, open, saved } => {
                 let open: Vec<_> = open.into_iter().map(Generation).collect();
-                self.remote.acknowledge(version, &open);
-                self.shared.with_edge(&self.name, &self.end, |edge| {
-                    (edge.saved, edge.problem) = (saved, None);
+                // First: whoever waits for the acknowledgement may look at once.
+                self.shared.with_process(&self.name, &self.end, |process| {
+                    process.saved = saved;
+                    process.problem.take_if(|(unusable, _)| version >= *unusable);
                 });
+                self.acknowledge(version, &open);
             }
             Up::Report { number, tallies, ended } => {
                 self.take(tallies, false);
@@ -323,13 +349,33 @@ impl Session {
                     tracing::debug!(edge = %self.name, "there is no room to say that a report was received");
                 }
             }
+            Up::Held { services, from_before } => {
+                for (service, counts) in services {
+                    self.remote.report_hold(&service, counts.into(), from_before);
+                }
+            }
             Up::Unusable { version, why } => {
                 tracing::error!(edge = %self.name, version, %why, "an edge cannot use the table, and keeps the one that it has");
-                self.shared.with_edge(&self.name, &self.end, |edge| edge.problem = Some(why));
+                self.shared
+                    .with_process(&self.name, &self.end, |process| process.problem = Some((version, why)));
+                self.unusable.notify_one();
             }
             Up::Leaving => return Err(Ended::Left),
         }
         Ok(())
+    }
+
+    fn acknowledge(&self, version: u64, open: &[Generation]) {
+        let was_waited = self.remote.is_waited();
+        self.remote.acknowledge(version, open);
+        if was_waited || !self.remote.is_waited() {
+            return;
+        }
+        tracing::info!(edge = %self.name, version, "an edge that did not use a table in time does: it is waited for again");
+        if let Some(edge) = self.shared.edges().get_mut(&self.name) {
+            edge.stalled.retain(|id| *id != self.remote.id());
+        }
+        self.shared.with_process(&self.name, &self.end, |process| process.problem = None);
     }
 
     fn take(&self, tallies: Vec<(u64, WireTally)>, from_before: bool) {
@@ -339,17 +385,90 @@ impl Session {
         }
     }
 
+    // --- secrets
+
+    /// Has the edge ask again. Never waited for, as with reports: who asks too much may hear nothing.
+    fn put_off(&self, id: [u8; 32]) -> Result<(), Ended> {
+        let given = Given::NotNow("too many certificates are asked for at once".to_owned());
+        if self.down.try_send(wire::frame(&Down::Certificate { id, given })?).is_err() {
+            tracing::debug!(edge = %self.name, "there is no room to say that a certificate is not given");
+        }
+        Ok(())
+    }
+
+    async fn answer(&self, id: CertificateId, domain: &str) -> Result<(), Ended> {
+        let limit = Duration::from_millis(ANSWER_TIMEOUT_MS);
+        let given = tokio::time::timeout(limit, self.given(id, domain)).await;
+        let given = given.unwrap_or_else(|_| Given::NotNow("it was not found in time".to_owned()));
+        match &given {
+            Given::Certificate(_) => {
+                tracing::debug!(edge = %self.name, %domain, certificate = %id, "an edge was given a certificate");
+            }
+            Given::Nothing => {
+                tracing::warn!(edge = %self.name, ?domain, certificate = %id, "an edge asked for a certificate that the table does not name there, or that is not here");
+            }
+            Given::NotNow(why) => {
+                tracing::error!(edge = %self.name, %domain, certificate = %id, %why, "an edge cannot be given a certificate");
+            }
+        }
+        self.say(&Down::Certificate { id: id.0, given }).await
+    }
+
+    async fn given(&self, id: CertificateId, domain: &str) -> Given {
+        let (Some(secrets), Ok(domain)) = (self.shared.secrets.get(), HostPattern::parse(domain)) else {
+            return Given::Nothing;
+        };
+        // Only what edges are to present now: what else lies in the store is none of their business.
+        let table = self.shared.reader.load();
+        if table.domains().of(&domain).and_then(|domain| domain.certificate) != Some(id) {
+            return Given::Nothing;
+        }
+        drop(table);
+        match secrets.certificate(id).await {
+            Ok(Some(certificate)) => match certificate.to_bytes() {
+                Ok(_) => Given::Certificate(certificate),
+                Err(error) => Given::NotNow(error.to_string()),
+            },
+            Ok(None) => Given::Nothing,
+            Err(why) => Given::NotNow(why),
+        }
+    }
+
+    /// Tells the keys of session tickets, now and when they change.
+    async fn tell_ticket_keys(&self) -> Result<(), Ended> {
+        let Some(secrets) = self.shared.secrets.get() else { return std::future::pending().await };
+        let mut keys = secrets.ticket_keys();
+        loop {
+            let now = keys.borrow_and_update().clone();
+            self.say(&Down::TicketKeys(now)).await?;
+            if keys.changed().await.is_err() {
+                // Nobody changes them any more, which is no reason to end.
+                return std::future::pending().await;
+            }
+        }
+    }
+
     // --- down
 
     async fn tell(self) -> Result<(), Ended> {
         let mut drains: JoinSet<Result<(), Ended>> = JoinSet::new();
         let mut watched: Vec<Generation> = Vec::new();
         let mut beats = tokio::time::interval(self.shared.beat());
-        let turn = self.remote.start_over();
+        let mut turn = self.start_over()?;
+        let mut rests = false;
+        let rest = tokio::time::sleep(Duration::ZERO);
+        let mut rest = std::pin::pin!(rest);
         loop {
             while drains.try_join_next().is_some() {} // drained
             tokio::select! {
-                publication = self.remote.next(turn) => {
+                () = self.unusable.notified() => {
+                    // It cannot use what would follow either: everything, and not at once, for it may be the same again.
+                    turn = self.start_over()?;
+                    rests = true;
+                    rest.as_mut().reset(Instant::now() + self.shared.lease());
+                }
+                () = &mut rest, if rests => rests = false,
+                publication = self.remote.next(turn), if !rests => {
                     self.publish(publication).await?;
                     let draining = self.remote.draining();
                     watched.retain(|known| draining.iter().any(|upstream| upstream.generation() == *known));
@@ -365,12 +484,19 @@ impl Session {
         }
     }
 
+    /// Begins to tell it from the start, unless another connection of it is told already.
+    fn start_over(&self) -> Result<u64, Ended> {
+        let mut turn = None;
+        self.shared.with_process(&self.name, &self.end, |_| turn = Some(self.remote.start_over()));
+        turn.ok_or(Ended::Replaced)
+    }
+
     async fn publish(&self, publication: Publication) -> Result<(), Ended> {
         match publication {
             Publication::Changes(version, changes) => {
                 self.say(&Down::Begin { whole: false }).await?;
                 for change in changes.iter() {
-                    self.say(&Down::Change(Box::new(change.into()))).await?;
+                    self.say(&Down::Change(Box::new(self.wire(change)))).await?;
                 }
                 self.say(&Down::Publish { version }).await
             }
@@ -384,9 +510,22 @@ impl Session {
         table.for_each_service(|service| services.push(Arc::clone(service)));
         for service in services {
             let change = Change::Put(service.spec().clone());
-            self.say(&Down::Change(Box::new((&change).into()))).await?;
+            self.say(&Down::Change(Box::new(self.wire(&change)))).await?;
+        }
+        let mut doors = Vec::new();
+        table.domains().for_each(|domain| doors.push(Change::PutDomain((**domain).clone())));
+        doors.extend(table.domains().challenges().map(|spec| Change::PutChallenge((**spec).clone())));
+        for change in doors {
+            self.say(&Down::Change(Box::new(self.wire(&change)))).await?;
+        }
+        for service in self.shared.kept.get().into_iter().flatten() {
+            self.say(&Down::Keep { service: service.clone() }).await?;
         }
         self.say(&Down::Publish { version: table.version() }).await
+    }
+
+    fn wire(&self, change: &Change) -> WireChange {
+        WireChange::from(change).departs((self.shared.config.clock)())
     }
 
     async fn say(&self, down: &Down) -> Result<(), Ended> {

@@ -6,22 +6,36 @@
 //!
 //!   Greeting::Attach { version, incarnation, epoch } ─►    Reply::Attached { epoch, lease } | Reply::Refused
 //!   Up::Known*, Up::Ready                            ─►
-//!                                                    ◄─    Down::Begin { whole }, Down::Change*, Down::Publish
+//!                                                    ◄─    Down::Begin { whole }, Down::Change*, Down::Keep*, Down::Publish
 //!   Up::Acknowledged { version, open }               ─►
-//!   Up::Report { tallies, ended }                    ─►    Down::Received
+//!   Up::Held, Up::Report { tallies, ended }          ─►    Down::Received
 //!                                                    ◄─    Down::Deadlines, Down::Beat
+//!   Up::Certificate, Up::Wanted                      ─►    Down::Certificate
+//!                                                    ◄─    Down::TicketKeys
 //!   Up::Leaving                                      ─►
 //! ```
 
+mod domain;
+mod hold;
 mod mirror;
+mod rules;
+mod secret;
 mod spec;
 mod tally;
 
 #[cfg(test)]
+pub(crate) use domain::tests as domain_tests;
+pub use domain::{WireChallenge, WireChallengeId, WireDomain};
+pub use hold::WireHoldCounts;
+#[cfg(test)]
 pub(crate) use mirror::tests as mirror_tests;
 #[cfg(test)]
+pub(crate) use rules::tests as rules_tests;
+pub(crate) use rules::{RulesOfForm3, WireRules};
+pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret};
+#[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
-pub use spec::{WireChange, WireService};
+pub use spec::{BadHost, KeptService, WireChange, WireService};
 pub use tally::WireTally;
 
 use std::io;
@@ -32,7 +46,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Version of everything below. Both sides have to speak the same one: an installation is one version, and an edge
 /// serves from its last table while it is being brought up to the engine's.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 6;
 /// Longest frame: four times the largest record that the engine's store takes.
 pub const MAX_FRAME_BYTES: u32 = 16 << 20;
 /// Longest first frame of somebody who has not said who he is.
@@ -65,6 +79,11 @@ pub struct Attach {
     pub cores: u32,
     /// Highest epoch of an engine that it has heard.
     pub epoch: u64,
+    /// Processes of the same edge that live beside this one: the one that it takes over from, and those before that one
+    /// that still end what they have. What they have under way is theirs, and not lost.
+    pub beside: Vec<u64>,
+    /// Another process of this edge has taken over; this one ends what it has.
+    pub handed_over: bool,
 }
 
 impl std::fmt::Debug for Greeting {
@@ -137,6 +156,20 @@ pub enum Down {
     },
     /// Nothing new; the engine is there.
     Beat,
+    /// In a whole publication: a service of which the engine cannot read what it is to be. It stays as the edge has it.
+    Keep {
+        /// Its name.
+        service: String,
+    },
+    /// The answer to [`Up::Certificate`].
+    Certificate {
+        /// SHA-256 of the certificate.
+        id: [u8; 32],
+        /// What there is.
+        given: Given,
+    },
+    /// The keys that session tickets are made and opened with from now on, at every edge of the installation.
+    TicketKeys(Secret),
 }
 
 /// What an edge says after [`Reply::Attached`].
@@ -164,7 +197,15 @@ pub enum Up {
         /// Retired generations that it has let go of: what it says of them here is its last word.
         ended: Vec<u64>,
     },
-    /// It could not use a publication, and keeps the table that it has.
+    /// What became of requests that were held.
+    Held {
+        /// By service, since this edge first knew it.
+        services: Vec<(String, WireHoldCounts)>,
+        /// It happened before this conversation.
+        from_before: bool,
+    },
+    /// It could not use a publication, and keeps the table that it has. Differences are of no use to it either, up to
+    /// the next whole one.
     Unusable {
         /// Version.
         version: u64,
@@ -173,6 +214,18 @@ pub enum Up {
     },
     /// It has finished everything and ends.
     Leaving,
+    /// It is to present a certificate that it does not have.
+    Certificate {
+        /// SHA-256 of the certificate.
+        id: [u8; 32],
+        /// The domain that the table names it for.
+        domain: String,
+    },
+    /// Somebody shook hands for a name that has no certificate. There is no answer: who may have one gets it with the table.
+    Wanted {
+        /// The name, as the client said it.
+        name: String,
+    },
 }
 
 /// Why a frame could not be read.

@@ -10,7 +10,10 @@ use routing::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::domain::{self, WireChallenge, WireChallengeId, WireDomain};
+use super::hold::WireHold;
 use super::mirror::WireMirror;
+use super::rules::WireRules;
 
 /// One [`Change`] on its way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +22,14 @@ pub enum WireChange {
     Put(Box<WireService>),
     /// A service goes away.
     Remove(String),
+    /// A domain as it is to be.
+    PutDomain(Box<WireDomain>),
+    /// A domain goes away.
+    RemoveDomain(String),
+    /// A validation to answer.
+    PutChallenge(WireChallenge),
+    /// A validation is over.
+    RemoveChallenge(WireChallengeId),
 }
 
 /// A [`routing::ServiceSpec`] on its way.
@@ -65,8 +76,37 @@ enum WireBalance {
     HashClient,
 }
 
+/// A [`routing::ServiceSpec`] as it is kept on the disk: without what is for now only, a hold and a mirror.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptService {
+    name: String,
+    routes: Vec<(String, String)>,
+    pools: Vec<Pool>,
+    balance: WireBalance,
+    policy: KeptPolicy,
+    /// Written behind the services, see `saved`.
+    #[serde(skip)]
+    pub(crate) rules: Option<WireRules>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct KeptPolicy {
+    lasting: Lasting,
+    /// Nothing is written here. What was is read, and not used.
+    mirror: Option<WireMirror>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Policy {
+    lasting: Lasting,
+    hold: Option<WireHold>,
+    mirror: Option<WireMirror>,
+    rules: Option<WireRules>,
+}
+
+/// What of a policy is also kept on the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Lasting {
     connect_timeout_ms: u32,
     response_head_timeout_ms: u32,
     body_idle_timeout_ms: u32,
@@ -82,7 +122,6 @@ struct Policy {
     slow_start_ms: u32,
     sticky_cookie: Option<String>,
     preserve_host: bool,
-    mirror: Option<WireMirror>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,11 +136,41 @@ struct Health {
 
 /// What came is no table.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("service {service}: {host:?} is no host: {why}")]
+#[error("{of}: {host:?} is no host: {why}")]
 pub struct BadHost {
-    service: String,
+    /// "service NAME" or "domain".
+    of: String,
     host: String,
     why: routing::HostError,
+}
+
+impl BadHost {
+    pub(super) fn of_domain(host: String, why: routing::HostError) -> Self {
+        Self { of: "domain".into(), host, why }
+    }
+}
+
+impl WireChange {
+    /// As it is sent, where the clock shows `now_ms`: no moment of that clock is in it any more.
+    #[must_use]
+    pub fn departs(mut self, now_ms: u64) -> Self {
+        self.hold_mut().into_iter().for_each(|hold| hold.departs(now_ms));
+        self
+    }
+
+    /// As it is meant where the clock shows `now_ms`.
+    #[must_use]
+    pub fn arrives(mut self, now_ms: u64) -> Self {
+        self.hold_mut().into_iter().for_each(|hold| hold.arrives(now_ms));
+        self
+    }
+
+    fn hold_mut(&mut self) -> Option<&mut WireHold> {
+        match self {
+            Self::Put(service) => service.policy.hold.as_mut(),
+            _ => None,
+        }
+    }
 }
 
 impl From<&Change> for WireChange {
@@ -109,6 +178,10 @@ impl From<&Change> for WireChange {
         match change {
             Change::Put(spec) => Self::Put(Box::new(spec.into())),
             Change::Remove(name) => Self::Remove(name.to_string()),
+            Change::PutDomain(spec) => Self::PutDomain(Box::new(spec.into())),
+            Change::RemoveDomain(name) => Self::RemoveDomain(name.to_string()),
+            Change::PutChallenge(spec) => Self::PutChallenge(spec.into()),
+            Change::RemoveChallenge(id) => Self::RemoveChallenge(id.into()),
         }
     }
 }
@@ -120,6 +193,10 @@ impl TryFrom<WireChange> for Change {
         Ok(match change {
             WireChange::Put(service) => Self::Put((*service).try_into()?),
             WireChange::Remove(name) => Self::Remove(name.into()),
+            WireChange::PutDomain(domain) => Self::PutDomain((*domain).try_into()?),
+            WireChange::RemoveDomain(name) => Self::RemoveDomain(domain::pattern(name)?),
+            WireChange::PutChallenge(challenge) => Self::PutChallenge(challenge.into()),
+            WireChange::RemoveChallenge(id) => Self::RemoveChallenge(id.into()),
         })
     }
 }
@@ -144,7 +221,7 @@ impl TryFrom<WireService> for routing::ServiceSpec {
         let WireService { name, routes, pools, balance, policy } = service;
         let route = |(host, path): (String, String)| match HostPattern::parse(&host) {
             Ok(host) => Ok(routing::RouteSpec { host, path_prefix: path.into() }),
-            Err(why) => Err(BadHost { service: name.clone(), host, why }),
+            Err(why) => Err(BadHost { of: format!("service {name}"), host, why }),
         };
         Ok(Self {
             routes: routes.into_iter().map(route).collect::<Result<_, _>>()?,
@@ -153,6 +230,25 @@ impl TryFrom<WireService> for routing::ServiceSpec {
             policy: policy.into(),
             name: name.into(),
         })
+    }
+}
+
+impl From<&routing::ServiceSpec> for KeptService {
+    fn from(spec: &routing::ServiceSpec) -> Self {
+        let WireService { name, routes, pools, balance, policy } = spec.into();
+        let rules = policy.rules;
+        let policy = KeptPolicy { lasting: policy.lasting, mirror: None };
+        Self { name, routes, pools, balance, policy, rules }
+    }
+}
+
+impl TryFrom<KeptService> for routing::ServiceSpec {
+    type Error = BadHost;
+
+    fn try_from(service: KeptService) -> Result<Self, BadHost> {
+        let KeptService { name, routes, pools, balance, policy, rules } = service;
+        let policy = Policy { lasting: policy.lasting, hold: None, mirror: None, rules };
+        WireService { name, routes, pools, balance, policy }.try_into()
     }
 }
 
@@ -261,9 +357,11 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms,
             sticky,
             preserve_host,
+            hold,
             mirror,
+            rules,
         } = policy;
-        Self {
+        let lasting = Lasting {
             connect_timeout_ms: *connect_timeout_ms,
             response_head_timeout_ms: *response_head_timeout_ms,
             body_idle_timeout_ms: *body_idle_timeout_ms,
@@ -278,30 +376,34 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms: *slow_start_ms,
             sticky_cookie: sticky.as_ref().map(|sticky| sticky.cookie.to_string()),
             preserve_host: *preserve_host,
-            mirror: mirror.as_deref().map(WireMirror::from),
-        }
+        };
+        let (hold, mirror) = (hold.as_deref().map(WireHold::from), mirror.as_deref().map(WireMirror::from));
+        Self { lasting, hold, mirror, rules: rules.as_deref().map(WireRules::from) }
     }
 }
 
 impl From<Policy> for routing::ServicePolicy {
     fn from(policy: Policy) -> Self {
-        let (consecutive_failures, base_ejection_ms, max_ejection_ms) = policy.passive;
+        let Policy { lasting, hold, mirror, rules } = policy;
+        let (consecutive_failures, base_ejection_ms, max_ejection_ms) = lasting.passive;
         Self {
-            connect_timeout_ms: policy.connect_timeout_ms,
-            response_head_timeout_ms: policy.response_head_timeout_ms,
-            body_idle_timeout_ms: policy.body_idle_timeout_ms,
-            tunnel_idle_timeout_ms: policy.tunnel_idle_timeout_ms,
-            websocket_close_spread_ms: policy.websocket_close_spread_ms,
-            drain: PerClass(policy.drain.map(|(close_ms, cut_ms)| DrainTime { close_ms, cut_ms })),
-            max_request_body_bytes: policy.max_request_body_bytes,
-            max_idle_connections_per_upstream: policy.max_idle_connections_per_upstream,
-            upstream_idle_timeout_ms: policy.upstream_idle_timeout_ms,
-            health: policy.health.map(Into::into),
+            connect_timeout_ms: lasting.connect_timeout_ms,
+            response_head_timeout_ms: lasting.response_head_timeout_ms,
+            body_idle_timeout_ms: lasting.body_idle_timeout_ms,
+            tunnel_idle_timeout_ms: lasting.tunnel_idle_timeout_ms,
+            websocket_close_spread_ms: lasting.websocket_close_spread_ms,
+            drain: PerClass(lasting.drain.map(|(close_ms, cut_ms)| DrainTime { close_ms, cut_ms })),
+            max_request_body_bytes: lasting.max_request_body_bytes,
+            max_idle_connections_per_upstream: lasting.max_idle_connections_per_upstream,
+            upstream_idle_timeout_ms: lasting.upstream_idle_timeout_ms,
+            health: lasting.health.map(Into::into),
             passive: routing::Passive { consecutive_failures, base_ejection_ms, max_ejection_ms },
-            slow_start_ms: policy.slow_start_ms,
-            sticky: policy.sticky_cookie.map(|cookie| routing::Sticky { cookie: cookie.into() }),
-            preserve_host: policy.preserve_host,
-            mirror: policy.mirror.map(|mirror| Box::new(mirror.into())),
+            slow_start_ms: lasting.slow_start_ms,
+            sticky: lasting.sticky_cookie.map(|cookie| routing::Sticky { cookie: cookie.into() }),
+            preserve_host: lasting.preserve_host,
+            hold: hold.map(|hold| Box::new(hold.into())),
+            mirror: mirror.map(|mirror| Box::new(mirror.into())),
+            rules: rules.map(|rules| Box::new(rules.into())),
         }
     }
 }
@@ -407,6 +509,7 @@ pub(crate) mod tests {
                 sticky: Some(routing::Sticky { cookie: "c".into() }),
                 preserve_host: false,
                 mirror: Some(Box::new(super::super::mirror::tests::spec())),
+                rules: Some(Box::new(super::super::rules::tests::rules(routing::RateKey::ClientAddress))),
                 slow_start_ms: 9,
                 max_request_body_bytes: 1 << 40,
                 ..ServicePolicy::default()
@@ -417,6 +520,27 @@ pub(crate) mod tests {
                 assert_eq!(Change::try_from(back), Ok(change));
             }
         }
+    }
+
+    #[test]
+    fn a_hold_arrives_with_the_time_that_it_still_lasts() {
+        let hold = routing::HoldSpec {
+            id: 7,
+            until_ms: 10_500,
+            max_requests: 1,
+            max_bytes: 2,
+            max_age_ms: 3,
+            release_per_s: 4,
+        };
+        let policy = ServicePolicy { hold: Some(Box::new(hold.clone())), ..ServicePolicy::default() };
+        let change = Change::Put(service("shop", Balance::RoundRobin, policy));
+        let arrived = |sent_ms: u64| {
+            let change = Change::try_from(WireChange::from(&change).departs(sent_ms).arrives(77_000));
+            let Ok(Change::Put(service)) = change else { panic!("a service") };
+            *service.policy.hold.expect("a hold")
+        };
+        assert_eq!(arrived(10_000), routing::HoldSpec { until_ms: 77_500, ..hold });
+        assert_eq!(arrived(20_000).until_ms, 77_000, "it is over");
     }
 
     proptest::proptest! {

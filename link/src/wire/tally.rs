@@ -16,6 +16,7 @@ pub struct WireTally {
     in_flight: Classes,
     bytes_to_upstream: u64,
     bytes_to_client: u64,
+    retried: u64,
     /// Index of the class, and id.
     hard_cut: Vec<(u8, String)>,
     responses: [u64; 5],
@@ -41,6 +42,7 @@ impl WireTally {
             in_flight: tally.in_flight.0,
             bytes_to_upstream: tally.bytes_to_upstream,
             bytes_to_client: tally.bytes_to_client,
+            retried: tally.retried,
             hard_cut: tally.hard_cut.into_iter().map(|(class, id)| (class.index() as u8, id)).collect(),
             responses: tally.outcomes.responses,
             failed: tally.outcomes.failed,
@@ -69,6 +71,7 @@ impl WireTally {
             in_flight: PerClass(self.in_flight),
             bytes_to_upstream: self.bytes_to_upstream,
             bytes_to_client: self.bytes_to_client,
+            retried: self.retried,
             hard_cut: self.hard_cut.into_iter().map(|(class, id)| (class_at(class), id)).collect(),
             outcomes: OutcomeCounts {
                 responses: self.responses,
@@ -102,6 +105,7 @@ mod tests {
     fn counts_arrive_as_they_were_sent_and_moments_by_the_clock_of_the_reader() {
         let sent = Tally {
             started: 3,
+            retried: 4,
             completed: PerClass([1, 2, 3, 4, 5, 6]),
             in_flight: PerClass([6, 5, 4, 3, 2, 1]),
             hard_cut: vec![(TrafficClass::Request, "a".into()), (TrafficClass::Sse, "b".into())],

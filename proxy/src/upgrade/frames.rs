@@ -18,7 +18,7 @@ const SERVICE_RESTART: u16 = 1012;
 
 /// Follows one direction of a WebSocket from frame to frame.
 #[derive(Debug, Default)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     head: [u8; MAX_HEAD_BYTES],
     /// Bytes of a header that have passed, while it is not whole.
     have: u8,
@@ -33,17 +33,17 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Whether what has passed are whole frames.
-    pub(super) const fn is_between(&self) -> bool {
+    pub(crate) const fn is_between(&self) -> bool {
         self.left == 0 && self.have == 0 && !self.lost
     }
 
     /// Whether a `Close` has passed: nothing may follow it (§5.5.1).
-    pub(super) const fn is_closed(&self) -> bool {
+    pub(crate) const fn is_closed(&self) -> bool {
         self.closed
     }
 
     /// Follows bytes on their way.
-    pub(super) fn pass(&mut self, bytes: &[u8]) {
+    pub(crate) fn pass(&mut self, bytes: &[u8]) {
         let mut at = 0;
         while at < bytes.len() {
             at += self.step(&bytes[at..]);
@@ -51,7 +51,7 @@ impl Frames {
     }
 
     /// Follows bytes up to the end of the frame that is under way; how many those are.
-    pub(super) fn pass_frame(&mut self, bytes: &[u8]) -> usize {
+    pub(crate) fn pass_frame(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         while at < bytes.len() && !self.is_between() {
             at += self.step(&bytes[at..]);
@@ -101,7 +101,8 @@ impl Frames {
         self.have = 0;
         self.closing = first & OPCODE == CLOSE;
         self.lost = payload >> 63 != 0;
-        self.left = payload + if second & MASKED == 0 { 0 } else { MASKING_KEY_BYTES };
+        // A length that is none may be as long as numbers go.
+        self.left = payload.saturating_add(if second & MASKED == 0 { 0 } else { MASKING_KEY_BYTES });
         self.end_frame();
     }
 
@@ -113,7 +114,7 @@ impl Frames {
 }
 
 /// A `Close` that says "service restart". A client masks what it sends, a server does not (§5.3).
-pub(super) fn close_frame(masking_key: Option<[u8; 4]>) -> Vec<u8> {
+pub(crate) fn close_frame(masking_key: Option<[u8; 4]>) -> Vec<u8> {
     let [high, low] = SERVICE_RESTART.to_be_bytes();
     match masking_key {
         None => vec![FIN | CLOSE, 2, high, low],
@@ -251,5 +252,12 @@ mod tests {
         assert_eq!(close_frame(None), [0x88, 0x02, 0x03, 0xf4]);
         let masked = close_frame(Some([0x11, 0x22, 0x33, 0x44]));
         assert_eq!(masked, [0x88, 0x82, 0x11, 0x22, 0x33, 0x44, 0x03 ^ 0x11, 0xf4 ^ 0x22]);
+    }
+
+    #[test]
+    fn the_longest_length_there_can_be_is_lost_and_counted_nowhere() {
+        let mut frames = Frames::default();
+        frames.pass(&[[FIN | 1, MASKED | 127].as_slice(), &[0xff; 64]].concat());
+        assert!(!frames.is_between() && !frames.is_closed());
     }
 }

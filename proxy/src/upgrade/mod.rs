@@ -10,7 +10,7 @@
 //!                    └───► Closing ──► Done     the end of its reader's connection, passed on
 //! ```
 
-mod frames;
+pub(crate) mod frames;
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -24,8 +24,10 @@ use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
 use self::frames::{Frames, close_frame};
+use crate::choose::service_of_now;
 use crate::error::Reason;
 use crate::inflight::{Flight, FlightGuard, Waits};
+use crate::wire::Wire;
 
 /// What one direction holds at a time.
 const BUFFER_BYTES: usize = 16 * 1024;
@@ -41,8 +43,6 @@ pub(crate) struct Tunnel {
     pub(crate) idle_ms: u32,
     /// It is a WebSocket, whose frames are followed.
     pub(crate) websocket: bool,
-    /// Time over which the closing of many tunnels is spread.
-    pub(crate) close_spread_ms: u32,
 }
 
 impl std::fmt::Debug for Tunnel {
@@ -113,8 +113,8 @@ impl Pipe {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        from: &mut TcpStream,
-        to: &mut TcpStream,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
         moved: &mut u64,
         farewell: Option<&Bytes>,
     ) -> Poll<io::Result<()>> {
@@ -182,7 +182,7 @@ impl Pipe {
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
-        to: &mut TcpStream,
+        to: &mut (impl AsyncWrite + Unpin),
         moved: &mut u64,
     ) -> Poll<io::Result<()>> {
         while !self.early.is_empty() {
@@ -199,10 +199,15 @@ impl Pipe {
             let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.farewell))?;
             self.farewell.advance(written);
         }
-        Poll::Ready(Ok(()))
+        // What was taken may wait to be sealed with more, and more does not come now.
+        Pin::new(to).poll_flush(cx)
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>, from: &mut TcpStream) -> Poll<io::Result<usize>> {
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut (impl AsyncRead + Unpin),
+    ) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(&mut self.buffer);
         ready!(Pin::new(from).poll_read(cx, &mut buffer))?;
         Poll::Ready(Ok(buffer.filled().len()))
@@ -212,7 +217,6 @@ impl Pipe {
 /// The polite end of a WebSocket whose upstream leaves.
 struct Leave {
     websocket: bool,
-    close_spread_ms: u32,
     /// Until the edge begins to close: tunnels that all end at once all come back at once.
     jitter: Option<Pin<Box<Sleep>>>,
     begun: bool,
@@ -229,10 +233,10 @@ impl Leave {
         if self.begun || !self.websocket || !flight.is_closing() {
             return;
         }
-        let random = flight.core.random.next();
-        let spread_ms = u64::from(self.close_spread_ms);
         let jitter = self.jitter.get_or_insert_with(|| {
-            Box::pin(tokio::time::sleep(Duration::from_millis(random % (spread_ms + 1))))
+            let spread_ms = u64::from(close_spread_ms(flight));
+            let delay_ms = flight.core.random.next() % (spread_ms + 1);
+            Box::pin(tokio::time::sleep(Duration::from_millis(delay_ms)))
         });
         if jitter.as_mut().poll(cx).is_pending() {
             return;
@@ -259,6 +263,13 @@ impl Leave {
     }
 }
 
+/// Time over which the closing of many tunnels is spread, as the table says when it is asked for: who was let in when
+/// there was time leaves at once when others wait for that.
+fn close_spread_ms(flight: &Flight) -> u32 {
+    let entry = service_of_now(flight);
+    entry.map_or(0, |entry| entry.service.policy().websocket_close_spread_ms)
+}
+
 /// How a tunnel came to its end.
 enum Ended {
     /// By one of its sides.
@@ -269,13 +280,11 @@ enum Ended {
 }
 
 /// Runs a tunnel to its end.
-pub(crate) async fn run(mut client: TcpStream, early: Bytes, tunnel: Tunnel) {
-    let Tunnel { socket: mut upstream, early: from_upstream, guard, idle_ms, websocket, close_spread_ms } =
-        tunnel;
+pub(crate) async fn run(mut client: Wire, early: Bytes, tunnel: Tunnel) {
+    let Tunnel { socket: mut upstream, early: from_upstream, guard, idle_ms, websocket } = tunnel;
     let flight = &guard.0;
     let (mut up, mut down) = (Pipe::new(early, websocket), Pipe::new(from_upstream, websocket));
-    let mut leave =
-        Leave { websocket, close_spread_ms, jitter: None, begun: false, farewells: None, patience: None };
+    let mut leave = Leave { websocket, jitter: None, begun: false, farewells: None, patience: None };
     flight.wait(Waits::Tunnel, idle_ms);
     let ended = poll_fn(|cx| {
         leave.poll_begin(cx, flight, &up, &down);

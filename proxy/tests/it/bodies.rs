@@ -356,3 +356,114 @@ fn a_body_that_is_larger_than_the_service_allows_is_refused() {
     let answer = client.send("6\r\n012345\r\n").answer();
     assert_eq!((answer.status, answer.reason()), (413, "body_too_large"));
 }
+
+/// A client of HTTP/2 with a large answer of which it takes hardly anything.
+struct Stalling {
+    edge: TestEdge,
+    sender: hyper::client::conn::http2::SendRequest<http_body_util::Empty<Bytes>>,
+    conn: tokio::task::JoinHandle<()>,
+    large: Option<http::Response<Incoming>>,
+    begun: std::time::Instant,
+}
+
+impl Stalling {
+    /// Begins, and asks for small things until the origin has been let go.
+    async fn until_let_go() -> Self {
+        const LARGE_BYTES: usize = 8 << 20;
+        let let_go = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let gone = Arc::clone(&let_go);
+        let origin = Origin::scripted(move |conn| {
+            while let Some(head) = conn.head() {
+                if head.starts_with("GET /large ") {
+                    conn.write(
+                        format!("HTTP/1.1 200 OK\r\nContent-Length: {LARGE_BYTES}\r\n\r\n").as_bytes(),
+                    );
+                    conn.write(&vec![b'x'; LARGE_BYTES]);
+                    assert_eq!(conn.more(), None);
+                    gone.store(true, Ordering::SeqCst);
+                    return;
+                }
+                conn.answer("ok");
+            }
+        });
+        let mut web = service(vec![upstream(origin.addr)]);
+        web.policy.body_idle_timeout_ms = 100;
+        let edge = TestEdge::start(web);
+        let socket = tokio::net::TcpStream::connect(edge.addr).await.expect("connects");
+        let (sender, conn) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(10_000)
+            .initial_connection_window_size(16 << 20)
+            .handshake(TokioIo::new(socket))
+            .await
+            .expect("handshake");
+        let conn = tokio::spawn(async move { drop(conn.await) });
+        let begun = std::time::Instant::now();
+        let mut sender = sender;
+        let large = Self::ask(&mut sender, edge.addr, "/large").await;
+        let mut this = Self { edge, sender, conn, large: Some(large), begun };
+        while !let_go.load(Ordering::SeqCst) {
+            assert!(begun.elapsed() < super::support::PATIENCE, "the origin is kept");
+            this.ask_small().await;
+        }
+        this
+    }
+
+    async fn ask(
+        sender: &mut hyper::client::conn::http2::SendRequest<http_body_util::Empty<Bytes>>,
+        addr: std::net::SocketAddr,
+        path: &str,
+    ) -> http::Response<Incoming> {
+        let request = http::Request::get(format!("http://{addr}{path}"));
+        let request = request.body(http_body_util::Empty::new()).expect("a request");
+        sender.ready().await.expect("the connection is open");
+        sender.send_request(request).await.expect("an answer")
+    }
+
+    async fn ask_small(&mut self) {
+        let small = Self::ask(&mut self.sender, self.edge.addr, "/small").await;
+        assert_eq!(small.into_body().collect().await.expect("whole").to_bytes(), "ok");
+    }
+}
+
+#[test]
+fn a_stream_that_its_client_does_not_take_ends_alone_and_the_others_of_its_connection_go_on() {
+    block_on(async {
+        let mut stalling = Stalling::until_let_go().await;
+        let patience = std::time::Duration::from_millis(900);
+        assert!(stalling.begun.elapsed() >= patience, "it has had its time");
+        let large = stalling.large.take().expect("it has begun");
+        assert!(large.into_body().collect().await.is_err(), "what is left of it is told as broken off");
+        stalling.ask_small().await;
+    });
+}
+
+#[test]
+fn a_connection_that_falls_silent_with_a_stream_that_was_let_go_is_closed() {
+    block_on(async {
+        let stalling = Stalling::until_let_go().await;
+        let ended = tokio::time::timeout(super::support::PATIENCE, stalling.conn).await;
+        ended.expect("nobody keeps it").expect("no panic");
+    });
+}
+
+#[test]
+fn white_space_around_values_of_http2_does_not_go_on() {
+    let origin = Origin::ok();
+    let edge = TestEdge::before(&origin);
+    block_on(async {
+        let socket = tokio::net::TcpStream::connect(edge.addr).await.expect("connects");
+        let (mut sender, conn) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(socket))
+                .await
+                .expect("handshake");
+        tokio::spawn(conn);
+        let request = http::Request::get(format!("http://{}/", edge.addr)).header("x-t", " \ta b ");
+        let request =
+            request.header("x-e", "  ").body(http_body_util::Empty::<Bytes>::new()).expect("a request");
+        assert_eq!(sender.send_request(request).await.expect("an answer").status(), 200);
+    });
+    let seen = origin.last();
+    let line = |name: &str| seen.head.lines().find(|line| line.starts_with(name)).map(str::to_owned);
+    assert_eq!(line("x-t"), Some("x-t: a b".to_owned()), "{}", seen.head);
+    assert_eq!(line("x-e").map(|line| line.trim_end().to_owned()), Some("x-e:".to_owned()));
+}

@@ -394,3 +394,68 @@ fn two_hundred_switches_under_load_lose_nothing() {
     let seen: usize = origins.iter().map(|origin| origin.seen().len()).sum();
     assert_eq!(seen, sent, "every request was executed exactly once");
 }
+
+// --- transfers of which nobody has seen a byte for long ---------------------------------------------------
+
+/// More than the kernel holds on its way: the rest is with whoever sends it.
+fn long_body() -> Vec<u8> {
+    b"abcdefghijklmnopqrstuvwxyz".repeat(2_500_000)
+}
+
+/// Retires the upstream after a time at which nothing in it is a mere request any more, and cuts the requests.
+fn cut_requests_late(edge: &mut TestEdge, inside: &Upstream) {
+    std::thread::park_timeout(std::time::Duration::from_millis(10_500));
+    retire(edge);
+    inside.close_class(TrafficClass::Request);
+    inside.cut_class(TrafficClass::Request);
+    until("it is a transfer", || inside.receipt().in_flight[TrafficClass::Transfer] == 1);
+}
+
+fn assert_completed(inside: &Upstream) {
+    until("it is empty", || inside.is_empty());
+    let receipt = inside.receipt();
+    assert_eq!((receipt.completed[TrafficClass::Transfer], receipt.hard_cut), (1, Vec::new()));
+}
+
+#[test]
+fn a_download_whose_client_takes_its_time_is_not_cut_as_a_request() {
+    let origin = Origin::scripted(|conn| {
+        conn.request();
+        let body = long_body();
+        conn.write(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).as_bytes());
+        conn.write(&body);
+    });
+    let (mut edge, inside) = TestEdge::with_upstream(&origin);
+    let mut client = ask(&edge, "/", "slow");
+    until("it is inside", || inside.in_flight() == 1);
+    cut_requests_late(&mut edge, &inside);
+    assert!(client.answer().body == long_body(), "byte for byte");
+    assert_completed(&inside);
+}
+
+#[test]
+fn an_upload_whose_origin_takes_its_time_is_not_cut_as_a_request() {
+    let (go, wait) = mpsc::channel::<()>();
+    let wait = Mutex::new(wait);
+    let origin = Origin::scripted(move |conn| {
+        let _ = wait.lock().expect("lock").recv();
+        conn.request();
+        conn.answer("taken");
+    });
+    let (mut edge, inside) = TestEdge::with_upstream(&origin);
+    let mut client = edge.client();
+    let mut sender = client.socket.try_clone().expect("a second handle");
+    let sends = std::thread::spawn(move || {
+        let body = long_body();
+        let head = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());
+        std::io::Write::write_all(&mut sender, head.as_bytes()).expect("it is taken");
+        std::io::Write::write_all(&mut sender, &body).expect("it is taken");
+    });
+    until("it is inside", || inside.in_flight() == 1);
+    cut_requests_late(&mut edge, &inside);
+    go.send(()).expect("the origin waits");
+    assert_eq!(client.answer().text(), "taken");
+    sends.join().expect("everything was sent");
+    assert!(origin.last().body == long_body(), "byte for byte");
+    assert_completed(&inside);
+}

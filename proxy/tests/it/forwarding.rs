@@ -1,10 +1,12 @@
 //! What an origin gets of a request, and a client of an answer.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use peregrine_proxy::Config;
-use peregrine_routing::{HostPattern, RouteSpec, ServicePolicy};
+use peregrine_routing::{Balance, HashKey, HostPattern, RouteSpec, ServicePolicy};
 
 use super::support::{Origin, TestEdge, block_on, config, service, until_trusted, upstream};
 
@@ -303,10 +305,9 @@ fn a_sticky_cookie_is_a_preference_and_never_a_pin() {
 fn a_hash_on_a_header_sends_a_key_to_one_copy() {
     let origins: Vec<Origin> = ["a", "b", "c"].map(Origin::saying).into();
     let mut web = service(origins.iter().map(|origin| upstream(origin.addr)).collect());
-    web.balance =
-        peregrine_routing::Balance::ConsistentHash(peregrine_routing::HashKey::Header("x-key".into()));
+    web.balance = Balance::ConsistentHash(HashKey::Header("x-key".into()));
     let edge = TestEdge::start(web);
-    let mut homes = std::collections::HashSet::new();
+    let mut homes = HashSet::new();
     for key in 0..30 {
         let ask = || {
             let request = format!("GET / HTTP/1.1\r\nHost: a\r\nX-Key: {key}\r\n\r\n");
@@ -317,4 +318,48 @@ fn a_hash_on_a_header_sends_a_key_to_one_copy() {
         homes.insert(home);
     }
     assert_eq!(homes.len(), 3);
+}
+
+#[test]
+fn a_hash_on_a_cookie_sends_its_value_to_one_copy_whatever_comes_with_it() {
+    let origins: Vec<Origin> = ["a", "b", "c"].map(Origin::saying).into();
+    let mut web = service(origins.iter().map(|origin| upstream(origin.addr)).collect());
+    web.balance = Balance::ConsistentHash(HashKey::Cookie("session".into()));
+    let edge = TestEdge::start(web);
+    let ask = |cookies: &str| {
+        let request = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: {cookies}\r\n\r\n");
+        edge.client().send(request).answer().text().to_owned()
+    };
+    let mut homes = HashSet::new();
+    for value in 0..30 {
+        let home = ask(&format!("session={value}"));
+        assert_eq!(ask(&format!("theme=dark; session={value}")), home);
+        assert_eq!(ask(&format!("session={value}; session2=x; counter={}", value * 7)), home);
+        homes.insert(home);
+    }
+    assert_eq!(homes.len(), 3);
+}
+
+#[test]
+fn a_hash_on_the_clients_address_takes_the_one_that_the_edge_believes() {
+    let origins: Vec<Origin> = ["a", "b", "c"].map(Origin::saying).into();
+    let mut web = service(origins.iter().map(|origin| upstream(origin.addr)).collect());
+    web.balance = Balance::ConsistentHash(HashKey::ClientAddress);
+    let homes = |edge: &TestEdge| -> Vec<String> {
+        let ask = |client: u8| {
+            let request =
+                format!("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 198.51.100.{client}\r\n\r\n");
+            edge.client().send(request).answer().text().to_owned()
+        };
+        let first: Vec<String> = (1..=30).map(ask).collect();
+        // Another connection has another port, and is the same client.
+        assert_eq!((1..=30).map(ask).collect::<Vec<_>>(), first);
+        first
+    };
+    let trusting = Config { trusted_proxies: vec!["127.0.0.0/8".parse().expect("network")], ..config() };
+    let behind_a_proxy = homes(&TestEdge::start_with(trusting, vec![web.clone()]));
+    assert_eq!(behind_a_proxy.iter().collect::<HashSet<_>>().len(), 3);
+    // A stranger cannot choose a copy: all of these are one client, whatever they say.
+    let of_strangers = homes(&TestEdge::start(web));
+    assert_eq!(of_strangers.iter().collect::<HashSet<_>>().len(), 1);
 }

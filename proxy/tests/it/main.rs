@@ -1,14 +1,20 @@
 //! The edge from outside: real sockets, scripted clients and scripted origins.
 
+mod answers;
 mod apart;
+mod auth;
 mod bodies;
+mod changes;
 mod closing;
 mod drain;
+mod floods;
 mod forwarding;
 mod frames;
 mod goaway;
 mod grpc;
+mod guards;
 mod health;
+mod hold;
 mod large;
 mod limits;
 mod malformed;
@@ -16,11 +22,17 @@ mod mirror;
 mod names;
 mod observe;
 mod outage;
+mod paths;
 mod ready;
 mod retries;
+mod rules;
 mod scripted;
 mod shutdown;
 mod stale;
 mod support;
+mod tls;
+mod tls_policy;
+mod tls_sessions;
+mod tls_support;
 mod tunnels;
 mod websockets;

@@ -41,6 +41,29 @@ fn a_request_that_two_parsers_may_read_in_two_ways_is_refused() {
         (": ab\r\n".into(), "", "bad_request_head"),
         ("no colon\r\n".into(), "", "bad_request_head"),
         ("X: a\rb\r\n".into(), "", "bad_request_head"),
+        ("X: a\n".into(), "", "bad_request_head"),
+        ("X: a\nY: b\r\n".into(), "", "bad_request_head"),
+        ("X: a\r\r\n".into(), "", "bad_request_head"),
+        ("X: a\x01b\r\n".into(), "", "bad_request_head"),
+        ("X: a\x7fb\r\n".into(), "", "bad_request_head"),
+        ("X\t: a\r\n".into(), "", "bad_request_head"),
+        ("X : a\r\n".into(), "", "bad_request_head"),
+        (" X: a\r\n".into(), "", "bad_request_head"),
+        ("\tX: a\r\n".into(), "", "bad_request_head"),
+        ("X(y): a\r\n".into(), "", "bad_request_head"),
+        ("Xé: a\r\n".into(), "", "bad_request_head"),
+        ("\x0bContent-Length: 5\r\n".into(), "hello", "bad_request_head"),
+        ("Content-Length: \x0b5\r\n".into(), "hello", "bad_request_head"),
+        ("Content-Length: 5 5\r\n".into(), "hello", "bad_request_head"),
+        ("Content-Length: 5;x\r\n".into(), "hello", "bad_request_head"),
+        ("Content-Length: \r\n".into(), "", "bad_request_head"),
+        ("Content-Length: 5_0\r\n".into(), "", "bad_request_head"),
+        ("Transfer-Encoding:\r\n".into(), "", "bad_request_head"),
+        ("Transfer-Encoding: chunked;q=1\r\n".into(), "0\r\n\r\n", "bad_request_head"),
+        ("Transfer-Encoding: \"chunked\"\r\n".into(), "0\r\n\r\n", "bad_request_head"),
+        ("Transfer-Encoding: chunked,\r\n".into(), "0\r\n\r\n", "bad_request_head"),
+        ("Transfer-Encoding: ,chunked\r\n".into(), "0\r\n\r\n", "bad_transfer_encoding"),
+        ("Transfer-Encoding: \x0bchunked\r\n".into(), "0\r\n\r\n", "bad_request_head"),
     ] {
         let request = format!("POST / HTTP/1.1\r\nHost: a.test\r\n{fields}\r\n{body}");
         refused(&edge, &origin, request.as_bytes(), 400, reason);
@@ -78,6 +101,26 @@ fn a_request_line_that_is_none_is_refused() {
         ("GET  / HTTP/1.1", 400, "bad_request_head"),
         ("GE T / HTTP/1.1", 400, "bad_request_head"),
         ("GET /a b HTTP/1.1", 400, "bad_request_head"),
+        ("GET\t/ HTTP/1.1", 400, "bad_request_head"),
+        ("GET /\tHTTP/1.1", 400, "bad_request_head"),
+        (" GET / HTTP/1.1", 400, "bad_request_head"),
+        ("GET / HTTP/1.1 ", 400, "bad_request_head"),
+        ("GET / HTTP/1.1\t", 400, "bad_request_head"),
+        ("GET / http/1.1", 400, "bad_request_head"),
+        ("GET / HTTP/1.10", 400, "bad_request_head"),
+        ("GET / HTTP/01.1", 400, "bad_request_head"),
+        ("GET / HTTP/ 1.1", 400, "bad_request_head"),
+        ("GET / HTTP/2.0", 400, "bad_request_head"),
+        ("G{T / HTTP/1.1", 400, "bad_request_head"),
+        ("GÉT / HTTP/1.1", 400, "bad_request_head"),
+        ("GET:/ HTTP/1.1", 400, "bad_request_head"),
+        ("GET /a\0b HTTP/1.1", 400, "bad_request_head"),
+        ("GET /a<b HTTP/1.1", 400, "bad_request_head"),
+        ("GET a HTTP/1.1", 400, "bad_target"),
+        ("GET /a#b HTTP/1.1", 400, "bad_target"),
+        ("GET http:///a HTTP/1.1", 400, "bad_request_head"),
+        ("GET http://a.test:x/ HTTP/1.1", 400, "bad_host"),
+        ("GET ?a HTTP/1.1", 400, "bad_request_head"),
         ("GET * HTTP/1.1", 400, "bad_target"),
         ("GET ftp://a.test/ HTTP/1.1", 400, "bad_target"),
         ("TRACE / HTTP/1.1", 405, "method_not_allowed"),
@@ -123,8 +166,89 @@ fn a_bad_chunk_is_the_clients_fault() {
         "\r\n",
         "fffffffffffffffff\r\n",
         "5\nhello\r\n",
+        "5 \r\nhello\r\n",
+        "5\t;a\r\nhello\r\n",
+        "5;a\nhello\r\n",
+        "5\rhello\r\n",
+        "5\r\nhello\n0\r\n\r\n",
+        "5\r\nhelloo\r\n0\r\n\r\n",
+        "5\r\nhell\r\n0\r\n\r\n",
+        "0\r\nX: a\n\r\n",
+        "0\r\n\n",
+        "0\r\nX : a\r\n\r\n",
+        "0\r\n X: a\r\n\r\n",
+        "0\r\nX\r\n\r\n",
+        "0;\0\r\n\r\n",
     ] {
         refused(&edge, &origin, format!("{head}{chunk}").as_bytes(), 400, "bad_request_body");
+    }
+}
+
+#[test]
+fn chunks_are_refused_in_a_version_that_has_none() {
+    let origin = Origin::ok();
+    let edge = TestEdge::before(&origin);
+    let request = "POST / HTTP/1.0\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    refused(&edge, &origin, request.as_bytes(), 400, "bad_request_head");
+}
+
+#[test]
+fn extensions_and_trailers_have_limits() {
+    let origin = Origin::ok();
+    let edge = TestEdge::before(&origin);
+    let head = "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let long = format!("{head}5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(1025));
+    refused(&edge, &origin, long.as_bytes(), 400, "bad_request_body");
+    let fits = format!("{head}5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(1024));
+    assert_eq!(edge.client().send(&fits).answer().status, 200);
+    assert_eq!((origin.last().body.as_slice(), origin.last().head.contains("xxx")), (&b"hello"[..], false));
+    for endless in [
+        "1;x\r\na\r\n".repeat(20_000),
+        format!("0\r\n{}", "T: v\r\n".repeat(20_000)),
+        format!("0\r\nT: {}", "v".repeat(100_000)),
+    ] {
+        let before = origin.seen().len();
+        let mut client = edge.client();
+        let answer = client.send_anyhow(format!("{head}{endless}")).answer();
+        assert_eq!((answer.status, answer.reason()), (400, "bad_request_body"), "{}", &endless[..20]);
+        assert_eq!(origin.seen().len(), before);
+    }
+}
+
+#[test]
+fn a_chunk_that_breaks_off_the_grammar_later_is_refused_too() {
+    let origin = Origin::ok();
+    let edge = TestEdge::before(&origin);
+    let head = "POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    for later in ["5 \r\nhello\r\n0\r\n\r\n", "5;a\nhello\r\n0\r\n\r\n", "0\r\nX: a\n\r\n"] {
+        let (before, mut client) = (origin.seen().len(), edge.client());
+        client.send(head);
+        until("the request is on its way", || origin.connections() > 0);
+        let answer = client.send(later).answer();
+        assert_eq!((answer.status, answer.reason()), (400, "bad_request_body"), "{later:?}");
+        assert!(client.is_closed());
+        assert_eq!(origin.seen().len(), before, "no whole request has come");
+    }
+}
+
+#[test]
+fn a_field_that_frames_the_message_cannot_be_nominated_away() {
+    let origin = Origin::ok();
+    let edge = TestEdge::before(&origin);
+    for option in ["content-length", "Content-Length, close", "keep-alive, content-length, host"] {
+        let smuggled = "GET /smuggled HTTP/1.1\r\nHost: a.test\r\n\r\n";
+        let length = smuggled.len();
+        let request = format!(
+            "POST /outer HTTP/1.1\r\nHost: a.test\r\nConnection: {option}\r\nContent-Length: {length}\r\n\r\n{smuggled}"
+        );
+        assert_eq!(edge.client().send(request).answer().status, 200);
+        let seen = origin.last();
+        assert_eq!(
+            (seen.line(), seen.body.as_slice()),
+            ("POST /outer HTTP/1.1", smuggled.as_bytes()),
+            "{option}"
+        );
+        assert_eq!(seen.all("host"), ["a.test"]);
     }
 }
 

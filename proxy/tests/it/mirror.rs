@@ -129,6 +129,28 @@ fn requests_with_credentials_are_copied_where_the_table_says_so() {
 }
 
 #[test]
+fn whether_a_request_has_credentials_is_what_its_client_sent_whatever_rules_make_of_it() {
+    use peregrine_routing::{HeaderEdits, Rules};
+    let (old, new) = (Origin::ok(), Origin::ok());
+    let mut web = mirroring(&upstream(old.addr), &upstream(new.addr), all());
+    web.policy.rules = Some(Box::new(Rules {
+        request_headers: HeaderEdits {
+            remove: vec!["cookie".into()],
+            set: vec![("authorization".into(), "Bearer own".into())],
+            ..HeaderEdits::default()
+        },
+        ..Rules::default()
+    }));
+    let edge = TestEdge::start(web);
+    let mut client = edge.client();
+    client.send("GET /signed-in HTTP/1.1\r\nHost: a.test\r\nCookie: a=b\r\n\r\n").answer();
+    client.get("/anonymous");
+    until("one is copied", || !new.seen().is_empty());
+    assert_eq!(new.seen().len(), 1);
+    assert!(new.last().line().contains("/anonymous"), "{}", new.last().head);
+}
+
+#[test]
 fn the_mark_of_a_stranger_is_taken_off_and_a_copy_of_a_trusted_edge_is_not_copied_again() {
     let marked = "GET / HTTP/1.1\r\nHost: a.test\r\nPeregrine-Mirror: 1\r\nPeregrine_Mirror: 1\r\n\r\n";
     let (old, new) = (Origin::ok(), Origin::ok());

@@ -99,7 +99,7 @@ fn an_address_in_use_is_an_error_that_says_what_to_do() {
     assert!(error.contains("another program listens there"), "{error}");
 }
 
-fn recorder() -> &'static PrometheusHandle {
+pub(crate) fn recorder() -> &'static PrometheusHandle {
     static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
     RECORDER.get_or_init(|| {
         let handle = PrometheusBuilder::new().install_recorder().expect("is the only one");
@@ -108,7 +108,7 @@ fn recorder() -> &'static PrometheusHandle {
     })
 }
 
-fn value(series: &str) -> u64 {
+pub(crate) fn value(series: &str) -> u64 {
     let text = recorder().render();
     let line = text.lines().find(|line| line.starts_with(series));
     line.and_then(|line| line.rsplit(' ').next())

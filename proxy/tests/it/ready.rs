@@ -1,6 +1,6 @@
 //! Connections that are opened ahead of the first request.
 
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 
 use peregrine_routing::{ServiceSpec, Upstream, UpstreamSpec};
 
@@ -84,12 +84,21 @@ fn an_http2_connection_stands_for_all_that_were_asked_for() {
 fn what_was_used_up_is_opened_again_when_the_table_asks_again_and_not_before() {
     let (serving, new) = (Origin::ok(), Origin::scripted(|conn| drop(conn.head())));
     let (old, copy) = (upstream(serving.addr), upstream(new.addr));
-    let closing = Origin::scripted(|_| {}); // closes at once
+    // Closes when it is told to, and each further one when the test is over.
+    let (close, closes) = mpsc::channel::<()>();
+    let closes = Mutex::new(closes);
+    let closing = Origin::scripted(move |_| {
+        let _told = closes.lock().expect("no panic").recv();
+    });
     let spare = upstream(closing.addr);
     let mut web = warming(old, ready(2, copy.clone()));
     web.pools[1].upstreams.push(ready(1, spare.clone()));
     let mut edge = TestEdge::start(web.clone());
     until("both were connected to", || new.connections() == 2 && closing.connections() == 1);
+    // Counted before it closes: none would be 0, too, before it is counted at all.
+    until_ready(&edge.upstream(&copy), 2);
+    until_ready(&edge.upstream(&spare), 1);
+    close.send(()).expect("it waits");
     until_ready(&edge.upstream(&spare), 0);
     for _ in 0..20 {
         assert_eq!(edge.client().get("/").text(), "ok");

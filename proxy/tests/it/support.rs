@@ -68,6 +68,7 @@ pub(crate) fn service(upstreams: Vec<UpstreamSpec>) -> ServiceSpec {
 
 pub(crate) struct TestEdge {
     pub(crate) addr: SocketAddr,
+    https: Option<SocketAddr>,
     pub(crate) writer: TableWriter,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -82,22 +83,33 @@ impl TestEdge {
         Self::start_with(config(), vec![service])
     }
 
-    pub(crate) fn start_with(mut config: Config, services: Vec<ServiceSpec>) -> Self {
+    pub(crate) fn start_with(config: Config, services: Vec<ServiceSpec>) -> Self {
+        Self::start_full(config, services, &[], |edge| edge)
+    }
+
+    /// As `start_with`, with more in the table, and an edge that is told more.
+    pub(crate) fn start_full(
+        mut config: Config,
+        services: Vec<ServiceSpec>,
+        more: &[Change],
+        told: impl FnOnce(Edge) -> Edge,
+    ) -> Self {
         let (mut writer, reader) = peregrine_routing::table();
-        let changes: Vec<Change> = services.into_iter().map(Change::Put).collect();
+        let mut changes: Vec<Change> = services.into_iter().map(Change::Put).collect();
+        changes.extend_from_slice(more);
         writer.apply(&changes).expect("the services are accepted");
         if config.http.is_empty() {
             config.http = vec!["127.0.0.1:0".parse().expect("address")];
         }
-        let edge = Edge::bind(config, reader).expect("binds");
-        let addr = edge.addrs()[0];
+        let edge = told(Edge::bind(config, reader).expect("binds"));
+        let (addr, https) = (edge.addrs()[0], edge.https_addrs().first().copied());
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
             runtime.block_on(edge.run(async move { drop(stopped.await) })).expect("ends as asked");
         });
-        Self { addr, writer, stop: Some(stop), thread: Some(thread) }
+        Self { addr, https, writer, stop: Some(stop), thread: Some(thread) }
     }
 
     /// An edge in front of one origin.
@@ -115,6 +127,10 @@ impl TestEdge {
 
     pub(crate) fn client(&self) -> Client {
         Client::connect(self.addr)
+    }
+
+    pub(crate) fn https(&self) -> SocketAddr {
+        self.https.expect("speaks TLS")
     }
 
     pub(crate) fn upstream(&self, spec: &UpstreamSpec) -> Arc<Upstream> {
@@ -379,8 +395,8 @@ impl Answer {
 }
 
 /// A client that speaks HTTP/1.1 byte by byte.
-pub(crate) struct Client {
-    pub(crate) socket: TcpStream,
+pub(crate) struct Client<S = TcpStream> {
+    pub(crate) socket: S,
     pub(crate) unread: Vec<u8>,
 }
 
@@ -389,6 +405,12 @@ impl Client {
         let socket = TcpStream::connect(addr).expect("connects");
         socket.set_read_timeout(Some(PATIENCE)).expect("time-out");
         socket.set_nodelay(true).expect("nodelay");
+        Self::over(socket)
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    pub(crate) fn over(socket: S) -> Self {
         Self { socket, unread: Vec::new() }
     }
 

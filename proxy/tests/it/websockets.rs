@@ -5,7 +5,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use peregrine_routing::{TrafficClass, Upstream};
+use peregrine_proxy::now_ms;
+use peregrine_routing::{HoldSpec, ServiceSpec, TrafficClass, Upstream};
 
 use super::support::{Client, Origin, PATIENCE, TestEdge, service, until, upstream};
 
@@ -76,6 +77,14 @@ struct Ends {
     origin: Sender<Vec<u8>>,
     /// What has come to the origin, byte for byte.
     at_origin: Arc<Mutex<Vec<u8>>>,
+    close_spread_ms: u32,
+}
+
+/// Without a copy.
+fn nobody(close_spread_ms: u32) -> ServiceSpec {
+    let mut web = service(Vec::new());
+    web.policy.websocket_close_spread_ms = close_spread_ms;
+    web
 }
 
 impl Ends {
@@ -108,11 +117,11 @@ impl Ends {
         let inside = edge.upstream(&spec);
         let mut client = edge.client();
         assert!(client.send(ASK).head().starts_with("HTTP/1.1 101"));
-        Self { edge, inside, client, origin: write, at_origin }
+        Self { edge, inside, client, origin: write, at_origin, close_spread_ms }
     }
 
     fn leave(&mut self) {
-        let version = self.edge.put(service(Vec::new()));
+        let version = self.edge.put(nobody(self.close_spread_ms));
         self.edge.wait_acknowledged(version);
         self.inside.close_class(TrafficClass::WebSocket);
     }
@@ -299,13 +308,14 @@ fn polite() -> Origin {
     })
 }
 
-#[test]
-fn many_websockets_are_closed_over_a_window_and_not_at_one_moment() {
+/// Sixty tunnels that were opened when closing was to be spread over `opened_ms`, and are closed when it is to be over
+/// `closing_ms`: when each was told to come back.
+fn close_times(opened_ms: u32, closing: ServiceSpec) -> Vec<Duration> {
     const SOCKETS: usize = 60;
     let origin = polite();
     let spec = upstream(origin.addr);
     let mut web = service(vec![spec.clone()]);
-    web.policy.websocket_close_spread_ms = 1_500;
+    web.policy.websocket_close_spread_ms = opened_ms;
     let mut edge = TestEdge::start(web);
     let inside = edge.upstream(&spec);
     let clients: Vec<Client> = (0..SOCKETS)
@@ -315,11 +325,11 @@ fn many_websockets_are_closed_over_a_window_and_not_at_one_moment() {
             client
         })
         .collect();
-    let version = edge.put(service(Vec::new()));
+    let version = edge.put(closing);
     edge.wait_acknowledged(version);
     let begun = Instant::now();
     inside.close_class(TrafficClass::WebSocket);
-    let closing: Vec<_> = clients
+    let told: Vec<_> = clients
         .into_iter()
         .map(|mut client| {
             std::thread::spawn(move || {
@@ -335,13 +345,36 @@ fn many_websockets_are_closed_over_a_window_and_not_at_one_moment() {
             })
         })
         .collect();
-    let mut times: Vec<Duration> = closing.into_iter().map(|thread| thread.join().expect("closes")).collect();
+    let mut times: Vec<Duration> = told.into_iter().map(|thread| thread.join().expect("closes")).collect();
     times.sort_unstable();
-    assert!(times[SOCKETS - 1] - times[0] > Duration::from_millis(500), "all at once: {times:?}");
-    assert!(times[SOCKETS - 1] < PATIENCE);
-    until("it is empty", || inside.is_empty());
-    assert_eq!(inside.receipt().soft_closed[TrafficClass::WebSocket], SOCKETS as u64);
-    assert_eq!(inside.receipt().hard_cut, [] as [String; 0]);
+    until("they are all gone", || inside.is_empty());
+    let receipt = inside.receipt();
+    assert_eq!(receipt.soft_closed[TrafficClass::WebSocket], SOCKETS as u64);
+    assert_eq!(receipt.hard_cut, [] as [String; 0]);
+    times
+}
+
+#[test]
+fn many_websockets_are_closed_over_a_window_and_not_at_one_moment() {
+    let times = close_times(1_500, nobody(1_500));
+    assert!(times[times.len() - 1] - times[0] > Duration::from_millis(500), "all at once: {times:?}");
+    assert!(times[times.len() - 1] < PATIENCE);
+}
+
+#[test]
+fn websockets_that_were_opened_when_there_was_time_are_closed_at_once_when_others_wait() {
+    let mut held = nobody(0);
+    held.policy.hold = Some(Box::new(HoldSpec {
+        id: 1,
+        until_ms: now_ms() + 60_000,
+        max_requests: 1_000,
+        max_bytes: 1 << 20,
+        max_age_ms: 60_000,
+        release_per_s: 1_000,
+    }));
+    // Six seconds after they were asked to end they are cut; with what was said at their upgrade, 40 of 100 would be.
+    let times = close_times(10_000, held);
+    assert!(times[times.len() - 1] < Duration::from_secs(4), "{times:?}");
 }
 
 #[test]

@@ -113,7 +113,8 @@ pub struct DrainReceipt {
     pub bytes_to_upstream: u64,
     /// Body bytes sent to clients.
     pub bytes_to_client: u64,
-    /// Edges that were given up while they may have been inside: what they did after their last word is in no count.
+    /// Edges that were given up while they may have been inside: what they did after their last word is in no count. One
+    /// that comes back is not among them.
     pub lost: Vec<LostEdge>,
 }
 
@@ -355,6 +356,7 @@ impl Upstream {
         let Some(sum) = self.remote.sum() else { return receipt };
         receipt.empty = self.is_empty();
         receipt.started += sum.tally.started;
+        receipt.retried += sum.tally.retried;
         receipt.completed.add(&sum.tally.completed);
         receipt.soft_closed.add(&sum.tally.soft_closed);
         receipt.in_flight.add(&sum.tally.in_flight);
@@ -546,6 +548,7 @@ impl Upstream {
             in_flight: receipt.in_flight,
             bytes_to_upstream: receipt.bytes_to_upstream,
             bytes_to_client: receipt.bytes_to_client,
+            retried: receipt.retried,
             hard_cut: receipt.hard_cut_classes.into_iter().zip(receipt.hard_cut).collect(),
             outcomes: self.outcomes.read(),
             ready_connections: self.ready_here(),
@@ -556,8 +559,14 @@ impl Upstream {
         }
     }
 
-    pub(crate) fn expect_edge(&self, id: EdgeId, name: &Arc<str>) {
-        self.remote.expect(id, name);
+    /// False if that edge has let go of it for good.
+    pub(crate) fn expect_edge(&self, id: EdgeId, name: &Arc<str>) -> bool {
+        self.remote.expect(id, name)
+    }
+
+    /// True if that edge was lost inside, and is expected again from now on.
+    pub(crate) fn take_edge_back(&self, id: EdgeId) -> bool {
+        self.remote.take_back(id)
     }
 
     pub(crate) fn report_of(&self, id: EdgeId, tally: Tally, from_before: bool) {
@@ -568,6 +577,11 @@ impl Upstream {
 
     pub(crate) fn let_go_of(&self, id: EdgeId) {
         self.remote.let_go(id);
+        self.turned.notify(usize::MAX);
+    }
+
+    pub(crate) fn left_by(&self, id: EdgeId) {
+        self.remote.leave(id);
         self.turned.notify(usize::MAX);
     }
 

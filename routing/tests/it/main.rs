@@ -5,6 +5,7 @@ mod balance;
 mod channel;
 mod drain;
 mod health;
+mod hold;
 mod matching;
 mod mirror;
 mod ready;

@@ -24,11 +24,8 @@ impl Model {
     }
 
     fn put(&mut self, spec: &ServiceSpec) -> bool {
-        let routes: HashSet<_> = spec
-            .routes
-            .iter()
-            .map(|r| (r.host.to_string(), r.path_prefix.trim_end_matches('/').to_owned()))
-            .collect();
+        let routes: HashSet<_> =
+            spec.routes.iter().map(|r| (r.host.to_string(), merged(&r.path_prefix))).collect();
         let mut others = self.services.iter().filter(|(name, _)| **name != *spec.name);
         let is_free = others.all(|(_, theirs)| theirs.is_disjoint(&routes));
         if is_free {
@@ -47,6 +44,11 @@ fn fits_host(pattern: &str, host: &str) -> bool {
 
 fn rank(pattern: &str, host: &str) -> usize {
     if pattern == host { usize::MAX } else { pattern.len() }
+}
+
+/// Prefixes are matched with single slashes, and without one at their end.
+fn merged(prefix: &str) -> String {
+    prefix.split('/').filter(|part| !part.is_empty()).map(|part| format!("/{part}")).collect()
 }
 
 fn fits_path(prefix: &str, path: &str) -> bool {

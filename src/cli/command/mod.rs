@@ -1,10 +1,12 @@
 //! The commands: one file each, with its arguments, its help text and its deed.
 
 pub(crate) mod audit;
+pub(crate) mod certs;
 pub(crate) mod completion;
 pub(crate) mod config;
 pub(crate) mod deploy;
 pub(crate) mod doctor;
+pub(crate) mod domains;
 pub(crate) mod edges;
 pub(crate) mod events;
 pub(crate) mod help;

@@ -12,7 +12,8 @@ use crate::cli::watch;
 /// Move a service to another machine while it serves
 ///
 /// Starts the new copies, warms them, shifts the traffic in steps, drains the old copies and gives their place back. No
-/// request fails; the receipt at the end says so in numbers. `peregrine moves abort` takes it back at any moment.
+/// request fails; the receipt at the end says so in numbers. `peregrine moves abort` takes it back, until the
+/// old copies are being removed or, of a single-writer service, the new one takes over.
 #[derive(Args, Debug)]
 pub(crate) struct Move {
     /// Service

@@ -62,9 +62,10 @@ enum MovesAction {
         /// Id, mov_…
         id: String,
     },
-    /// Go back to the old copies, in any phase
+    /// Go back to the old copies, until they are being removed
     ///
-    /// Ends with exit code 0 when the move went back (with `moves watch`, 10 says so).
+    /// Refused with exit code 5 from the release on, and of a single-writer service once the new copy takes over: `moves
+    /// rollback` takes it back then. Ends with exit code 0 when the move went back (with `moves watch`, 10 says so).
     Abort {
         /// Id, mov_…
         id: String,

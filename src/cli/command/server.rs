@@ -26,8 +26,9 @@ enum ServerAction {
     /// Back up the store to a new file, while the server runs or not
     ///
     /// The copy is of one moment; it is checked page by page and flushed before it gets its name, and FILE.sha256 is
-    /// written beside it. It holds what the store holds, also values of environments: keep it private. Run it on the
-    /// machine of the server, with its data folder (--data).
+    /// written beside it. It holds what the store holds, also values of environments: keep it private. It does not hold
+    /// the folder `link` beside the store, by which edges elsewhere know this installation: copy that one, too. Run it
+    /// on the machine of the server, with its data folder (--data).
     Backup {
         /// File to write; must not be there
         #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]

@@ -2,6 +2,7 @@
 //! one that is not.
 
 pub(super) mod audit;
+pub(super) mod domains;
 pub(super) mod edges;
 pub(super) mod events;
 pub(super) mod instances;

@@ -93,7 +93,7 @@ pub(in crate::server) async fn list_moves(
             && query.state.is_none_or(|state| MoveState::from(rollout.state) == state)
     };
     let moves = page(
-        state.rollouts.values().rev().filter(wanted),
+        state.rollouts.values().rev().map(AsRef::as_ref).filter(wanted),
         |rollout| rollout.id.to_string(),
         true,
         query.limit,
@@ -157,7 +157,8 @@ pub(in crate::server) async fn promote_move(
 
 /// Go back to the old copies
 ///
-/// Whatever the phase. Answers once the ask is durable; the way back goes on.
+/// Answers once the ask is durable; the way back goes on. Refused (409, `move.past_return`) once the old copies are
+/// being removed, and of a single-writer service once the new copy takes over: a rollback takes it back then.
 #[utoipa::path(post, path = "/api/v1/moves/{id}/abort", tag = "moves",
     params(("id" = String, Path, description = "Id of the move"), WaitQuery),
     responses((status = 202, description = "It goes back", body = Move),

@@ -58,14 +58,14 @@ pub(super) async fn ensure(engine: &Engine, spec: &InstanceSpec) -> Result<Socke
                         tokio::time::sleep(Duration::from_millis(POLL_INTERVAL_MS)).await;
                         continue;
                     }
-                    Life::Dead => discard(engine, &spec.id).await,
+                    Life::Dead => discard(engine, &found.container).await,
                     Life::Created | Life::Exited | Life::Paused => {
                         fence(engine, spec).await?;
-                        match start(engine, &spec.id, found.life).await {
+                        match start(engine, &found.container, found.life).await {
                             Ok(()) => return watch_start(engine, &spec.id).await,
                             Err(error) if init && lacks_init(&error) => {
                                 init = false;
-                                discard(engine, &spec.id).await
+                                discard(engine, &found.container).await
                             }
                             Err(error) => Err(error),
                         }
@@ -95,8 +95,13 @@ pub(super) async fn remove(engine: &Engine, id: &InstanceId, grace_ms: u32) -> R
     let grace = Duration::from_millis(u64::from(grace_ms));
     let deadline = Instant::now() + grace + Duration::from_millis(REMOVE_TIMEOUT_MS);
     let mut stopped = false;
+    let mut meant: Option<String> = None;
     loop {
         let Some(found) = look(engine, id).await? else { return Ok(()) };
+        // Who was asked to remove one container, and was late, leaves alone what another has made since.
+        if *meant.get_or_insert_with(|| found.container.clone()) != found.container {
+            return Ok(());
+        }
         if found.install.is_none() {
             return Err(RuntimeError::Refused {
                 machine: engine.machine.clone(),
@@ -105,8 +110,10 @@ pub(super) async fn remove(engine: &Engine, id: &InstanceId, grace_ms: u32) -> R
         }
         let deed = match found.life {
             Life::Removing => Ok(()),
-            Life::Running | Life::Paused | Life::Restarting if !stopped => stop(engine, id, grace).await,
-            _ => discard(engine, id).await,
+            Life::Running | Life::Paused | Life::Restarting if !stopped => {
+                stop(engine, &found.container, grace).await
+            }
+            _ => discard(engine, &found.container).await,
         };
         // A stop that got no answer may have worked; the grace is over in any case.
         stopped |= found.life != Life::Removing;
@@ -203,25 +210,25 @@ async fn create(engine: &Engine, spec: &InstanceSpec, init: bool) -> Result<(), 
     Ok(())
 }
 
-async fn start(engine: &Engine, id: &InstanceId, life: Life) -> Result<(), Error> {
+async fn start(engine: &Engine, container: &str, life: Life) -> Result<(), Error> {
     let docker = engine.docker_or_unknown().await?;
     if life == Life::Paused {
-        return docker.unpause_container(id.as_str()).await;
+        return docker.unpause_container(container).await;
     }
-    docker.start_container(id.as_str(), None::<StartContainerOptions>).await
+    docker.start_container(container, None::<StartContainerOptions>).await
 }
 
-async fn stop(engine: &Engine, id: &InstanceId, grace: Duration) -> Result<(), Error> {
+async fn stop(engine: &Engine, container: &str, grace: Duration) -> Result<(), Error> {
     let grace_s = grace.as_millis().div_ceil(1_000); // the engine counts in seconds
     let options =
         StopContainerOptionsBuilder::default().t(i32::try_from(grace_s).unwrap_or(i32::MAX)).build();
     let docker = engine.patient(grace).await?;
-    docker.stop_container(id.as_str(), Some(options)).await
+    docker.stop_container(container, Some(options)).await
 }
 
-async fn discard(engine: &Engine, id: &InstanceId) -> Result<(), Error> {
+async fn discard(engine: &Engine, container: &str) -> Result<(), Error> {
     let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-    engine.docker_or_unknown().await?.remove_container(id.as_str(), Some(options)).await
+    engine.docker_or_unknown().await?.remove_container(container, Some(options)).await
 }
 
 /// Sees whether a container that was just started ends at once. One that the engine has restarted already and

@@ -31,6 +31,8 @@ pub(super) enum Life {
 /// A container that was found under an instance's name.
 #[derive(Clone, Debug)]
 pub(super) struct Found {
+    /// The engine's own name for this very container: one that is made later under the same name is another one.
+    pub(super) container: String,
     /// Its life.
     pub(super) life: Life,
     /// Installation that it belongs to; `None` if it is none of Peregrine's.
@@ -41,6 +43,7 @@ pub(super) struct Found {
 
 /// Reads an inspection of the container named `id`, on a machine whose ports are published at `machine`.
 pub(super) fn read(id: &InstanceId, machine: IpAddr, container: ContainerInspectResponse) -> Found {
+    let own = container.id.unwrap_or_else(|| id.to_string());
     let labels = container.config.and_then(|config| config.labels).unwrap_or_default();
     let state = container.state.unwrap_or_default();
     let life = match state.status {
@@ -56,6 +59,7 @@ pub(super) fn read(id: &InstanceId, machine: IpAddr, container: ContainerInspect
     let running = life == Life::Running;
     let ended = matches!(life, Life::Exited | Life::Restarting | Life::Dead);
     Found {
+        container: own,
         life,
         install: labels.get(INSTALL_LABEL).filter(|_| ours).cloned(),
         status: InstanceStatus {

@@ -31,7 +31,7 @@ pub(crate) fn check(file: &Path) -> Result<(Revision, usize), StoreError> {
     if verdict != "ok" {
         return Err(damaged(verdict));
     }
-    let survey = reader::survey(&mut connection, "")?;
+    let survey = reader::survey(&mut connection, "", &reader::Part::ALL)?;
     if let Some((_, why)) = survey.unsound.first() {
         return Err(damaged(why));
     }

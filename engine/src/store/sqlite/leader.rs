@@ -18,7 +18,7 @@ const LEADER: &str = "engine";
 const REFUSED: &str = "engine/refused/";
 
 /// Writes of a process that was replaced, which were refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RefusedWrites {
     /// Its epoch.
     pub epoch: u64,
@@ -32,6 +32,12 @@ pub(super) struct Leader {
     holder: String,
     epoch: u64,
     renewed: u64,
+}
+
+impl Leader {
+    pub(super) const fn epoch(&self) -> u64 {
+        self.epoch
+    }
 }
 
 /// The present leader; `None` if there never was one.
@@ -65,6 +71,13 @@ pub(super) fn take(
     Ok(Some(epoch))
 }
 
+/// Leaves epochs out, for those that somebody may have seen already.
+pub(super) fn skip(connection: &Connection, count: u64) -> Result<(), rusqlite::Error> {
+    let (holder, epoch) =
+        present(connection)?.map_or((String::new(), 0), |leader| (leader.holder, leader.epoch));
+    put(connection, LEADER, &holder, epoch + count)
+}
+
 /// Shows that the leader lives.
 pub(super) fn renew(connection: &Connection, holder: &str, epoch: u64) -> Result<(), rusqlite::Error> {
     // Any change will do: who stands by compares, and measures the time itself.
@@ -91,21 +104,27 @@ pub(super) fn note(connection: &Connection, epoch: u64, batches: usize) -> Resul
     put(connection, &name, "", before.unwrap_or(0).cast_unsigned() + batches as u64)
 }
 
-/// Takes the notes of refused writes.
-pub(super) fn take_notes(connection: &Connection) -> Result<Vec<RefusedWrites>, rusqlite::Error> {
+/// The notes of refused writes.
+pub(super) fn notes(connection: &Connection) -> Result<Vec<RefusedWrites>, rusqlite::Error> {
     let mut statement = connection.prepare_cached("SELECT name, token FROM lease WHERE name GLOB ?1")?;
     let notes = statement.query_map([format!("{REFUSED}*")], |row| {
         let name: String = row.get(0)?;
-        Ok((name, row.get::<_, i64>(1)?.cast_unsigned()))
-    })?;
-    let notes = notes.collect::<Result<Vec<_>, _>>()?;
-    let mut found = Vec::new();
-    for (name, batches) in notes {
-        connection.prepare_cached("DELETE FROM lease WHERE name = ?1")?.execute([&name])?;
         let epoch = name.strip_prefix(REFUSED).and_then(|epoch| epoch.parse().ok()).unwrap_or(0);
-        found.push(RefusedWrites { epoch, batches });
-    }
-    Ok(found)
+        Ok(RefusedWrites { epoch, batches: row.get::<_, i64>(1)?.cast_unsigned() })
+    })?;
+    notes.collect()
+}
+
+/// Forgets a note that was told. What was refused since it was read stays noted.
+pub(super) fn forget(connection: &Connection, told: &RefusedWrites) -> Result<(), rusqlite::Error> {
+    let (name, batches) = (format!("{REFUSED}{}", told.epoch), told.batches.cast_signed());
+    connection
+        .prepare_cached("DELETE FROM lease WHERE name = ?1 AND token <= ?2")?
+        .execute(params![name, batches])?;
+    connection
+        .prepare_cached("UPDATE lease SET token = token - ?2 WHERE name = ?1")?
+        .execute(params![name, batches])?;
+    Ok(())
 }
 
 fn put(connection: &Connection, name: &str, holder: &str, token: u64) -> Result<(), rusqlite::Error> {

@@ -33,7 +33,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use self::fault::{closed, file_error};
 pub use self::leader::RefusedWrites;
-use self::reader::Query;
+use self::reader::{Part, Query};
 use self::watch::Watch;
 use self::writer::{History, Job, LeaseAsk, Writer};
 use super::{
@@ -74,6 +74,19 @@ impl SqliteStore {
     /// [`StoreError::Full`] when it cannot be opened.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         Self::open_with(dir, History::default(), |_| Ok(()))
+    }
+
+    /// The epoch of the last leader of a store, which is not opened for that; `None` if there never was one.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn stored_epoch(dir: &Path) -> Result<Option<u64>, StoreError> {
+        Ok(schema::leader(dir)?.map(|leader| leader.epoch()))
+    }
+
+    /// As [`Self::open`], and leads under an epoch that is higher by more than `step` than the one that is written down.
+    pub(crate) fn open_for_reign(dir: &Path, step: u64) -> Result<Self, StoreError> {
+        Self::open_with(dir, History::default(), |connection| leader::skip(connection, step))
     }
 
     fn open_with(
@@ -156,8 +169,8 @@ impl SqliteStore {
         self.epoch
     }
 
-    /// Shows whoever stands by that this process lives, and takes the notes of refused writes of those before it.
-    /// Call it several times within their patience.
+    /// Shows whoever stands by that this process lives, and reads the notes of refused writes of those before it: the
+    /// same again and again, until [`SqliteStore::forget_refused`]. Call it several times within their patience.
     ///
     /// # Errors
     ///
@@ -171,6 +184,16 @@ impl SqliteStore {
         Ok(renewed)
     }
 
+    /// Forgets a note of refused writes, once what it says is written down elsewhere; not what was refused since it was
+    /// read.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Fenced`] when another process leads; the note is still there.
+    pub async fn forget_refused(&self, told: RefusedWrites) -> Result<(), StoreError> {
+        self.write(|reply| Job::Forget { told, reply }).await
+    }
+
     async fn write<T>(
         &self,
         job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job,
@@ -178,6 +201,13 @@ impl SqliteStore {
         let (reply, answer) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(closed)?;
         jobs.send(job(reply)).await.map_err(|_| closed())?;
+        answer.await.map_err(|_| closed())?
+    }
+
+    async fn read_survey(&self, prefix: String, part: Part) -> Result<Survey, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        let queries = self.queries.as_ref().ok_or_else(closed)?;
+        queries.send(Query::Survey { prefix, part, reply }).await.map_err(|_| closed())?;
         answer.await.map_err(|_| closed())?
     }
 
@@ -203,14 +233,16 @@ impl Store for SqliteStore {
     }
 
     fn survey(&self, prefix: &str) -> BoxFuture<'_, Result<Survey, StoreError>> {
-        let prefix = prefix.to_owned();
-        async move {
-            let (reply, answer) = oneshot::channel();
-            let queries = self.queries.as_ref().ok_or_else(closed)?;
-            queries.send(Query::Survey { prefix, reply }).await.map_err(|_| closed())?;
-            answer.await.map_err(|_| closed())?
-        }
-        .boxed()
+        self.read_survey(prefix.to_owned(), Part::ALL).boxed()
+    }
+
+    fn survey_from<'a>(
+        &'a self,
+        prefix: &'a str,
+        from: &'a str,
+        max: usize,
+    ) -> BoxFuture<'a, Result<Survey, StoreError>> {
+        self.read_survey(prefix.to_owned(), Part { from: from.to_owned(), max }).boxed()
     }
 
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {

@@ -20,9 +20,23 @@ pub(super) enum Query {
     /// Every entry with this prefix.
     Range { prefix: String, reply: oneshot::Sender<Result<(Revision, Vec<Entry>), StoreError>> },
     /// Every entry with this prefix, and which cannot be trusted.
-    Survey { prefix: String, reply: oneshot::Sender<Result<Survey, StoreError>> },
+    Survey { prefix: String, part: Part, reply: oneshot::Sender<Result<Survey, StoreError>> },
     /// The next commits after a revision; none if it is the newest.
     Page { after: Revision, reply: oneshot::Sender<Result<Vec<Committed>, StoreError>> },
+}
+
+/// Which entries of a prefix.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    /// Keys before this one are left out.
+    pub(super) from: String,
+    /// So many at most.
+    pub(super) max: usize,
+}
+
+impl Part {
+    /// All of them.
+    pub(super) const ALL: Self = Self { from: String::new(), max: usize::MAX };
 }
 
 /// Answers until every asker is gone.
@@ -31,21 +45,23 @@ pub(super) fn run(mut connection: Connection, mut queries: mpsc::Receiver<Query>
         // Each answer is one read transaction: a snapshot. An asker that is gone wants no answer.
         match query {
             Query::Range { prefix, reply } => drop(reply.send(range(&mut connection, &prefix))),
-            Query::Survey { prefix, reply } => drop(reply.send(survey(&mut connection, &prefix))),
+            Query::Survey { prefix, part, reply } => {
+                drop(reply.send(survey(&mut connection, &prefix, &part)));
+            }
             Query::Page { after, reply } => drop(reply.send(page(&mut connection, after))),
         }
     }
 }
 
 fn range(connection: &mut Connection, prefix: &str) -> Result<(Revision, Vec<Entry>), StoreError> {
-    let (newest, rows) = stored(connection, prefix)?;
+    let (newest, rows) = stored(connection, prefix, &Part::ALL)?;
     let entries = rows.into_iter().map(StoredEntry::checked).collect::<Result<_, _>>()?;
     Ok((newest, entries))
 }
 
 /// As [`range`], but an entry that cannot be trusted is named and does not hide the others.
-pub(super) fn survey(connection: &mut Connection, prefix: &str) -> Result<Survey, StoreError> {
-    let (revision, rows) = stored(connection, prefix)?;
+pub(super) fn survey(connection: &mut Connection, prefix: &str, part: &Part) -> Result<Survey, StoreError> {
+    let (revision, rows) = stored(connection, prefix, part)?;
     let mut survey = Survey { revision, ..Survey::default() };
     for row in rows {
         let key = row.key.clone();
@@ -57,11 +73,15 @@ pub(super) fn survey(connection: &mut Connection, prefix: &str) -> Result<Survey
     Ok(survey)
 }
 
-fn stored(connection: &mut Connection, prefix: &str) -> Result<(Revision, Vec<StoredEntry>), StoreError> {
+fn stored(
+    connection: &mut Connection,
+    prefix: &str,
+    part: &Part,
+) -> Result<(Revision, Vec<StoredEntry>), StoreError> {
     let mut read = || {
         let snapshot = connection.transaction()?;
         let (_, newest) = span(&snapshot)?;
-        Ok((newest, entries(&snapshot, prefix)?))
+        Ok((newest, entries(&snapshot, prefix, part)?))
     };
     flatten(read())
 }
@@ -98,12 +118,17 @@ pub(super) fn span(connection: &Connection) -> Result<(Revision, Revision), rusq
     Ok((first.map_or(0, |first| revision(first).saturating_sub(1)), last.map_or(0, revision)))
 }
 
-fn entries(snapshot: &Transaction<'_>, prefix: &str) -> Result<Vec<StoredEntry>, rusqlite::Error> {
+fn entries(
+    snapshot: &Transaction<'_>,
+    prefix: &str,
+    part: &Part,
+) -> Result<Vec<StoredEntry>, rusqlite::Error> {
     let mut statement = snapshot
         .prepare_cached("SELECT key, value, revision, checksum FROM entry WHERE key >= ?1 ORDER BY key")?;
-    let mut rows = statement.query([prefix])?;
+    let mut rows = statement.query([prefix.max(&part.from)])?;
     let mut entries = Vec::new();
-    while let Some(row) = rows.next()? {
+    while entries.len() < part.max {
+        let Some(row) = rows.next()? else { break };
         let entry = StoredEntry::from_row(row)?;
         if !entry.key.starts_with(prefix) {
             break; // keys are in order of their bytes: nothing after this one has the prefix

@@ -165,7 +165,14 @@ async fn a_process_that_was_replaced_while_it_stood_still_writes_nothing_and_lea
     assert_eq!(values, [&b"1"[..], &b"2"[..]]);
     let notes = second.renew().await.unwrap();
     assert_eq!(notes, [RefusedWrites { epoch: first.epoch(), batches: 1 }]);
-    assert_eq!(second.renew().await.unwrap(), [], "a note is taken once");
+    // Killed before it has told anybody: the note is there for whoever leads next.
+    assert_eq!(second.renew().await.unwrap(), notes);
+    assert!(first.commit(put("a", "4")).await.is_err());
+    second.forget_refused(notes[0]).await.unwrap();
+    let since = second.renew().await.unwrap();
+    assert_eq!(since, [RefusedWrites { epoch: first.epoch(), batches: 1 }], "what came since is still noted");
+    second.forget_refused(since[0]).await.unwrap();
+    assert_eq!(second.renew().await.unwrap(), []);
     assert!(matches!(SqliteStore::open(dir.path()), Err(StoreError::Locked)));
     drop(first);
     second.renew().await.unwrap();
@@ -190,4 +197,35 @@ async fn who_stands_by_waits_as_long_as_the_one_that_leads_shows_that_it_lives()
     let second = standby.await.unwrap().unwrap().expect("it takes over");
     assert!(second.epoch() > epoch);
     second.commit(put("a", "1")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_part_of_a_family_is_read_without_the_rest_and_what_is_damaged_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(dir.path()).unwrap();
+    for number in 0..10 {
+        store.commit(put(&format!("b/{number}"), "x")).await.unwrap();
+    }
+    for other in ["a/1", "c/1"] {
+        store.commit(put(other, "x")).await.unwrap();
+    }
+    let keys = |survey: &Survey| survey.entries.iter().map(|entry| entry.key.clone()).collect::<Vec<_>>();
+    let part = store.survey_from("b/", "b/4", 3).await.unwrap();
+    assert_eq!(keys(&part), ["b/4", "b/5", "b/6"]);
+    assert_eq!(
+        keys(&store.survey_from("b/", "", 2).await.unwrap()),
+        ["b/0", "b/1"],
+        "nothing before the family"
+    );
+    let end = store.survey_from("b/", "b/9", 5).await.unwrap();
+    assert_eq!((keys(&end), end.last_key()), (vec!["b/9".to_owned()], Some("b/9")), "nothing after it");
+    assert!(store.survey_from("b/", "b/91", 5).await.unwrap().is_empty());
+    drop(store);
+    let file = rusqlite::Connection::open(dir.path().join(FILE)).unwrap();
+    file.execute("UPDATE entry SET value = CAST('y' AS BLOB) WHERE key = 'b/5'", ()).unwrap();
+    drop(file);
+    let store = SqliteStore::open(dir.path()).unwrap();
+    let part = store.survey_from("b/", "b/4", 2).await.unwrap();
+    assert_eq!(keys(&part), ["b/4"]);
+    assert_eq!(part.last_key(), Some("b/5"), "whoever reads on does not read it for ever");
 }

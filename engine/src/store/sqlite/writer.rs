@@ -48,6 +48,8 @@ pub(super) enum Job {
     Lease { ask: LeaseAsk, reply: oneshot::Sender<Result<LeaseGrant, StoreError>> },
     /// A sign of life.
     Renew { reply: oneshot::Sender<Result<Vec<RefusedWrites>, StoreError>> },
+    /// A note that was told.
+    Forget { told: RefusedWrites, reply: oneshot::Sender<Result<(), StoreError>> },
 }
 
 /// Who wants which lease for how long.
@@ -64,6 +66,7 @@ enum Outcome {
     Refused(String),
     Lease(LeaseGrant),
     Renewed(Vec<RefusedWrites>),
+    Forgotten,
     /// Another process leads, under this epoch.
     Fenced(u64),
 }
@@ -176,7 +179,11 @@ impl Writer {
                 Job::Lease { ask, .. } => Outcome::Lease(lease(&transaction, ask)?),
                 Job::Renew { .. } => {
                     leader::renew(&transaction, &self.holder, self.epoch)?;
-                    Outcome::Renewed(leader::take_notes(&transaction)?)
+                    Outcome::Renewed(leader::notes(&transaction)?)
+                }
+                Job::Forget { told, .. } => {
+                    leader::forget(&transaction, told)?;
+                    Outcome::Forgotten
                 }
             });
         }
@@ -199,6 +206,7 @@ impl Writer {
             }
             (Job::Lease { reply, .. }, Outcome::Lease(grant)) => drop(reply.send(Ok(grant))),
             (Job::Renew { reply }, Outcome::Renewed(notes)) => drop(reply.send(Ok(notes))),
+            (Job::Forget { reply, .. }, Outcome::Forgotten) => drop(reply.send(Ok(()))),
             (job, Outcome::Fenced(theirs)) => job.fail(StoreError::Fenced { ours: self.epoch, theirs }),
             _ => unreachable!("`write` answers each job in its own kind"),
         }
@@ -209,7 +217,7 @@ impl Job {
     fn bytes(&self) -> usize {
         match self {
             Self::Commit { batch, .. } => batch.bytes(),
-            Self::Lease { .. } | Self::Renew { .. } => 0,
+            Self::Lease { .. } | Self::Renew { .. } | Self::Forget { .. } => 0,
         }
     }
 
@@ -218,6 +226,7 @@ impl Job {
             Self::Commit { reply, .. } => drop(reply.send(Err(error))),
             Self::Lease { reply, .. } => drop(reply.send(Err(error))),
             Self::Renew { reply } => drop(reply.send(Err(error))),
+            Self::Forget { reply, .. } => drop(reply.send(Err(error))),
         }
     }
 }

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use peregrine_routing::{
-    Address, Enter, Failure, Mirror, MirrorOutcome, Outcome, Passive, RoutingTable, TableReader, TrafficClass,
+    Address, Enter, Failure, HoldVerdict, Joined, Mirror, MirrorOutcome, Outcome, Passive, RoutingTable,
+    TableReader, TrafficClass,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -15,6 +16,11 @@ static START: OnceLock<Instant> = OnceLock::new();
 
 pub(crate) fn now_ms() -> u64 {
     1_000 + u64::try_from(START.get_or_init(Instant::now).elapsed().as_millis()).expect("a short test")
+}
+
+fn now_us() -> u64 {
+    let elapsed = START.get_or_init(Instant::now).elapsed();
+    1_000_000 + u64::try_from(elapsed.as_micros()).expect("a short test")
 }
 
 /// Counts of what clients got.
@@ -72,11 +78,20 @@ impl Edge {
                 version = own.newer_than(version).await;
             }
         });
+        let (held, over) = (reader.clone(), Arc::clone(&stop));
+        let keeping = tokio::spawn(async move {
+            while !over.load(Ordering::SeqCst) {
+                for service in held.load().held_services() {
+                    service.hold().map(|queue| queue.turn(now_us()));
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
         Self {
             reader,
             stop,
             tally: Arc::default(),
-            workers: Mutex::new(vec![acknowledging]),
+            workers: Mutex::new(vec![acknowledging, keeping]),
             next_id: Arc::new(AtomicU64::new(1)),
             ahead,
         }
@@ -130,10 +145,17 @@ impl Edge {
         tokio::spawn(async move { request(&reader, path, &format!("r{id}"), id).await })
     }
 
+    /// Waits until the clients have got so many answers more.
+    pub(crate) async fn answers(&self, more: u64) {
+        let answered = || self.tally.ok.load(Ordering::SeqCst) + self.tally.failed.load(Ordering::SeqCst);
+        let enough = answered() + more;
+        super::until("answers", || (answered() >= enough).then_some(())).await;
+    }
+
     /// Stops the clients and waits for their last answers.
     pub(crate) async fn quiet(&self) {
         self.stop.store(true, Ordering::SeqCst);
-        let workers: Vec<_> = self.workers.lock().expect("not poisoned").drain(..).skip(1).collect();
+        let workers: Vec<_> = self.workers.lock().expect("not poisoned").drain(..).skip(2).collect();
         for worker in workers {
             worker.await.expect("a client does not panic");
         }
@@ -199,6 +221,7 @@ async fn request_of_client(reader: &TableReader, path: &str, id: &str, random: u
     let mut tried = Vec::new();
     // A dial that fails was not sent: another copy is asked. What was sent is not sent twice.
     for _ in 0..4 {
+        held(reader, path).await?;
         let lease = {
             let table = reader.load();
             let found = table.lookup(super::HOST, path).ok_or("no route")?;
@@ -240,6 +263,26 @@ async fn request_of_client(reader: &TableReader, path: &str, id: &str, random: u
         }
     }
     Err("no copy could be entered".to_owned())
+}
+
+/// Waits while the service is held.
+async fn held(reader: &TableReader, path: &str) -> Result<(), String> {
+    let joined = {
+        let table = reader.load();
+        let found = table.lookup(super::HOST, path).ok_or("no route")?;
+        match found.service.hold().filter(|queue| queue.is_closed()) {
+            Some(queue) => queue.join(100, now_us()),
+            None => return Ok(()),
+        }
+    };
+    match joined {
+        Joined::Pass => Ok(()),
+        Joined::Full => Err("the queue is full".to_owned()),
+        Joined::Wait(mut ticket) => match std::future::poll_fn(|cx| ticket.poll_verdict(cx)).await {
+            HoldVerdict::Go => Ok(()),
+            HoldVerdict::TooOld => Err("held for too long".to_owned()),
+        },
+    }
 }
 
 async fn exchange(mut stream: TcpStream, address: SocketAddr, path: &str, id: &str) -> Result<u16, String> {

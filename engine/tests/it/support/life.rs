@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use peregrine_engine::journal::{Direction, JournalRecord};
+use peregrine_engine::model::Rollout;
 use peregrine_engine::store::{
     Batch, Committed, Entry, LeaseGrant, Revision, Store, StoreError, Survey, Write,
 };
@@ -18,8 +19,36 @@ pub(crate) struct Life {
     commits: AtomicUsize,
     plan: std::sync::Mutex<Option<End>>,
     border: std::sync::Mutex<Option<Border>>,
+    /// What is kept back in the store.
+    gate: std::sync::Mutex<Option<Arc<Gate>>>,
     /// The step and direction of every intent of this life, by the key of its record.
     intents: std::sync::Mutex<BTreeMap<String, (usize, Direction)>>,
+}
+
+/// Keeps back the first commit that writes such a rollout, and with it every commit that is asked for meanwhile.
+pub(crate) struct Gate {
+    wanted: Box<dyn Fn(&Rollout) -> bool + Send + Sync>,
+    reached: AtomicBool,
+    open: tokio::sync::Semaphore,
+}
+
+impl Gate {
+    pub(crate) fn is_reached(&self) -> bool {
+        self.reached.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn open(&self) {
+        self.open.add_permits(1);
+    }
+
+    fn wants(&self, batch: &Batch) -> bool {
+        batch.writes.iter().any(|write| match write {
+            Write::Put(key, value) if key.starts_with("rollouts/") => {
+                serde_json::from_slice(value).is_ok_and(|rollout| (self.wanted)(&rollout))
+            }
+            _ => false,
+        })
+    }
 }
 
 /// The end of a life at a step: it has been begun, or it has been done and that is not written down yet.
@@ -52,6 +81,25 @@ impl Life {
     /// Ends at a step, whenever that comes.
     pub(crate) fn end_at_step(&self, border: Border) {
         *self.border.lock().expect("not poisoned") = Some(border);
+    }
+
+    /// Keeps back the next commit that writes such a rollout, until the gate is opened.
+    pub(crate) fn keep_back(&self, wanted: impl Fn(&Rollout) -> bool + Send + Sync + 'static) -> Arc<Gate> {
+        let gate = Arc::new(Gate {
+            wanted: Box::new(wanted),
+            reached: AtomicBool::new(false),
+            open: tokio::sync::Semaphore::new(0),
+        });
+        *self.gate.lock().expect("not poisoned") = Some(Arc::clone(&gate));
+        gate
+    }
+
+    async fn pass_gate(&self, batch: &Batch) {
+        let gate = self.gate.lock().expect("not poisoned").take_if(|gate| gate.wants(batch));
+        if let Some(gate) = gate {
+            gate.reached.store(true, Ordering::SeqCst);
+            gate.open.acquire().await.expect("a gate is never closed").forget();
+        }
     }
 
     /// The steps that were begun in this life, in order.
@@ -123,6 +171,7 @@ impl Store for MortalStore {
     fn commit(&self, batch: Batch) -> BoxFuture<'_, Result<Revision, StoreError>> {
         Box::pin(async move {
             self.life.go_on().await;
+            self.life.pass_gate(&batch).await;
             // Every commit that touches a rollout, its journal or its copies.
             let matters = batch.writes.iter().any(|write| {
                 let (Write::Put(key, _) | Write::Delete(key)) = write;

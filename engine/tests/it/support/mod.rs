@@ -6,6 +6,7 @@ pub(crate) mod life;
 pub(crate) mod memory;
 pub(crate) mod runtime;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use peregrine_engine::model::{
     DockerEndpoint, HealthKind, HealthSpec, Instance, InstanceState, MachineKind, MachineSpec, MoveSettings,
     Resources, Rollout, RolloutState, Route, ServiceSpec, TrafficPolicy, WarmSettings, Workload,
 };
-use peregrine_engine::store::Store;
+use peregrine_engine::store::{SqliteStore, Store, StoreError};
 use peregrine_engine::{Ask, Engine, EngineConfig, EngineHandle, MoveOverrides, State};
 
 use edge::Edge;
@@ -23,6 +24,17 @@ use runtime::{FakeRuntime, World};
 
 /// Longest time that a test waits for a state.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Opens the store in a folder. The last task of an engine that was shut down there lets go of it when it has ended.
+pub(crate) async fn open_store(folder: &Path) -> Arc<SqliteStore> {
+    let begun = Instant::now();
+    loop {
+        match SqliteStore::open(folder) {
+            Err(StoreError::Locked) if begun.elapsed() < PATIENCE => tokio::task::yield_now().await,
+            opened => return Arc::new(opened.expect("the store opens")),
+        }
+    }
+}
 
 pub(crate) const HOST: &str = "shop.test";
 
@@ -166,7 +178,10 @@ impl Bench {
         what: &str,
         reached: impl Fn(&Rollout) -> bool,
     ) -> Rollout {
-        until(what, || self.engine.state().rollouts.get(&rollout.id).filter(|r| reached(r)).cloned()).await
+        until(what, || {
+            self.engine.state().rollouts.get(&rollout.id).filter(|r| reached(r)).map(|r| Rollout::clone(r))
+        })
+        .await
     }
 
     pub(crate) fn serving(&self) -> Vec<Instance> {

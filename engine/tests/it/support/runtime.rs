@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -29,6 +30,8 @@ struct Inner {
     machines: BTreeMap<String, Machine>,
     /// What every instance that ever ran has seen.
     seen: BTreeMap<InstanceId, Arc<Seen>>,
+    /// Most copies of a service that ever ran at one moment.
+    most: BTreeMap<String, usize>,
 }
 
 #[derive(Default)]
@@ -68,6 +71,8 @@ pub(crate) struct Faults {
     pub(crate) epoch_seen: u64,
     /// Copies that start end their connections after each answer.
     pub(crate) closes: bool,
+    /// Copies that are told to end still run and answer for so long, whether somebody waits for it or not.
+    pub(crate) exits_after_ms: u64,
 }
 
 impl World {
@@ -149,6 +154,11 @@ impl World {
     /// What a runtime was told of an instance that is there.
     pub(crate) fn spec(&self, machine: &str, id: &InstanceId) -> InstanceSpec {
         self.lock().machines[machine].instances[id].spec.clone()
+    }
+
+    /// Most copies of a service that ever ran at one moment.
+    pub(crate) fn most_at_once(&self, service: &str) -> usize {
+        self.lock().most.get(service).copied().unwrap_or(0)
     }
 
     pub(crate) fn calls(&self, machine: &str, verb: &str) -> u32 {
@@ -260,6 +270,10 @@ impl Runtime for FakeRuntime {
             let mut inner = self.world.lock();
             let machine = inner.machines.get_mut(&self.machine).expect("a known machine");
             machine.instances.insert(spec.id.clone(), copy);
+            let copies = inner.machines.values().flat_map(|machine| machine.instances.values());
+            let running = copies.filter(|c| c.running.is_some() && c.spec.service == spec.service).count();
+            let most = inner.most.entry(spec.service.clone()).or_default();
+            *most = running.max(*most);
             Ok(address)
         })
     }
@@ -267,6 +281,16 @@ impl Runtime for FakeRuntime {
     fn remove<'a>(&'a self, id: &'a InstanceId, _grace_ms: u32) -> BoxFuture<'a, Result<(), RuntimeError>> {
         Box::pin(async move {
             self.enter("remove").await?;
+            let exits_after_ms = self.world.lock().machines[&self.machine].faults.exits_after_ms;
+            if exits_after_ms > 0 && self.world.runs(&self.machine, id) {
+                let (world, told) = (Arc::clone(&self.world), id.clone());
+                // Its own affair from here on: the signal is out.
+                let exit = tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(exits_after_ms)).await;
+                    world.kill(&told);
+                });
+                exit.await.expect("a copy ends without a panic");
+            }
             self.world.lock().machines.get_mut(&self.machine).expect("a known machine").instances.remove(id);
             Ok(())
         })

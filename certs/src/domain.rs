@@ -1,0 +1,719 @@
+//! A domain and its certificate as a state machine: what it waits for, when it is due, and what follows from an outcome.
+//! Pure: the time and random bits are handed in. The manager does what this says.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use peregrine_routing::CertificateId;
+use serde::{Deserialize, Serialize};
+
+use crate::limits::Limits;
+
+/// A name and all that is known of its certificate. The record `domain/NAME` of the vault.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Domain {
+    /// As a pattern is written: `shop.example.com` or `*.example.com`.
+    pub(crate) name: String,
+    pub(crate) origin: Origin,
+    pub(crate) added_ms: u64,
+    /// Ordered and renewed by itself. An imported certificate is not.
+    pub(crate) automatic: bool,
+    pub(crate) held: Option<Held>,
+    pub(crate) order: Option<Order>,
+    /// What may be presented somewhere and has to be taken back when the order ends.
+    pub(crate) presented: Vec<Presented>,
+    /// The certificate before this one: it goes when the edges know the new one.
+    #[serde(with = "hex_id_option")]
+    pub(crate) replaced: Option<CertificateId>,
+    /// Number of orders that were begun. Who holds an order with a lower one has lost it.
+    pub(crate) fence: u64,
+    pub(crate) trouble: Option<Trouble>,
+    /// Failures in a row.
+    pub(crate) failures: u32,
+    /// Nothing is tried before.
+    pub(crate) next_try_ms: u64,
+    /// An authority has asked for patience until then: nobody hurries it.
+    #[serde(default)]
+    pub(crate) not_before_ms: u64,
+}
+
+/// How a domain came here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// Somebody added it.
+    Added,
+    /// A first handshake asked for it.
+    OnDemand,
+}
+
+/// Where a certificate came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// An ACME authority issued it to this installation.
+    Acme,
+    /// Somebody brought it.
+    Import,
+}
+
+/// The certificate that a domain is served with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Held {
+    #[serde(with = "hex_id")]
+    pub(crate) id: CertificateId,
+    pub(crate) not_before_ms: u64,
+    pub(crate) not_after_ms: u64,
+    pub(crate) source: Source,
+    /// Which authority of the configuration; `None` for an imported one.
+    pub(crate) ca: Option<String>,
+    pub(crate) renew_at_ms: u64,
+    /// When the authority is asked again for its window (RFC 9773 §4.3).
+    pub(crate) ask_window_ms: Option<u64>,
+    pub(crate) window: Option<Window>,
+    /// The edges were told.
+    pub(crate) published: bool,
+}
+
+/// When the authority wants a certificate to be renewed (RFC 9773 §4.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Window {
+    pub(crate) start_ms: u64,
+    pub(crate) end_ms: u64,
+}
+
+/// An order that is under way. Its private key lies sealed beside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Order {
+    /// Which manager.
+    pub(crate) holder: String,
+    /// Nobody else takes it before.
+    pub(crate) lease_until_ms: u64,
+    pub(crate) ca: String,
+    pub(crate) begun_ms: u64,
+    /// Known once the authority has answered.
+    pub(crate) url: Option<String>,
+    /// The authority was asked for the certificate, or is about to be: it may exist.
+    pub(crate) finalizing: bool,
+    /// Troubles in a row with this order.
+    pub(crate) troubles: u32,
+}
+
+/// A challenge that was, or is about to be, presented.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Presented {
+    Http01 { token: String },
+    TlsAlpn01 { name: String },
+    Dns01 { record: String, value: String },
+}
+
+/// Why there is no (new) certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Trouble {
+    Dns(String),
+    Held(String),
+    Failed(String),
+}
+
+/// A certificate is renewed no earlier than this, or a tenth of its life, after its beginning.
+const MIN_AGE_MS: u64 = 3_600_000;
+
+/// Nothing is put off for longer: seven days, as long as an authority's `Retry-After` is believed.
+const MAX_WAIT_MS: u64 = 7 * 24 * 3_600_000;
+
+/// What is to be done for a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Task {
+    /// Tell the edges of the certificate.
+    Publish,
+    /// Begin an order, or go on with one.
+    Order,
+    /// Ask the authority when to renew.
+    AskWindow,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// There is a certificate.
+    Issued(Held),
+    /// Nothing was ordered: the name does not lead here.
+    WaitingForDns(String),
+    /// Nothing was ordered: a budget or an authority says not now.
+    NotNow { why: String, until_ms: u64 },
+    /// The order is alive and goes on later.
+    GoesOn { why: String, after_ms: Option<u64> },
+    /// The order, if there was one, is lost; the next one begins anew.
+    Lost { why: String, after_ms: Option<u64> },
+}
+
+/// The state of a domain, as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DomainState {
+    /// Nothing was tried yet.
+    New,
+    /// The name does not lead here; `what` says what was found and which record to create.
+    WaitingForDns {
+        /// What was looked up, what was expected, what was found.
+        what: String,
+    },
+    /// It waits for a budget or for an authority's pause.
+    Waiting {
+        /// For what.
+        what: String,
+        /// Unix time in milliseconds.
+        until_ms: u64,
+    },
+    /// An order is under way.
+    Ordering {
+        /// What hinders it, if something does.
+        hindrance: Option<String>,
+    },
+    /// There is a certificate.
+    Valid {
+        /// Its end, Unix time in milliseconds.
+        until_ms: u64,
+        /// When it is renewed; `None` if it is not, because somebody brought it.
+        renews_ms: Option<u64>,
+        /// Why the last try to renew it failed, and when the next one is.
+        renewal_failed: Option<(String, u64)>,
+    },
+    /// The certificate is over, and nothing renews it.
+    Expired {
+        /// Since when, Unix time in milliseconds.
+        since_ms: u64,
+    },
+    /// There is no certificate.
+    Failed {
+        /// Why.
+        why: String,
+        /// Unix time in milliseconds.
+        next_try_ms: u64,
+    },
+}
+
+impl fmt::Display for DomainState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::New => f.write_str("new"),
+            Self::WaitingForDns { what } => write!(f, "waiting for DNS ({what})"),
+            Self::Waiting { what, until_ms } => write!(f, "waiting: {what}, next try {}", Utc(*until_ms)),
+            Self::Ordering { hindrance: None } => f.write_str("ordering"),
+            Self::Ordering { hindrance: Some(why) } => write!(f, "ordering ({why})"),
+            Self::Valid { until_ms, renews_ms, renewal_failed } => {
+                write!(f, "valid until {}, ", Utc(*until_ms))?;
+                match (renewal_failed, renews_ms) {
+                    (Some((why, next)), _) => write!(f, "not renewed yet: {why}, next try {}", Utc(*next)),
+                    (None, Some(at)) => write!(f, "renews {}", Utc(*at)),
+                    (None, None) => f.write_str("imported, not renewed"),
+                }
+            }
+            Self::Expired { since_ms } => write!(f, "expired {}, imported, not renewed", Utc(*since_ms)),
+            Self::Failed { why, next_try_ms } => write!(f, "failed: {why}, next try {}", Utc(*next_try_ms)),
+        }
+    }
+}
+
+/// Milliseconds as people write a time (RFC 3339, UTC).
+pub(crate) struct Utc(pub(crate) u64);
+
+impl fmt::Display for Utc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = i64::try_from(self.0 / 1000).unwrap_or(i64::MAX);
+        match Timestamp::from_second(seconds) {
+            Ok(time) => write!(f, "{time}"),
+            Err(_) => f.write_str("never"),
+        }
+    }
+}
+
+/// What is worked on first: smaller is earlier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Priority {
+    /// An order that has begun costs nothing to go on with, and others may wait for it.
+    Begun,
+    /// By the end of the certificate.
+    Expiring(u64),
+    /// By the time that it was added.
+    New(u64),
+}
+
+impl Domain {
+    pub(crate) fn new(name: String, origin: Origin, now_ms: u64) -> Self {
+        Self {
+            name,
+            origin,
+            added_ms: now_ms,
+            automatic: true,
+            held: None,
+            order: None,
+            presented: Vec::new(),
+            replaced: None,
+            fence: 0,
+            trouble: None,
+            failures: 0,
+            next_try_ms: 0,
+            not_before_ms: 0,
+        }
+    }
+
+    pub(crate) fn is_wildcard(&self) -> bool {
+        self.name.starts_with("*.")
+    }
+
+    /// The name that is validated.
+    pub(crate) fn base(&self) -> &str {
+        self.name.strip_prefix("*.").unwrap_or(&self.name)
+    }
+
+    pub(crate) fn state(&self, now_ms: u64) -> DomainState {
+        if let Some(held) = &self.held
+            && (held.not_after_ms > now_ms || !self.automatic)
+        {
+            if held.not_after_ms <= now_ms {
+                return DomainState::Expired { since_ms: held.not_after_ms };
+            }
+            let renewal_failed = match &self.trouble {
+                Some(Trouble::Failed(why) | Trouble::Dns(why)) if self.failures > 0 => {
+                    Some((why.clone(), self.next_try_ms))
+                }
+                // It is due, and something is in its way.
+                Some(Trouble::Held(why)) if self.automatic && held.renew_at_ms <= now_ms => {
+                    Some((why.clone(), self.next_try_ms))
+                }
+                _ => None,
+            };
+            return DomainState::Valid {
+                until_ms: held.not_after_ms,
+                renews_ms: self.automatic.then_some(held.renew_at_ms),
+                renewal_failed,
+            };
+        }
+        match (&self.order, &self.trouble) {
+            (Some(_), Some(Trouble::Failed(why) | Trouble::Held(why))) => {
+                DomainState::Ordering { hindrance: Some(why.clone()) }
+            }
+            (Some(_), _) => DomainState::Ordering { hindrance: None },
+            (None, Some(Trouble::Dns(what))) => DomainState::WaitingForDns { what: what.clone() },
+            (None, Some(Trouble::Held(what))) => {
+                DomainState::Waiting { what: what.clone(), until_ms: self.next_try_ms }
+            }
+            (None, Some(Trouble::Failed(why))) => {
+                DomainState::Failed { why: why.clone(), next_try_ms: self.next_try_ms }
+            }
+            (None, None) => DomainState::New,
+        }
+    }
+
+    /// When there is something to do, and what; `None`: never, until somebody changes something.
+    pub(crate) fn due(&self, holder: &str) -> Option<(u64, Task)> {
+        if let Some(order) = &self.order {
+            // Another's order is another's until its lease is over.
+            let free_ms = if order.holder == holder { 0 } else { order.lease_until_ms };
+            return Some((self.next_try_ms.max(free_ms), Task::Order));
+        }
+        let Some(held) = &self.held else {
+            return self.automatic.then_some((self.next_try_ms, Task::Order));
+        };
+        if !held.published {
+            return Some((self.next_try_ms, Task::Publish));
+        }
+        if !self.automatic {
+            return None;
+        }
+        let renew_ms = held.renew_at_ms.max(self.next_try_ms);
+        match held.ask_window_ms {
+            Some(ask_ms) if ask_ms < renew_ms => Some((ask_ms, Task::AskWindow)),
+            _ => Some((renew_ms, Task::Order)),
+        }
+    }
+
+    pub(crate) fn priority(&self) -> Priority {
+        match (&self.order, &self.held) {
+            (Some(_), _) => Priority::Begun,
+            (None, Some(held)) => Priority::Expiring(held.not_after_ms),
+            (None, None) => Priority::New(self.added_ms),
+        }
+    }
+
+    /// Begins an order: from here on it is `holder`'s until the lease ends.
+    pub(crate) fn claim(&mut self, holder: &str, ca: &str, now_ms: u64, limits: &Limits) {
+        self.fence += 1;
+        self.order = Some(Order {
+            holder: holder.to_owned(),
+            lease_until_ms: now_ms + limits.lease_ms,
+            ca: ca.to_owned(),
+            begun_ms: now_ms,
+            url: None,
+            finalizing: false,
+            troubles: 0,
+        });
+        self.trouble = None;
+    }
+
+    /// Takes over an order whose holder is gone, or holds one's own for longer.
+    pub(crate) fn hold(&mut self, holder: &str, now_ms: u64, limits: &Limits) {
+        if let Some(order) = &mut self.order {
+            if order.holder != holder {
+                order.holder = holder.to_owned();
+                self.fence += 1;
+            }
+            order.lease_until_ms = now_ms + limits.lease_ms;
+        }
+    }
+
+    /// What follows from an attempt. `bits` are random.
+    pub(crate) fn settle(&mut self, outcome: Outcome, now_ms: u64, bits: u64, limits: &Limits) {
+        match outcome {
+            Outcome::Issued(held) => self.settle_held(held),
+            Outcome::WaitingForDns(what) => {
+                self.order = None;
+                self.failures = self.failures.saturating_add(1);
+                self.trouble = Some(Trouble::Dns(what));
+                let delay = back_off(limits.dns_retry_ms, limits.dns_retry_max_ms, self.failures, bits);
+                self.next_try_ms = now_ms + self.hurried(delay, now_ms, limits);
+            }
+            Outcome::NotNow { why, until_ms } => {
+                self.order = None;
+                self.trouble = Some(Trouble::Held(why));
+                self.next_try_ms = until_ms.max(now_ms + limits.retry_ms);
+            }
+            Outcome::GoesOn { why, after_ms } => {
+                let troubles = self.order.as_mut().map_or(1, |order| {
+                    order.troubles = order.troubles.saturating_add(1);
+                    order.troubles
+                });
+                self.trouble = Some(Trouble::Held(why));
+                let delay = back_off(limits.order_retry_ms, limits.order_retry_max_ms, troubles, bits);
+                self.next_try_ms = now_ms + delay.max(after_ms.unwrap_or(0));
+                self.be_patient(now_ms, after_ms);
+            }
+            Outcome::Lost { why, after_ms } => {
+                self.order = None;
+                self.failures = self.failures.saturating_add(1);
+                self.trouble = Some(Trouble::Failed(why));
+                let delay = back_off(limits.retry_ms, limits.retry_max_ms, self.failures, bits);
+                let delay = self.hurried(delay, now_ms, limits).max(after_ms.unwrap_or(0));
+                self.next_try_ms = now_ms + delay;
+                self.be_patient(now_ms, after_ms);
+            }
+        }
+    }
+
+    fn be_patient(&mut self, now_ms: u64, after_ms: Option<u64>) {
+        self.not_before_ms = after_ms.map_or(0, |after_ms| now_ms + after_ms);
+    }
+
+    /// Tries as soon as it may.
+    pub(crate) fn hurry(&mut self, now_ms: u64) {
+        self.next_try_ms = self.next_try_ms.min(now_ms.max(self.not_before_ms));
+    }
+
+    /// A clock that was ahead and was set right: what was written then must not last until then.
+    pub(crate) fn bound(&mut self, now_ms: u64, limits: &Limits) {
+        self.next_try_ms = self.next_try_ms.min(now_ms + MAX_WAIT_MS);
+        self.not_before_ms = self.not_before_ms.min(now_ms + MAX_WAIT_MS);
+        if let Some(order) = &mut self.order {
+            order.lease_until_ms = order.lease_until_ms.min(now_ms + limits.lease_ms);
+            order.begun_ms = order.begun_ms.min(now_ms);
+        }
+        if let Some(held) = &mut self.held {
+            held.ask_window_ms = held.ask_window_ms.map(|ask_ms| ask_ms.min(now_ms + MAX_WAIT_MS));
+        }
+    }
+
+    /// The authority's window, and when to ask again. The time in it is chosen once: a window that stays keeps it.
+    pub(crate) fn set_window(&mut self, window: Option<Window>, ask_again_ms: Option<u64>, bits: u64) {
+        let Some(held) = &mut self.held else { return };
+        held.ask_window_ms = ask_again_ms;
+        if window.is_some() && window != held.window {
+            // An authority that wants even what it has just issued to be renewed gets one order an hour, not one a second.
+            let life_ms = held.not_after_ms.saturating_sub(held.not_before_ms);
+            let earliest_ms = held.not_before_ms + MIN_AGE_MS.min(life_ms / 10);
+            let at_ms = renew_at_ms(held.not_before_ms, held.not_after_ms, window, bits);
+            held.renew_at_ms = at_ms.max(earliest_ms);
+            held.window = window;
+        }
+    }
+
+    /// Somebody brought a certificate: an order is given up, and nothing is ordered by itself.
+    pub(crate) fn import(&mut self, held: Held) {
+        self.settle_held(held);
+        self.automatic = false;
+    }
+
+    fn settle_held(&mut self, held: Held) {
+        self.order = None;
+        self.trouble = None;
+        self.failures = 0;
+        self.next_try_ms = 0;
+        self.not_before_ms = 0;
+        let old = self.held.take().map(|old| old.id).filter(|old| *old != held.id);
+        self.replaced = old.or(self.replaced);
+        self.held = Some(held);
+    }
+
+    /// A certificate that is about to end is tried for more often than back-off alone would say.
+    fn hurried(&self, delay_ms: u64, now_ms: u64, limits: &Limits) -> u64 {
+        let Some(held) = &self.held else { return delay_ms };
+        let left_ms = held.not_after_ms.saturating_sub(now_ms);
+        delay_ms.min((left_ms / 8).max(limits.retry_ms))
+    }
+}
+
+/// When a certificate is renewed: at a random time of the authority's window (RFC 9773 §4.2), or when two thirds of its life
+/// are over and up to a thirtieth of it later, so that what was ordered together is not renewed together.
+pub(crate) fn renew_at_ms(not_before_ms: u64, not_after_ms: u64, window: Option<Window>, bits: u64) -> u64 {
+    let latest_ms = not_after_ms.saturating_sub(1);
+    if let Some(Window { start_ms, end_ms }) = window {
+        let span_ms = end_ms.saturating_sub(start_ms).max(1);
+        return (start_ms + bits % span_ms).min(latest_ms);
+    }
+    let life_ms = not_after_ms.saturating_sub(not_before_ms);
+    let spread_ms = (life_ms / 30).max(1);
+    (not_before_ms + life_ms / 3 * 2 + bits % spread_ms).min(latest_ms)
+}
+
+/// Doubles with each failure up to `max_ms`, and is spread over a quarter to both sides.
+pub(crate) fn back_off(base_ms: u64, max_ms: u64, failures: u32, bits: u64) -> u64 {
+    let doublings = failures.saturating_sub(1).min(32);
+    let delay_ms = base_ms.saturating_mul(1 << doublings).min(max_ms);
+    delay_ms - delay_ms / 4 + bits % (delay_ms / 2).max(1)
+}
+
+/// Identifiers of certificates as 64 hex digits.
+pub(crate) mod hex_id {
+    use peregrine_routing::CertificateId;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(id: &CertificateId, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(id)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<CertificateId, D::Error> {
+        let text = String::deserialize(from)?;
+        parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"))
+    }
+
+    pub(crate) fn parse(text: &str) -> Option<CertificateId> {
+        if text.len() != 64 || !text.is_ascii() {
+            return None;
+        }
+        let mut id = [0; 32];
+        for (at, byte) in id.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).ok()?;
+        }
+        Some(CertificateId(id))
+    }
+}
+
+/// The same, where there may be none.
+mod hex_id_option {
+    use peregrine_routing::CertificateId;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(id: &Option<CertificateId>, to: S) -> Result<S::Ok, S::Error> {
+        id.map(|id| id.to_string()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CertificateId>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        let parse =
+            |text: String| super::hex_id::parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"));
+        text.map(parse).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const DAY_MS: u64 = 24 * 3_600_000;
+    const ADDED_MS: u64 = 1_800_000_000_000;
+
+    fn domain() -> Domain {
+        Domain::new("shop.example.com".into(), Origin::Added, ADDED_MS)
+    }
+
+    fn held(not_before_ms: u64, days: u64) -> Held {
+        let not_after_ms = not_before_ms + days * DAY_MS;
+        Held {
+            id: CertificateId([1; 32]),
+            not_before_ms,
+            not_after_ms,
+            source: Source::Acme,
+            ca: Some("ca".into()),
+            renew_at_ms: renew_at_ms(not_before_ms, not_after_ms, None, 0),
+            ask_window_ms: None,
+            window: None,
+            published: true,
+        }
+    }
+
+    fn settled(domain: &mut Domain, outcome: Outcome, now_ms: u64) -> String {
+        domain.settle(outcome, now_ms, 0, &Limits::default());
+        domain.state(now_ms).to_string()
+    }
+
+    #[test]
+    fn states_are_told_in_words() {
+        let mut domain = domain();
+        let limits = Limits::default();
+        assert_eq!(domain.state(ADDED_MS).to_string(), "new");
+        let what = "A shop.example.com → expected 203.0.113.7, found nothing";
+        assert_eq!(
+            settled(&mut domain, Outcome::WaitingForDns(what.into()), ADDED_MS),
+            "waiting for DNS (A shop.example.com → expected 203.0.113.7, found nothing)"
+        );
+        domain.claim("one", "ca", ADDED_MS, &limits);
+        assert_eq!(domain.state(ADDED_MS).to_string(), "ordering");
+        let later = Outcome::GoesOn { why: "ca is still issuing".into(), after_ms: None };
+        assert_eq!(settled(&mut domain, later, ADDED_MS), "ordering (ca is still issuing)");
+        let lost = Outcome::Lost { why: "it said no".into(), after_ms: Some(DAY_MS) };
+        assert_eq!(settled(&mut domain, lost, ADDED_MS), "failed: it said no, next try 2027-01-16T08:00:00Z");
+        assert_eq!(
+            settled(&mut domain, Outcome::Issued(held(ADDED_MS, 90)), ADDED_MS),
+            "valid until 2027-04-15T08:00:00Z, renews 2027-03-16T08:00:00Z"
+        );
+        let at_ms = ADDED_MS + 60 * DAY_MS;
+        let lost = Outcome::Lost { why: "it said no".into(), after_ms: None };
+        assert_eq!(
+            settled(&mut domain, lost, at_ms),
+            "valid until 2027-04-15T08:00:00Z, not renewed yet: it said no, next try 2027-03-16T08:00:45Z"
+        );
+        assert_eq!(
+            domain.state(ADDED_MS + 90 * DAY_MS).to_string(),
+            "failed: it said no, next try 2027-03-16T08:00:45Z"
+        );
+        domain.import(held(ADDED_MS, 90));
+        assert_eq!(
+            domain.state(at_ms).to_string(),
+            "valid until 2027-04-15T08:00:00Z, imported, not renewed"
+        );
+        assert_eq!(domain.due("one"), None);
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_at_two_thirds_of_its_life_or_in_the_authoritys_window() {
+        for bits in [0, 1, 77_777_777_777, u64::MAX] {
+            for days in [6, 45, 90] {
+                let end_ms = ADDED_MS + days * DAY_MS;
+                let at_ms = renew_at_ms(ADDED_MS, end_ms, None, bits);
+                let life_ms = days * DAY_MS;
+                assert!(
+                    at_ms >= ADDED_MS + life_ms / 3 * 2 && at_ms <= ADDED_MS + life_ms / 10 * 7 + DAY_MS / 4
+                );
+                let window = Window { start_ms: ADDED_MS + 10, end_ms: ADDED_MS + 20 };
+                let at_ms = renew_at_ms(ADDED_MS, end_ms, Some(window), bits);
+                assert!((window.start_ms..window.end_ms).contains(&at_ms));
+            }
+        }
+        let mut domain = domain();
+        domain.settle(Outcome::Issued(held(ADDED_MS, 90)), ADDED_MS, 0, &Limits::default());
+        let window = Window { start_ms: ADDED_MS + 30 * DAY_MS, end_ms: ADDED_MS + 32 * DAY_MS };
+        domain.set_window(Some(window), Some(ADDED_MS + DAY_MS), 5);
+        assert_eq!(domain.due("one"), Some((ADDED_MS + DAY_MS, Task::AskWindow)));
+        domain.set_window(Some(window), Some(ADDED_MS + 40 * DAY_MS), 999);
+        assert_eq!(
+            domain.due("one"),
+            Some((window.start_ms + 5, Task::Order)),
+            "the time in it is chosen once"
+        );
+        domain.set_window(None, None, 0);
+        assert_eq!(domain.due("one"), Some((window.start_ms + 5, Task::Order)), "no answer changes nothing");
+        domain.set_window(Some(Window { start_ms: 0, end_ms: 1 }), None, 0);
+        assert_eq!(
+            domain.due("one"),
+            Some((ADDED_MS + MIN_AGE_MS, Task::Order)),
+            "revoked: soon, and not at once again"
+        );
+    }
+
+    #[test]
+    fn an_order_goes_before_an_expiring_certificate_and_that_before_a_new_name() {
+        let limits = Limits::default();
+        let (mut begun, mut soon, mut later, new) = (domain(), domain(), domain(), domain());
+        begun.claim("one", "ca", ADDED_MS, &limits);
+        soon.held = Some(held(ADDED_MS, 6));
+        later.held = Some(held(ADDED_MS, 90));
+        let mut all = [new.priority(), later.priority(), soon.priority(), begun.priority()];
+        all.sort_unstable();
+        assert_eq!(all, [begun.priority(), soon.priority(), later.priority(), new.priority()]);
+    }
+
+    #[test]
+    fn an_order_is_its_holders_until_its_lease_ends_and_then_anybodys() {
+        let limits = Limits::default();
+        let mut domain = domain();
+        domain.claim("one", "ca", ADDED_MS, &limits);
+        assert_eq!(domain.due("one"), Some((0, Task::Order)), "after a restart it goes on at once");
+        assert_eq!(domain.due("two"), Some((ADDED_MS + limits.lease_ms, Task::Order)));
+        let fence = domain.fence;
+        domain.hold("one", ADDED_MS + 1, &limits);
+        assert_eq!(domain.fence, fence);
+        domain.hold("two", ADDED_MS + limits.lease_ms, &limits);
+        assert_eq!(domain.fence, fence + 1, "who takes it over fences the other off");
+    }
+
+    #[test]
+    fn a_certificate_that_ends_soon_is_tried_for_more_often() {
+        let limits = Limits::default();
+        let mut domain = domain();
+        domain.held = Some(held(ADDED_MS, 90));
+        domain.failures = 30;
+        let lost = || Outcome::Lost { why: String::new(), after_ms: None };
+        let near_ms = ADDED_MS + 90 * DAY_MS - 3_600_000;
+        domain.settle(lost(), near_ms, 0, &limits);
+        assert_eq!(domain.next_try_ms - near_ms, 3_600_000 / 8);
+        domain.settle(lost(), ADDED_MS, 0, &limits);
+        assert_eq!(domain.next_try_ms - ADDED_MS, limits.retry_max_ms / 4 * 3);
+    }
+
+    proptest! {
+        #[test]
+        fn pauses_grow_and_stay_within_bounds(failures in 1u32.., bits: u64, base in 1u64..100_000, more in 0u64..100_000_000) {
+            let max = base + more;
+            let pause = back_off(base, max, failures, bits);
+            prop_assert!(pause <= max + max / 4);
+            prop_assert!(pause >= base - base / 4);
+        }
+
+        /// Whatever happens in whatever order: a domain that is automatic is due at some time, not before the authority's
+        /// pause, and what is written is read.
+        #[test]
+        fn no_domain_is_forgotten(outcomes in proptest::collection::vec((0u8..5, any::<u64>(), 0u64..DAY_MS), 1..30)) {
+            let limits = Limits::default();
+            let mut domain = domain();
+            let mut now_ms = ADDED_MS;
+            for (kind, bits, passed_ms) in outcomes {
+                now_ms += passed_ms;
+                if domain.order.is_none() {
+                    domain.claim("one", "ca", now_ms, &limits);
+                }
+                let after_ms = Some(bits % DAY_MS);
+                let outcome = match kind {
+                    0 => Outcome::Issued(held(now_ms, 90)),
+                    1 => Outcome::WaitingForDns("dns".into()),
+                    2 => Outcome::NotNow { why: "budget".into(), until_ms: now_ms + bits % DAY_MS },
+                    3 => Outcome::GoesOn { why: "slow".into(), after_ms },
+                    _ => Outcome::Lost { why: "no".into(), after_ms },
+                };
+                domain.settle(outcome, now_ms, bits, &limits);
+                let (due_ms, _) = domain.due("one").expect("it is due at some time");
+                if matches!(kind, 3 | 4) {
+                    prop_assert!(due_ms >= now_ms + bits % DAY_MS, "Retry-After is kept to");
+                }
+                prop_assert!(due_ms <= now_ms + 91 * DAY_MS);
+                let read: Domain = serde_json::from_slice(&serde_json::to_vec(&domain).unwrap()).unwrap();
+                prop_assert_eq!(&read, &domain);
+                prop_assert!(!domain.state(now_ms).to_string().is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,775 @@
+//! The manager: keeps domains, and works on those that are due. It sleeps until the earliest is, or somebody changes something.
+//!
+//! Everything that it knows is in the vault; its index is a copy. Two managers on one vault do not harm each other: an order is
+//! claimed by a commit that only one can make. What another manager has changed is seen when it is due, or when
+//! [`Manager::refresh`] is called.
+
+mod attempt;
+mod counts;
+mod records;
+mod views;
+mod window;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use counts::Counters;
+pub use counts::Counts;
+use peregrine_routing::{CertificateId, HostPattern};
+pub use records::{CertificateRecord, LoadError, load_certificate};
+use tokio::sync::{Notify, broadcast};
+use tokio::task::JoinSet;
+use views::view;
+pub use views::{Check, DomainView, Event, EventKind, ManagerError};
+use window::ask_window;
+use zeroize::Zeroizing;
+
+use crate::acme::{Authorities, Authority};
+use crate::ask::Asker;
+use crate::config::{Config, Outside};
+use crate::dns::{Names, Pointing};
+use crate::domain::{Domain, Held, Origin, Source, Task};
+use crate::front::Front;
+use crate::pem::{Bundle, key_pem};
+use crate::sealed::SealKey;
+use crate::vault::{Expected, Revision, Vault, VaultError, Write};
+
+/// Between two looks the manager sleeps at most so long: a clock that was set is noticed.
+const MAX_SLEEP_MS: u64 = 60_000;
+/// A change that somebody else's write keeps from being written is tried this often.
+const MAX_CHANGE_TRIES: u32 = 16;
+/// Events that a slow listener may be behind.
+const MAX_EVENTS: usize = 1024;
+/// Domains whose edges are told of a certificate at once.
+const MAX_PUBLISHING: usize = 32;
+/// The vault is read again this often: somebody else may have written, or it may not have been readable.
+const READ_AGAIN_MS: u64 = 3_600_000;
+/// A domain of an on-demand handshake that failed so often without a certificate is forgotten: a handshake brings it back.
+const MAX_ON_DEMAND_FAILURES: u32 = 5;
+/// Domains of on-demand handshakes that may wait for their first certificate at once.
+const MAX_ON_DEMAND: usize = 1000;
+
+/// A domain with the revision that was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Tracked {
+    pub(crate) domain: Domain,
+    pub(crate) revision: Option<Revision>,
+}
+
+impl Tracked {
+    /// Makes the domain durable as it is now, together with `more`.
+    pub(crate) async fn save(&mut self, vault: &dyn Vault, more: Vec<Write>) -> Result<(), VaultError> {
+        let expected = self.revision.map_or(Expected::Absent, Expected::Revision);
+        let mut writes = more;
+        writes.push(Write::put(
+            records::domain_key(&self.domain.name),
+            records::json(&self.domain),
+            expected,
+        ));
+        self.revision = Some(vault.commit(writes).await?);
+        Ok(())
+    }
+
+    async fn read(cx: &Context, name: &str) -> Result<Option<Self>, VaultError> {
+        let Some(found) = cx.vault.get(&records::domain_key(name)).await? else { return Ok(None) };
+        Self::of(cx, &found).map(Some)
+    }
+
+    fn of(cx: &Context, found: &crate::vault::Record) -> Result<Self, VaultError> {
+        let mut domain: Domain = serde_json::from_slice(&found.bytes)
+            .map_err(|e| VaultError::Damaged { key: found.key.clone(), cause: e.to_string() })?;
+        domain.bound(cx.now_ms(), &cx.config.limits);
+        Ok(Self { domain, revision: Some(found.revision) })
+    }
+}
+
+/// Attempts that are under way.
+#[derive(Default)]
+struct Running {
+    tasks: JoinSet<()>,
+    /// Whose they are, and whether they ask an authority.
+    of: HashMap<tokio::task::Id, (String, bool)>,
+    names: HashSet<String>,
+}
+
+impl Running {
+    fn number(&self, asks_authority: bool) -> usize {
+        self.of.values().filter(|(_, asks)| *asks == asks_authority).count()
+    }
+
+    fn start(&mut self, cx: Arc<Context>, name: String, asks_authority: bool) {
+        self.names.insert(name.clone());
+        let of = name.clone();
+        let started = self.tasks.spawn(async move { work(&cx, &of).await });
+        self.of.insert(started.id(), (name, asks_authority));
+    }
+
+    fn ended(&mut self, id: tokio::task::Id) -> Option<String> {
+        let (name, _) = self.of.remove(&id)?;
+        self.names.remove(&name);
+        Some(name)
+    }
+}
+
+/// What attempts need.
+pub(crate) struct Context {
+    pub(crate) config: Config,
+    pub(crate) vault: Arc<dyn Vault>,
+    pub(crate) front: Arc<dyn Front>,
+    pub(crate) seal: SealKey,
+    pub(crate) outside: Outside,
+    pub(crate) authorities: Authorities,
+    pub(crate) names: Names,
+    pub(crate) pointing: Pointing,
+    asker: Option<Asker>,
+    counters: Counters,
+    index: Mutex<Index>,
+    changed: Notify,
+    events: broadcast::Sender<Event>,
+}
+
+/// The domains that are known, and when each is due.
+#[derive(Default)]
+struct Index {
+    domains: HashMap<String, Tracked>,
+    due: BTreeSet<(u64, String)>,
+    due_of: HashMap<String, u64>,
+}
+
+impl Index {
+    /// Takes what somebody has read or written, unless it is older than what is known.
+    fn put(&mut self, tracked: Tracked, holder: &str) {
+        let name = tracked.domain.name.clone();
+        if self.domains.get(&name).is_some_and(|known| known.revision > tracked.revision) {
+            return;
+        }
+        let due_ms = tracked.domain.due(holder).map(|(due_ms, _)| due_ms);
+        self.set_due(&name, due_ms);
+        self.domains.insert(name, tracked);
+    }
+
+    fn set_due(&mut self, name: &str, due_ms: Option<u64>) {
+        if let Some(old_ms) = self.due_of.remove(name) {
+            self.due.remove(&(old_ms, name.to_owned()));
+        }
+        if let Some(due_ms) = due_ms {
+            self.due.insert((due_ms, name.to_owned()));
+            self.due_of.insert(name.to_owned(), due_ms);
+        }
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.set_due(name, None);
+        self.domains.remove(name);
+    }
+}
+
+impl Context {
+    pub(crate) fn now_ms(&self) -> u64 {
+        (self.outside.now_ms)()
+    }
+
+    pub(crate) fn random(&self) -> u64 {
+        (self.outside.random)()
+    }
+
+    fn index(&self) -> std::sync::MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a domain other than `but` is served with this certificate.
+    pub(crate) fn is_used(&self, id: CertificateId, but: &str) -> bool {
+        let index = self.index();
+        let mut others =
+            index.domains.values().map(|tracked| &tracked.domain).filter(|domain| domain.name != but);
+        others.any(|domain| domain.held.as_ref().is_some_and(|held| held.id == id))
+    }
+
+    /// Puts what is in the vault into the index, and tells of it if it is something else than before.
+    fn note(&self, tracked: Tracked) {
+        let now_ms = self.now_ms();
+        let name = tracked.domain.name.clone();
+        let told = |domain: &Domain| {
+            let held = domain.held.as_ref().map(|held| (held.id, held.published));
+            (domain.state(now_ms), held)
+        };
+        let mut index = self.index();
+        let before = index.domains.get(&name).map(|before| told(&before.domain));
+        index.put(tracked, &self.config.holder);
+        let Some(after) = index.domains.get(&name).map(|after| told(&after.domain)) else { return };
+        drop(index);
+        self.changed.notify_one();
+        if before.as_ref() != Some(&after) {
+            // Nobody has to listen.
+            let _unheard = self.events.send(Event { domain: name, what: EventKind::State(after.0) });
+        }
+    }
+
+    fn forget(&self, name: &str) {
+        self.index().remove(name);
+        self.changed.notify_one();
+        let _unheard = self.events.send(Event { domain: name.to_owned(), what: EventKind::Removed });
+    }
+}
+
+/// Keeps domains and their certificates. Cheap to clone; [`Manager::run`] does the work.
+#[derive(Clone)]
+pub struct Manager {
+    cx: Arc<Context>,
+}
+
+impl std::fmt::Debug for Manager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Manager").field("config", &self.cx.config).finish_non_exhaustive()
+    }
+}
+
+impl Manager {
+    /// Reads all domains from the vault.
+    ///
+    /// # Errors
+    /// [`ManagerError::Config`], [`ManagerError::Vault`].
+    pub async fn open(
+        config: Config,
+        vault: Arc<dyn Vault>,
+        front: Arc<dyn Front>,
+        seal: SealKey,
+        outside: Outside,
+    ) -> Result<Self, ManagerError> {
+        let mut authorities = Authorities::new();
+        for ca in &config.authorities {
+            let bad = |cause: String| ManagerError::Config(format!("authority {}: {cause}", ca.id));
+            if !ca.directory_url.starts_with("https://") {
+                return Err(bad(format!("{} is no https:// URL (RFC 8555 §6.1)", ca.directory_url)));
+            }
+            if ca.id.is_empty()
+                || ca.id.contains('/')
+                || authorities.iter().any(|a: &Arc<Authority>| a.config.id == ca.id)
+            {
+                return Err(bad("its id is empty, has a slash, or is another's".into()));
+            }
+            authorities.push(Arc::new(Authority::new(ca.clone()).map_err(bad)?));
+        }
+        let names = Names::new(&config.dns.resolvers).map_err(ManagerError::Config)?;
+        let pointing = Pointing {
+            addresses: config.dns.expected_addresses.iter().copied().collect(),
+            aliases: config
+                .dns
+                .expected_aliases
+                .iter()
+                .map(|a| a.trim_end_matches('.').to_ascii_lowercase())
+                .collect(),
+        };
+        let asker = match &config.on_demand.ask {
+            Some(ask) => {
+                Some(Asker::new(ask.clone(), crate::acme::client_tls(None).map_err(ManagerError::Config)?))
+            }
+            None => None,
+        };
+        let (events, _) = broadcast::channel(MAX_EVENTS);
+        let cx = Arc::new(Context {
+            config,
+            vault,
+            front,
+            seal,
+            outside,
+            authorities,
+            names,
+            pointing,
+            asker,
+            counters: Counters::default(),
+            index: Mutex::default(),
+            changed: Notify::new(),
+            events,
+        });
+        let manager = Self { cx };
+        manager.refresh().await?;
+        Ok(manager)
+    }
+
+    /// Reads all domains again: somebody else may have written.
+    ///
+    /// # Errors
+    /// [`ManagerError::Vault`].
+    pub async fn refresh(&self) -> Result<(), ManagerError> {
+        let found = self.cx.vault.list(records::DOMAINS).await?;
+        let mut names = HashSet::new();
+        for record in &found {
+            match Tracked::of(&self.cx, record) {
+                Ok(tracked) => {
+                    names.insert(tracked.domain.name.clone());
+                    self.cx.note(tracked);
+                }
+                // One damaged record is no reason to let all others expire.
+                Err(e) => tracing::error!(error = %e, "a domain is left out"),
+            }
+        }
+        let gone: Vec<String> = {
+            let index = self.cx.index();
+            index.domains.keys().filter(|name| !names.contains(*name)).cloned().collect()
+        };
+        gone.iter().for_each(|name| self.cx.forget(name));
+        Ok(())
+    }
+
+    /// How attempts ended since the start of this process.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.cx.counters.now()
+    }
+
+    /// What happens from now on. A listener that is too slow is told that it missed something.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.cx.events.subscribe()
+    }
+
+    /// Works for as long as it is polled. What is under way when it is dropped goes on with the next run.
+    pub async fn run(&self) {
+        let mut running = Running::default();
+        let mut read = tokio::time::Instant::now();
+        loop {
+            let wake_ms = self.start_due(&mut running);
+            let sleep = tokio::time::sleep(Duration::from_millis(wake_ms));
+            tokio::select! {
+                () = sleep => {}
+                () = self.cx.changed.notified() => {}
+                Some(done) = running.tasks.join_next_with_id(), if !running.tasks.is_empty() => {
+                    let (id, panicked) = match done {
+                        Ok((id, ())) => (id, None),
+                        Err(e) => (e.id(), Some(e)),
+                    };
+                    let name = running.ended(id);
+                    if let (Some(name), Some(error)) = (name, panicked) {
+                        // It would happen again at once.
+                        tracing::error!(domain = name, %error, "an attempt ended in the middle");
+                        let again_ms = self.cx.now_ms() + self.cx.config.limits.order_retry_max_ms;
+                        self.cx.index().set_due(&name, Some(again_ms));
+                    }
+                }
+            }
+            if read.elapsed() >= Duration::from_millis(READ_AGAIN_MS) {
+                read = tokio::time::Instant::now();
+                if let Err(error) = self.refresh().await {
+                    tracing::error!(%error, "the domains cannot be read again");
+                }
+            }
+        }
+    }
+
+    /// Starts what is due, the most urgent first. Returns for how long nothing else is.
+    fn start_due(&self, running: &mut Running) -> u64 {
+        let now_ms = self.cx.now_ms();
+        let index = self.cx.index();
+        let mut due: Vec<_> = index
+            .due
+            .iter()
+            .take_while(|(due_ms, _)| *due_ms <= now_ms)
+            .filter(|(_, name)| !running.names.contains(name))
+            .filter_map(|(_, name)| index.domains.get(name))
+            .map(|tracked| {
+                let task = tracked.domain.due(&self.cx.config.holder).map(|(_, task)| task);
+                // Telling the edges takes no authority's time, and waits for none.
+                let publishes = task == Some(Task::Publish);
+                (!publishes, tracked.domain.priority(), tracked.domain.name.clone())
+            })
+            .collect();
+        let next_ms = index.due.iter().map(|(due_ms, _)| *due_ms).find(|due_ms| *due_ms > now_ms);
+        drop(index);
+        due.sort_unstable();
+        for (asks_authority, _, name) in due {
+            let room = if asks_authority { self.cx.config.limits.max_orders } else { MAX_PUBLISHING };
+            if running.number(asks_authority) < room {
+                running.start(Arc::clone(&self.cx), name, asks_authority);
+            }
+        }
+        next_ms.map_or(MAX_SLEEP_MS, |at_ms| at_ms.saturating_sub(now_ms).clamp(1, MAX_SLEEP_MS))
+    }
+
+    /// Adds a name or a wildcard; does nothing if it is there.
+    ///
+    /// # Errors
+    /// [`ManagerError::BadName`], [`ManagerError::Vault`].
+    pub async fn add(&self, name: &str) -> Result<DomainView, ManagerError> {
+        self.put(&certifiable(name)?, Origin::Added).await
+    }
+
+    async fn put(&self, name: &str, origin: Origin) -> Result<DomainView, ManagerError> {
+        let now_ms = self.cx.now_ms();
+        self.change(name, |found| Some(found.unwrap_or_else(|| Domain::new(name.to_owned(), origin, now_ms))))
+            .await
+    }
+
+    /// Reads, changes and writes, again if somebody else has written meanwhile.
+    async fn change(
+        &self,
+        name: &str,
+        change: impl Fn(Option<Domain>) -> Option<Domain>,
+    ) -> Result<DomainView, ManagerError> {
+        self.change_with(name, &[], change).await
+    }
+
+    async fn change_with(
+        &self,
+        name: &str,
+        more: &[Write],
+        change: impl Fn(Option<Domain>) -> Option<Domain>,
+    ) -> Result<DomainView, ManagerError> {
+        let mut conflict = None;
+        for _ in 0..MAX_CHANGE_TRIES {
+            let found = Tracked::read(&self.cx, name).await?;
+            let revision = found.as_ref().and_then(|found| found.revision);
+            let before = found.map(|found| found.domain);
+            let Some(after) = change(before.clone()) else {
+                return Err(ManagerError::NoDomain(name.to_owned()));
+            };
+            let mut tracked = Tracked { domain: after, revision };
+            if before.as_ref() != Some(&tracked.domain) {
+                match tracked.save(self.cx.vault.as_ref(), more.to_vec()).await {
+                    Ok(()) => {}
+                    Err(e @ VaultError::Conflict { .. }) => {
+                        conflict = Some(e);
+                        continue;
+                    }
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            self.cx.note(tracked.clone());
+            return Ok(view(&tracked.domain, self.cx.now_ms()));
+        }
+        Err(conflict.map_or_else(|| ManagerError::NoDomain(name.to_owned()), ManagerError::Vault))
+    }
+
+    /// Looks at DNS and CAA of a name now, and tries at once if it waits for them.
+    ///
+    /// # Errors
+    /// [`ManagerError::BadName`], [`ManagerError::Vault`].
+    pub async fn check(&self, name: &str) -> Result<Check, ManagerError> {
+        let name = certifiable(name)?;
+        let base = name.strip_prefix("*.").unwrap_or(&name);
+        let wildcard = base.len() != name.len();
+        let dns = if wildcard { Ok(()) } else { self.cx.names.check(base, &self.cx.pointing).await };
+        let caa = self.cx.names.caa(base).await;
+        let allowed = self.cx.authorities.iter().map(|authority| {
+            let allowed = caa.as_ref().map_err(Clone::clone);
+            let allowed = allowed.and_then(|caa| caa.allows(&authority.config.caa_identities, wildcard));
+            (authority.config.id.clone(), allowed)
+        });
+        let caa = allowed.collect();
+        let now_ms = self.cx.now_ms();
+        let found = self.change(&name, |found| {
+            found.map(|mut domain| {
+                let waits = domain.order.is_none() && (domain.held.is_none() || domain.failures > 0);
+                if waits && dns.is_ok() {
+                    domain.hurry(now_ms);
+                }
+                domain
+            })
+        });
+        let domain = match found.await {
+            Ok(view) => Some(view),
+            Err(ManagerError::NoDomain(_)) => None,
+            Err(e) => return Err(e),
+        };
+        Ok(Check { domain, dns, caa })
+    }
+
+    /// All domains, by name.
+    #[must_use]
+    pub fn list(&self) -> Vec<DomainView> {
+        let now_ms = self.cx.now_ms();
+        let index = self.cx.index();
+        let mut all: Vec<DomainView> = index.domains.values().map(|t| view(&t.domain, now_ms)).collect();
+        all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// One domain.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<DomainView> {
+        let now_ms = self.cx.now_ms();
+        self.cx.index().domains.get(name).map(|tracked| view(&tracked.domain, now_ms))
+    }
+
+    /// Removes a domain with its certificate, if no other domain uses that. The front has to be told before.
+    ///
+    /// # Errors
+    /// [`ManagerError::NoDomain`], [`ManagerError::Vault`].
+    pub async fn remove(&self, name: &str) -> Result<(), ManagerError> {
+        let name = certifiable(name)?;
+        let mut conflict = None;
+        for _ in 0..MAX_CHANGE_TRIES {
+            let found = Tracked::read(&self.cx, &name).await?;
+            let mut found = found.ok_or_else(|| ManagerError::NoDomain(name.clone()))?;
+            let expected = found.revision.map_or(Expected::Absent, Expected::Revision);
+            let mut writes = vec![
+                Write::delete(records::domain_key(&name), expected),
+                Write::delete(records::order_key(&name), Expected::Anything),
+            ];
+            let ids = found.domain.held.iter().map(|held| held.id).chain(found.domain.replaced);
+            for id in ids.filter(|id| !self.cx.is_used(*id, &name)) {
+                writes.extend(records::certificate_deletes(id));
+            }
+            match self.cx.vault.commit(writes).await {
+                Ok(_) => {
+                    // At once: while the edges are told, somebody may add it again.
+                    self.cx.forget(&name);
+                    attempt::withdraw(&self.cx, &mut found).await;
+                    return Ok(());
+                }
+                Err(e @ VaultError::Conflict { .. }) => conflict = Some(e),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(conflict.map_or_else(|| ManagerError::NoDomain(name), ManagerError::Vault))
+    }
+
+    /// Orders a new certificate now, also for a domain whose certificate was imported, which is automatic from here on.
+    ///
+    /// # Errors
+    /// [`ManagerError::NoDomain`], [`ManagerError::Vault`].
+    pub async fn renew(&self, name: &str) -> Result<DomainView, ManagerError> {
+        let now_ms = self.cx.now_ms();
+        let abandoned_ms = self.cx.config.limits.order_retry_max_ms;
+        let name = certifiable(name)?;
+        let renewed = self.change(&name, |found| {
+            found.map(|mut domain| {
+                domain.automatic = true;
+                domain.hurry(now_ms);
+                // One that an authority leaves lying is not waited for; one that may have a certificate already is.
+                if domain.order.as_ref().is_some_and(|o| !o.finalizing && o.begun_ms + abandoned_ms < now_ms)
+                {
+                    domain.order = None;
+                }
+                if let Some(held) = &mut domain.held {
+                    held.renew_at_ms = held.renew_at_ms.min(now_ms);
+                }
+                domain
+            })
+        });
+        renewed.await
+    }
+
+    /// Stores a chain with its key, and serves `name` with it. Not renewed by itself until [`Manager::renew`] is called.
+    ///
+    /// # Errors
+    /// [`ManagerError::Pem`] says what is wrong with it; [`ManagerError::BadName`], [`ManagerError::Vault`].
+    pub async fn import(&self, name: &str, chain: &str, key: &str) -> Result<DomainView, ManagerError> {
+        let name = certifiable(name)?;
+        let now_ms = self.cx.now_ms();
+        let bundle = Bundle::read(chain, key, now_ms)?;
+        bundle.is_for(&name)?;
+        let writes = records::certificate_writes(&self.cx.seal, &bundle, Source::Import, None, now_ms);
+        let writes = writes.map_err(LoadError::Seal)?;
+        let held = Held {
+            id: bundle.leaf.id,
+            not_before_ms: bundle.leaf.not_before_ms,
+            not_after_ms: bundle.leaf.not_after_ms,
+            source: Source::Import,
+            ca: None,
+            renew_at_ms: bundle.leaf.not_after_ms,
+            ask_window_ms: None,
+            window: None,
+            published: false,
+        };
+        let imported = self.change_with(&name, &writes, |found| {
+            let mut domain = found.unwrap_or_else(|| Domain::new(name.clone(), Origin::Added, now_ms));
+            domain.import(held.clone());
+            Some(domain)
+        });
+        imported.await
+    }
+
+    /// All certificates, by their end.
+    ///
+    /// # Errors
+    /// [`ManagerError::Vault`].
+    pub async fn certificates(&self) -> Result<Vec<CertificateRecord>, ManagerError> {
+        let found = self.cx.vault.list(records::CERTIFICATES).await?;
+        let mut all = Vec::with_capacity(found.len());
+        for record in found {
+            let read = serde_json::from_slice::<CertificateRecord>(&record.bytes);
+            all.push(read.map_err(|e| VaultError::Damaged { key: record.key, cause: e.to_string() })?);
+        }
+        all.sort_unstable_by_key(|record| (record.not_after_ms, record.id));
+        Ok(all)
+    }
+
+    /// One certificate.
+    ///
+    /// # Errors
+    /// [`ManagerError::Load`].
+    pub async fn certificate(&self, id: CertificateId) -> Result<CertificateRecord, ManagerError> {
+        let found = records::certificate(self.cx.vault.as_ref(), id).await?;
+        Ok(found.ok_or(LoadError::Absent(id))?)
+    }
+
+    /// Chain and key, for who presents them.
+    ///
+    /// # Errors
+    /// [`LoadError`].
+    pub async fn load(&self, id: CertificateId) -> Result<Bundle, LoadError> {
+        load_certificate(self.cx.vault.as_ref(), &self.cx.seal, id).await
+    }
+
+    /// Chain and key as PEM.
+    ///
+    /// # Errors
+    /// [`ManagerError::NoDomain`], [`ManagerError::NotYet`], [`ManagerError::Load`].
+    pub async fn export(&self, name: &str) -> Result<(String, Zeroizing<String>), ManagerError> {
+        let name = certifiable(name)?;
+        let view = self.get(&name).ok_or_else(|| ManagerError::NoDomain(name.clone()))?;
+        let id =
+            view.certificate.ok_or_else(|| ManagerError::NotYet { name, state: view.state.to_string() })?;
+        let bundle = self.load(id).await?;
+        Ok((crate::pem::chain_pem(&bundle.chain), key_pem(&bundle.key)))
+    }
+
+    /// Whether a name that nobody added may have a certificate: a service owns it, or who is asked says yes.
+    pub async fn is_allowed(&self, name: &str) -> bool {
+        let Ok(name) = certifiable(name) else { return false };
+        if name.starts_with("*.") {
+            return false;
+        }
+        if self.cx.config.on_demand.owned.as_ref().is_some_and(|owned| owned(&name)) {
+            return true;
+        }
+        match &self.cx.asker {
+            Some(asker) => asker.allows(&name, self.cx.now_ms()).await,
+            None => false,
+        }
+    }
+
+    /// The certificate of a name that somebody shakes hands for. If it may have one and has none, it is ordered, and waited for
+    /// up to `wait_ms`.
+    ///
+    /// # Errors
+    /// [`ManagerError::NotAllowed`], [`ManagerError::NotYet`], [`ManagerError::Busy`], [`ManagerError::Vault`].
+    pub async fn obtain(&self, name: &str, wait_ms: u64) -> Result<CertificateId, ManagerError> {
+        let name = certifiable(name)?;
+        let mut events = self.events();
+        if self.get(&name).is_none() {
+            if !self.is_allowed(&name).await {
+                return Err(ManagerError::NotAllowed(name));
+            }
+            let waiting = {
+                let index = self.cx.index();
+                let on_demand =
+                    index.due.iter().filter_map(|(_, name)| index.domains.get(name)).filter(|tracked| {
+                        tracked.domain.origin == Origin::OnDemand && tracked.domain.held.is_none()
+                    });
+                on_demand.take(MAX_ON_DEMAND).count()
+            };
+            if waiting >= MAX_ON_DEMAND {
+                return Err(ManagerError::Busy);
+            }
+            // A stranger may ask for any name; one that does not lead here is not remembered.
+            if let Err(why) = self.cx.names.check(&name, &self.cx.pointing).await {
+                tracing::debug!(%name, why, "no certificate on demand");
+                return Err(ManagerError::NotAllowed(name));
+            }
+            self.put(&name, Origin::OnDemand).await?;
+        }
+        let published = || {
+            let index = self.cx.index();
+            let held = index.domains.get(&name).and_then(|tracked| tracked.domain.held.as_ref());
+            held.filter(|held| held.published && held.not_after_ms > self.cx.now_ms()).map(|held| held.id)
+        };
+        let waiting = async {
+            loop {
+                if let Some(id) = published() {
+                    return Some(id);
+                }
+                match events.recv().await {
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        };
+        let found = tokio::time::timeout(Duration::from_millis(wait_ms), waiting).await.ok().flatten();
+        found.ok_or_else(|| {
+            let state = self.get(&name).map(|view| view.state.to_string()).unwrap_or_default();
+            ManagerError::NotYet { name, state }
+        })
+    }
+}
+
+/// Does what is due for one domain, and notes what the vault says afterwards.
+async fn work(cx: &Context, name: &str) {
+    let mut tracked = match Tracked::read(cx, name).await {
+        Ok(Some(tracked)) => tracked,
+        Ok(None) => return cx.forget(name),
+        Err(e) => return later(cx, name, &e),
+    };
+    let now_ms = cx.now_ms();
+    let Some((due_ms, task)) = tracked.domain.due(&cx.config.holder) else { return cx.note(tracked) };
+    if due_ms > now_ms {
+        return cx.note(tracked);
+    }
+    let done = match task {
+        Task::Order => {
+            let done = attempt::attempt(cx, &mut tracked).await;
+            // The edges are told at once.
+            let fresh = tracked.domain.held.as_ref().is_some_and(|held| !held.published);
+            match done {
+                Ok(()) if fresh => attempt::publish(cx, &mut tracked).await,
+                done => done,
+            }
+        }
+        Task::Publish => attempt::publish(cx, &mut tracked).await,
+        Task::AskWindow => ask_window(cx, &mut tracked).await,
+    };
+    let domain = &tracked.domain;
+    let is_vain = domain.origin == Origin::OnDemand
+        && domain.held.is_none()
+        && domain.order.is_none()
+        && domain.failures >= MAX_ON_DEMAND_FAILURES;
+    match done {
+        Ok(()) if is_vain => {
+            let expected = tracked.revision.map_or(Expected::Absent, Expected::Revision);
+            match cx.vault.commit(vec![Write::delete(records::domain_key(name), expected)]).await {
+                Ok(_) => cx.forget(name),
+                Err(e) => later(cx, name, &e),
+            }
+        }
+        Ok(()) => cx.note(tracked),
+        Err(VaultError::Conflict { key }) => {
+            tracing::info!(domain = name, record = key, "somebody else has it now");
+            match Tracked::read(cx, name).await {
+                Ok(Some(tracked)) => cx.note(tracked),
+                Ok(None) => cx.forget(name),
+                Err(e) => later(cx, name, &e),
+            }
+        }
+        Err(e) => later(cx, name, &e),
+    }
+}
+
+/// The vault cannot be used now: the domain stays as it is there, and is looked at again in a while.
+fn later(cx: &Context, name: &str, error: &VaultError) {
+    tracing::error!(domain = name, error = %error, "nothing can be kept");
+    let at_ms = cx.now_ms() + cx.config.limits.order_retry_ms;
+    cx.index().set_due(name, Some(at_ms));
+    cx.changed.notify_one();
+}
+
+/// The canonical form of a name that an authority could issue for.
+fn certifiable(name: &str) -> Result<String, ManagerError> {
+    let bad = |cause: &str| ManagerError::BadName { name: name.to_owned(), cause: cause.to_owned() };
+    let pattern = HostPattern::parse(name).map_err(|e| bad(&e.to_string()))?;
+    let base = match &pattern {
+        HostPattern::Exact(base) | HostPattern::Wildcard(base) => base,
+        HostPattern::Any => return Err(bad("it is no name")),
+    };
+    if base.starts_with('[') || base.parse::<std::net::IpAddr>().is_ok() {
+        return Err(bad("it is an address; bring a certificate of your own and serve it as the default"));
+    }
+    if !base.contains('.') {
+        return Err(bad("it has one label only, and no public authority knows it"));
+    }
+    if base.contains('_') {
+        return Err(bad("an underscore is for DNS records, not for hosts (RFC 1123 §2.1)"));
+    }
+    Ok(pattern.to_string())
+}

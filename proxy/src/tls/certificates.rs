@@ -1,0 +1,272 @@
+//! The certificates that an edge has at hand: those used last, loaded when the first handshake needs them.
+//!
+//! ```text
+//!   handshake ─► at hand? ─► its settings
+//!                   └─ no ─► failed a moment ago? ─► refused      (bounded, forgotten after a while)
+//!                              └─ no ─► control thread: source.load() ─► all who wait go on
+//! ```
+//!
+//! Shared by the cores of an edge. A handshake takes the lock for a look-up, a request never. What is kept is bounded in
+//! number; only names of the table's certificates ever get here, so what strangers say costs nothing.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use aws_lc_rs::digest;
+use peregrine_routing::{CertificateId, HostPattern};
+use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use tokio::sync::{mpsc, oneshot};
+
+use super::places::Network;
+use super::settings::{Settings, SettingsKey};
+use super::source::{Certificate, CertificateSource, SourceError};
+use super::wanted::Wanted;
+use crate::clock::now_ms;
+
+/// Certificates that are being loaded at a time. More would be a source that does not answer.
+const MAX_LOADING: usize = 256;
+/// How long a source has.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a certificate that could not be loaded is not asked for again.
+const FAILED_FOR_MS: u64 = 10_000;
+/// Failures that are remembered.
+const MAX_REMEMBERED: usize = 4_096;
+
+/// What is at hand for a certificate.
+#[derive(Clone)]
+struct Entry {
+    key: Arc<CertifiedKey>,
+    /// One for each policy that it is used with.
+    settings: Vec<(SettingsKey, Arc<ServerConfig>)>,
+}
+
+/// Why there is nothing to present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// It could not be loaded.
+    Failed,
+    /// Too many are being loaded.
+    Busy,
+}
+
+struct Inner {
+    /// Used since the last turn.
+    recent: HashMap<CertificateId, Entry>,
+    /// Used before that; those that are used again move over, the others go with the next turn.
+    before: HashMap<CertificateId, Entry>,
+    loading: HashMap<CertificateId, Vec<oneshot::Sender<()>>>,
+    /// Until when not to ask again.
+    failed: HashMap<CertificateId, u64>,
+}
+
+/// The certificates of an edge.
+pub(crate) struct Certificates {
+    inner: Mutex<Inner>,
+    wanted: Wanted,
+    /// How many are kept.
+    max: usize,
+    asks: mpsc::UnboundedSender<(CertificateId, HostPattern)>,
+    source: Arc<dyn CertificateSource>,
+    settings: Settings,
+}
+
+/// The end that loads; runs on the control thread.
+pub(crate) struct Loader {
+    asks: mpsc::UnboundedReceiver<(CertificateId, HostPattern)>,
+    certificates: Arc<Certificates>,
+}
+
+enum Found {
+    Settings(Arc<ServerConfig>),
+    Key(Arc<CertifiedKey>),
+    Wait(oneshot::Receiver<()>),
+    Missing(Missing),
+}
+
+impl Certificates {
+    pub(crate) fn new(
+        source: Arc<dyn CertificateSource>,
+        settings: Settings,
+        max: usize,
+    ) -> (Arc<Self>, Loader) {
+        let (asks, asked) = mpsc::unbounded_channel();
+        let inner = Inner {
+            recent: HashMap::new(),
+            before: HashMap::new(),
+            loading: HashMap::new(),
+            failed: HashMap::new(),
+        };
+        let (inner, wanted) = (Mutex::new(inner), Wanted::default());
+        let certificates = Arc::new(Self { inner, wanted, max, asks, source, settings });
+        (Arc::clone(&certificates), Loader { asks: asked, certificates })
+    }
+
+    pub(crate) const fn provider(&self) -> &Arc<CryptoProvider> {
+        self.settings.provider()
+    }
+
+    /// What a handshake for `domain` goes on with. Waits if the certificate has to be loaded.
+    pub(crate) async fn get(
+        &self,
+        id: CertificateId,
+        domain: &HostPattern,
+        key: &SettingsKey,
+    ) -> Result<Arc<ServerConfig>, Missing> {
+        let mut waited = false;
+        loop {
+            match self.find(id, domain, key, waited) {
+                Found::Settings(settings) => return Ok(settings),
+                Found::Key(certified) => {
+                    // Made without the lock: two that make it at once make the same.
+                    let made = self.settings.make(certified, key).map_err(|error| {
+                        tracing::error!(certificate = %id, %error, "a certificate cannot be used as its domain wants it");
+                        Missing::Failed
+                    })?;
+                    self.lock().keep(id, key, &made);
+                    return Ok(made);
+                }
+                Found::Wait(loaded) => {
+                    // An error is the end of the loader, and with it of the edge.
+                    let _ = loaded.await;
+                    waited = true;
+                }
+                Found::Missing(why) => return Err(why),
+            }
+        }
+    }
+
+    /// Tells the source of a name that somebody of a network wanted in vain, once in a while.
+    pub(crate) fn note_wanted(&self, name: &str, network: Network) {
+        if self.wanted.is_new(name, network, now_ms()) {
+            self.source.wanted(name);
+        }
+    }
+
+    fn find(&self, id: CertificateId, domain: &HostPattern, key: &SettingsKey, waited: bool) -> Found {
+        let mut inner = self.lock();
+        if let Some(entry) = inner.touch(&id, self.max) {
+            let made = entry.settings.iter().find(|(known, _)| known == key);
+            return made.map_or_else(
+                || Found::Key(Arc::clone(&entry.key)),
+                |(_, settings)| Found::Settings(Arc::clone(settings)),
+            );
+        }
+        if waited || inner.failed.get(&id).is_some_and(|until_ms| *until_ms > now_ms()) {
+            return Found::Missing(Missing::Failed);
+        }
+        if inner.loading.len() >= MAX_LOADING && !inner.loading.contains_key(&id) {
+            return Found::Missing(Missing::Busy);
+        }
+        let (loaded, waits) = oneshot::channel();
+        let waiting = inner.loading.entry(id).or_default();
+        waiting.push(loaded);
+        if waiting.len() == 1 && self.asks.send((id, domain.clone())).is_err() {
+            inner.loading.remove(&id);
+            return Found::Missing(Missing::Failed);
+        }
+        Found::Wait(waits)
+    }
+
+    fn loaded(&self, id: CertificateId, result: Result<Arc<CertifiedKey>, SourceError>) {
+        let mut inner = self.lock();
+        match result {
+            Ok(key) => {
+                inner.failed.remove(&id);
+                inner.insert(id, Entry { key, settings: Vec::new() }, self.max);
+            }
+            Err(error) => {
+                tracing::error!(certificate = %id, %error, "a certificate cannot be presented");
+                let now_ms = now_ms();
+                if inner.failed.len() >= MAX_REMEMBERED {
+                    inner.failed.retain(|_, until_ms| *until_ms > now_ms);
+                }
+                if inner.failed.len() < MAX_REMEMBERED {
+                    inner.failed.insert(id, now_ms + FAILED_FOR_MS);
+                }
+            }
+        }
+        for waiting in inner.loading.remove(&id).unwrap_or_default() {
+            // Who has left does not wait.
+            let _ = waiting.send(());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing in it is half-done at any point where it could panic.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Notes a use.
+    fn touch(&mut self, id: &CertificateId, max: usize) -> Option<&Entry> {
+        if !self.recent.contains_key(id) {
+            let entry = self.before.remove(id)?;
+            self.insert(*id, entry, max);
+        }
+        self.recent.get(id)
+    }
+
+    fn insert(&mut self, id: CertificateId, entry: Entry, max: usize) {
+        if self.recent.len() >= (max / 2).max(1) {
+            self.before = std::mem::take(&mut self.recent);
+        }
+        self.recent.insert(id, entry);
+    }
+
+    fn keep(&mut self, id: CertificateId, key: &SettingsKey, made: &Arc<ServerConfig>) {
+        // Few: a certificate has the names of one owner, and these seldom differ in policy.
+        const MAX_SETTINGS: usize = 16;
+        if let Some(entry) = self.recent.get_mut(&id) {
+            if entry.settings.len() >= MAX_SETTINGS {
+                entry.settings.remove(0);
+            }
+            entry.settings.push((key.clone(), Arc::clone(made)));
+        }
+    }
+}
+
+impl Loader {
+    /// Loads until the edge ends.
+    pub(crate) async fn run(mut self) {
+        while let Some((id, domain)) = self.asks.recv().await {
+            let certificates = Arc::clone(&self.certificates);
+            tokio::task::spawn_local(async move {
+                let loaded = tokio::time::timeout(LOAD_TIMEOUT, certificates.source.load(id, &domain)).await;
+                let result = loaded
+                    .unwrap_or_else(|_| Err(SourceError::Failed("its source did not answer in time".into())))
+                    .and_then(|certificate| certified(id, certificate, certificates.settings.provider()));
+                certificates.loaded(id, result);
+            });
+        }
+    }
+}
+
+/// Checks what a source gave, and makes it ready to sign.
+fn certified(
+    id: CertificateId,
+    certificate: Certificate,
+    provider: &CryptoProvider,
+) -> Result<Arc<CertifiedKey>, SourceError> {
+    let failed = |what: &dyn std::fmt::Display| SourceError::Failed(what.to_string());
+    let Certificate { chain, key } = certificate;
+    let chain: Vec<_> = chain.into_iter().map(CertificateDer::from).collect();
+    let first = chain.first().ok_or_else(|| failed(&"its chain is empty"))?;
+    if certificate_id(first) != id {
+        return Err(failed(&"its source has given another one"));
+    }
+    let key = PrivateKeyDer::try_from(key).map_err(|error| failed(&error))?;
+    CertifiedKey::from_der(chain, key, provider).map(Arc::new).map_err(|error| failed(&error))
+}
+
+/// The name of a certificate in the table, from its DER.
+#[must_use]
+pub fn certificate_id(end_entity: &[u8]) -> CertificateId {
+    let mut id = [0; 32];
+    id.copy_from_slice(digest::digest(&digest::SHA256, end_entity).as_ref());
+    CertificateId(id)
+}

@@ -1,0 +1,62 @@
+//! Where chains and private keys come from. The table names a certificate; whoever puts the rooms together knows
+//! where it lies.
+
+use futures_util::future::BoxFuture;
+use peregrine_routing::{CertificateId, HostPattern};
+
+/// A certificate with its chain and private key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Certificate {
+    /// DER of the end-entity certificate, then of those that have signed each other, without the root.
+    pub chain: Vec<Vec<u8>>,
+    /// DER of the private key: PKCS #8, SEC1 or PKCS #1.
+    pub key: Vec<u8>,
+}
+
+impl std::fmt::Debug for Certificate {
+    /// Never shows the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Certificate").field("chain", &self.chain.len()).finish_non_exhaustive()
+    }
+}
+
+/// Why a certificate could not be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// There is none of that name.
+    #[error("there is no such certificate")]
+    Unknown,
+    /// It is there and cannot be used, or could not be looked for. It is asked for again after a while.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Hands out certificates. An edge asks for each one when it is needed for the first time, on its control thread,
+/// and again after it was not needed for long.
+pub trait CertificateSource: Send + Sync {
+    /// Chain and key of a certificate, which the table names for `domain`.
+    fn load<'a>(
+        &'a self,
+        id: CertificateId,
+        domain: &'a HostPattern,
+    ) -> BoxFuture<'a, Result<Certificate, SourceError>>;
+
+    /// A handshake came for a name without a certificate: one that is in nobody's table, or whose domain waits for its
+    /// first. Told once in a while for each name; must return at once.
+    fn wanted(&self, name: &str) {
+        let _ = name;
+    }
+}
+
+/// Of an edge that was given none.
+pub(crate) struct NoCertificates;
+
+impl CertificateSource for NoCertificates {
+    fn load<'a>(
+        &'a self,
+        _id: CertificateId,
+        _domain: &'a HostPattern,
+    ) -> BoxFuture<'a, Result<Certificate, SourceError>> {
+        Box::pin(std::future::ready(Err(SourceError::Unknown)))
+    }
+}

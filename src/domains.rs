@@ -1,0 +1,694 @@
+//! Domains that were added, and their certificates: the room that keeps them, on the engine's store, with the edges in front.
+//!
+//! ```text
+//!   API ─► Domains ─► certs::Manager ─┬─ Vault ─► the engine's store
+//!                                     └─ Front ─► the engine's table ─► every edge
+//! ```
+//!
+//! How a domain is served (redirect, HSTS) is a record of its own beside that of the manager. A domain of the configuration file
+//! goes before one that was added.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use peregrine_api::types::{
+    CaaCheck, Certificate, CertificateExport, CertificateImport, CertificateSource as From_,
+    ClientAuth as AskedFor, ClientAuthRequest, Domain, DomainCheck, DomainOrigin, DomainRequest, DomainState,
+    Hsts, instant,
+};
+use peregrine_api::{Domains, DomainsError};
+use peregrine_certs::{self as certs, DomainView, Manager, ManagerError};
+use peregrine_config::{AcmeAuthority, AcmeChallenge, AcmeExternalAccount, AcmeSettings, TsigAlgorithm};
+use peregrine_engine::vault::{VaultExpected, VaultWrite};
+use peregrine_engine::{DomainChange, EngineError, EngineHandle};
+use peregrine_routing::{
+    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, TableReader,
+};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+/// File of the key with which private keys are sealed, in the data folder.
+pub(crate) const KEY_FILE: &str = "certificates.key";
+/// Records of the vault that are the manager's.
+const MANAGER: &str = "certs/";
+/// Records that say how a domain is served.
+const POLICIES: &str = "front/";
+/// Orders in all, and for one registered domain, in the window: half of what Let's Encrypt gives, as others may use its account.
+const ORDERS: certs::BudgetLimit = certs::BudgetLimit { orders: 150, window_ms: 3 * 3_600_000 };
+const ORDERS_PER_DOMAIN: certs::BudgetLimit =
+    certs::BudgetLimit { orders: 25, window_ms: 7 * 24 * 3_600_000 };
+/// Names that edges were asked for, and that are decided on at a time. Whoever is beyond comes again.
+const MAX_WANTED: usize = 64;
+/// Authorities of clients for one domain.
+const MAX_CLIENT_AUTHORITIES: usize = 32;
+/// Largest file of a shared key.
+const MAX_SECRET_BYTES: u64 = 16 << 10;
+/// Largest file of authorities to trust.
+const MAX_TRUST_BYTES: u64 = 1 << 20;
+
+/// How a domain is served. Its record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Served {
+    redirect: bool,
+    hsts: Option<Hsts>,
+    #[serde(default)]
+    client_auth: Option<ServedClientAuth>,
+}
+
+/// Certificates of clients.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct ServedClientAuth {
+    /// DER of authorities.
+    authorities: Vec<Arc<[u8]>>,
+    required: bool,
+}
+
+impl Default for Served {
+    fn default() -> Self {
+        Self { redirect: true, hsts: None, client_auth: None }
+    }
+}
+
+impl Served {
+    /// Of a record that cannot be read: nobody is let in, for it may have said who may come.
+    fn closed() -> Self {
+        let nobody = ServedClientAuth { authorities: Vec::new(), required: true };
+        Self { client_auth: Some(nobody), ..Self::default() }
+    }
+
+    fn read(name: &str, bytes: &[u8]) -> Self {
+        serde_json::from_slice(bytes).unwrap_or_else(|error| {
+            tracing::error!(%name, %error, "how a domain is served cannot be read, so it is not: say it again with `peregrine domains add`");
+            Self::closed()
+        })
+    }
+
+    fn policy(&self) -> DomainPolicy {
+        let hsts = self.hsts.map(|hsts| peregrine_routing::Hsts {
+            max_age_seconds: hsts.max_age_seconds,
+            include_subdomains: hsts.include_subdomains,
+            preload: hsts.preload,
+        });
+        let client_auth = self.client_auth.as_ref().map(|auth| {
+            Arc::new(ClientAuth { authorities: auth.authorities.clone(), required: auth.required })
+        });
+        DomainPolicy { redirect_to_https: self.redirect, hsts, client_auth, ..DomainPolicy::default() }
+    }
+}
+
+/// The engine's store, as the manager writes into it.
+struct Records(EngineHandle);
+
+/// The edges, as the manager tells them.
+struct Edges {
+    engine: EngineHandle,
+    shown: Mutex<Shown>,
+}
+
+/// What the edges are told.
+#[derive(Default)]
+struct Shown {
+    served: BTreeMap<String, Served>,
+    certificates: BTreeMap<String, CertificateId>,
+    /// Names that the configuration file decides on.
+    configured: BTreeSet<String>,
+}
+
+/// Domains that were added.
+pub(crate) struct Kept {
+    manager: Manager,
+    edges: Arc<Edges>,
+    engine: EngineHandle,
+    /// Something can be ordered.
+    orders: bool,
+    /// Additions, imports and removals go one after the other: each changes a record, a policy and the table.
+    changing: tokio::sync::Mutex<()>,
+    /// For control work: edges ask from threads of their own.
+    runtime: tokio::runtime::Handle,
+    wanted: Arc<Semaphore>,
+    vault: Arc<Records>,
+}
+
+impl Kept {
+    /// Opens what is in the engine's store. Nothing is ordered before [`Self::run`].
+    ///
+    /// # Errors
+    /// Why it cannot be used, in words.
+    pub(crate) async fn open(
+        engine: &EngineHandle,
+        acme: Option<&AcmeSettings>,
+        data: &Path,
+        configured: impl IntoIterator<Item = String>,
+        table: TableReader,
+    ) -> anyhow::Result<Self> {
+        let mut shown = Shown { configured: configured.into_iter().collect(), ..Shown::default() };
+        for record in engine.vault().list(POLICIES).await? {
+            let name = record.key.strip_prefix(POLICIES).unwrap_or_default().to_owned();
+            let served = Served::read(&name, &record.bytes);
+            shown.served.insert(name, served);
+        }
+        let edges = Arc::new(Edges { engine: engine.clone(), shown: Mutex::new(shown) });
+        let seal = certs::SealKey::open_or_create(&data.join(KEY_FILE))?;
+        let config = configuration(engine, acme, table)?;
+        let runtime = tokio::runtime::Handle::current();
+        let vault = Arc::new(Records(engine.clone()));
+        let front = Arc::clone(&edges) as _;
+        let manager =
+            Manager::open(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system()).await?;
+        let (orders, changing) = (acme.is_some(), tokio::sync::Mutex::default());
+        let wanted = Arc::new(Semaphore::new(MAX_WANTED));
+        let kept = Self { manager, edges, engine: engine.clone(), orders, changing, runtime, wanted, vault };
+        kept.show();
+        Ok(kept)
+    }
+
+    /// Orders and renews, for ever.
+    pub(crate) async fn run(&self) {
+        self.manager.run().await;
+    }
+
+    /// Puts what is known into the table: a table that is made anew has no domains.
+    fn show(&self) {
+        let views = self.manager.list();
+        let mut shown = self.edges.shown();
+        for view in views {
+            if let Some(id) = view.certificate {
+                shown.certificates.insert(view.name, id);
+            }
+        }
+        let changes = shown.certificates.keys().filter_map(|name| shown.change(name)).collect();
+        drop(shown);
+        self.edges.publish_now(changes);
+    }
+
+    /// The configuration file names these from now on: others are served as they were added.
+    pub(crate) fn configure(&self, names: impl IntoIterator<Item = String>) {
+        let mut shown = self.edges.shown();
+        let before = std::mem::replace(&mut shown.configured, names.into_iter().collect());
+        let freed: Vec<String> = before.difference(&shown.configured).cloned().collect();
+        let changes = freed.iter().filter_map(|name| shown.change(name)).collect();
+        drop(shown);
+        self.edges.publish_now(changes);
+    }
+
+    /// What is known of domains, as metrics: the recorder is told, and lines of single domains are returned.
+    pub(crate) fn measured(&self) -> String {
+        crate::certificate_metrics::measure(&self.manager)
+    }
+
+    /// Where what is sealed lies.
+    pub(crate) fn vault(&self) -> Arc<dyn certs::Vault> {
+        Arc::clone(&self.vault) as _
+    }
+
+    /// The certificate and its key, opened.
+    ///
+    /// # Errors
+    /// It is not there, or it cannot be read.
+    pub(crate) async fn load(&self, id: CertificateId) -> Result<certs::Bundle, certs::LoadError> {
+        self.manager.load(id).await
+    }
+
+    /// An edge was asked for `name`, for which it has nothing: whether it may have one is decided here, and whoever asked comes
+    /// again.
+    pub(crate) fn wanted(self: &Arc<Self>, name: &str) {
+        let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return };
+        let (kept, name) = (Arc::clone(self), name.to_owned());
+        self.runtime.spawn(async move {
+            let _place = place;
+            if let Err(error) = kept.manager.obtain(&name, 0).await {
+                tracing::debug!(%name, %error, "no certificate on demand");
+            }
+        });
+    }
+
+    fn told(&self, view: DomainView) -> Domain {
+        let served = self.edges.shown().served.get(&view.name).cloned().unwrap_or_default();
+        Domain {
+            state: match &view.state {
+                certs::DomainState::New => DomainState::New,
+                certs::DomainState::WaitingForDns { .. } => DomainState::WaitingForDns,
+                certs::DomainState::Waiting { .. } => DomainState::Waiting,
+                certs::DomainState::Ordering { .. } => DomainState::Ordering,
+                certs::DomainState::Valid { .. } => DomainState::Valid,
+                certs::DomainState::Expired { .. } => DomainState::Expired,
+                certs::DomainState::Failed { .. } => DomainState::Failed,
+            },
+            message: view.state.to_string(),
+            origin: match view.origin {
+                certs::Origin::Added => DomainOrigin::Added,
+                certs::Origin::OnDemand => DomainOrigin::OnDemand,
+            },
+            automatic: view.automatic,
+            certificate: view.certificate.map(|id| id.to_string()),
+            not_after: view.not_after_ms.map(instant),
+            failures: view.failures,
+            redirect: served.redirect,
+            hsts: served.hsts,
+            client_auth: served.client_auth.map(|auth| match auth.required {
+                true => AskedFor::Required,
+                false => AskedFor::Optional,
+            }),
+            added_at: instant(view.added_ms),
+            name: view.name,
+        }
+    }
+
+    fn refuse_configured(&self, name: &str) -> Result<(), DomainsError> {
+        if !self.edges.shown().configured.contains(name) {
+            return Ok(());
+        }
+        Err(DomainsError::Configured(format!("{name} is in the server's configuration file")))
+    }
+
+    /// Keeps how a domain is served, and has the edges serve it so.
+    async fn serve(&self, name: &str, served: Served) -> Result<(), DomainsError> {
+        let bytes = serde_json::to_vec(&served).map_err(|error| DomainsError::Failed(error.to_string()))?;
+        let write = VaultWrite {
+            key: format!("{POLICIES}{name}"),
+            bytes: Some(bytes.into()),
+            expected: VaultExpected::Anything,
+        };
+        self.engine
+            .vault()
+            .commit(vec![write])
+            .await
+            .map_err(|error| DomainsError::Failed(error.to_string()))?;
+        let mut shown = self.edges.shown();
+        shown.served.insert(name.to_owned(), served);
+        let change = shown.change(name);
+        drop(shown);
+        self.edges.publish_now(change.into_iter().collect());
+        Ok(())
+    }
+}
+
+impl Shown {
+    /// What the edges have to be told of a name; nothing where the configuration file decides, or there is no certificate.
+    fn change(&self, name: &str) -> Option<DomainChange> {
+        if self.configured.contains(name) {
+            return None;
+        }
+        let certificate = *self.certificates.get(name)?;
+        let policy = self.served.get(name).cloned().unwrap_or_default().policy();
+        let name = HostPattern::parse(name).ok()?;
+        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), policy }))
+    }
+
+    /// Whether there was something to forget.
+    fn forget(&mut self, name: &str) -> bool {
+        let served = self.served.remove(name).is_some();
+        self.certificates.remove(name).is_some() || served
+    }
+
+    fn unless_configured(&self, name: &str) -> Option<HostPattern> {
+        if self.configured.contains(name) { None } else { HostPattern::parse(name).ok() }
+    }
+}
+
+impl Edges {
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish_now(&self, changes: Vec<DomainChange>) {
+        if changes.is_empty() {
+            return;
+        }
+        if let Err(error) = self.engine.publish_domains(changes) {
+            tracing::error!(%error, "domains were not published");
+        }
+    }
+
+    async fn apply(&self, changes: Vec<DomainChange>) -> Result<(), certs::FrontError> {
+        let told = self.engine.apply_domains(changes).await;
+        told.map(drop).map_err(|error| certs::FrontError { cause: error.to_string() })
+    }
+}
+
+impl certs::Front for Edges {
+    fn answer(&self, challenge: ChallengeSpec) -> BoxFuture<'_, Result<(), certs::FrontError>> {
+        self.apply(vec![DomainChange::PutChallenge(challenge)]).boxed()
+    }
+
+    fn withdraw(&self, challenge: ChallengeId) -> BoxFuture<'_, Result<(), certs::FrontError>> {
+        self.apply(vec![DomainChange::RemoveChallenge(challenge)]).boxed()
+    }
+
+    fn publish(
+        &self,
+        name: HostPattern,
+        certificate: CertificateId,
+    ) -> BoxFuture<'_, Result<(), certs::FrontError>> {
+        let name = name.to_string();
+        let mut shown = self.shown();
+        shown.certificates.insert(name.clone(), certificate);
+        let change = shown.change(&name);
+        drop(shown);
+        async move {
+            match change {
+                Some(change) => self.apply(vec![change]).await,
+                None => Ok(()),
+            }
+        }
+        .boxed()
+    }
+}
+
+impl certs::Vault for Records {
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<certs::Record>, certs::VaultError>> {
+        async move {
+            let records = self.0.vault().list(&format!("{MANAGER}{prefix}")).await.map_err(unavailable)?;
+            Ok(records.into_iter().map(record).collect())
+        }
+        .boxed()
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<certs::Record>, certs::VaultError>> {
+        async move {
+            let found = self.0.vault().get(&format!("{MANAGER}{key}")).await.map_err(unavailable)?;
+            Ok(found.map(record))
+        }
+        .boxed()
+    }
+
+    fn commit(&self, writes: Vec<certs::Write>) -> BoxFuture<'_, Result<certs::Revision, certs::VaultError>> {
+        async move {
+            let keys: Vec<String> = writes.iter().map(|write| write.key.clone()).collect();
+            let writes = writes.into_iter().map(|write| VaultWrite {
+                key: format!("{MANAGER}{}", write.key),
+                bytes: write.bytes.map(Into::into),
+                expected: match write.expected {
+                    certs::Expected::Absent => VaultExpected::Absent,
+                    certs::Expected::Revision(revision) => VaultExpected::Revision(revision),
+                    certs::Expected::Anything => VaultExpected::Anything,
+                },
+            });
+            self.0.vault().commit(writes.collect()).await.map_err(|error| match error.code {
+                // The store names the key; of those that begin alike it is the longest.
+                "store.conflict" => {
+                    let named = |key: &&String| error.message.contains(&format!("{MANAGER}{key}"));
+                    let key = keys.iter().filter(named).max_by_key(|key| key.len()).or(keys.first());
+                    certs::VaultError::Conflict { key: key.cloned().unwrap_or_default() }
+                }
+                _ => unavailable(error),
+            })
+        }
+        .boxed()
+    }
+}
+
+fn record(record: peregrine_engine::vault::VaultRecord) -> certs::Record {
+    let key = record.key.strip_prefix(MANAGER).unwrap_or(&record.key).to_owned();
+    certs::Record { key, bytes: record.bytes.into(), revision: record.revision }
+}
+
+fn unavailable(error: EngineError) -> certs::VaultError {
+    certs::VaultError::Unavailable { cause: error.message }
+}
+
+impl Domains for Kept {
+    fn list(&self) -> Vec<Domain> {
+        let mut domains: Vec<Domain> = self.manager.list().into_iter().map(|view| self.told(view)).collect();
+        domains.sort_by(|one, other| one.name.cmp(&other.name));
+        domains
+    }
+
+    fn get(&self, name: &str) -> Option<Domain> {
+        self.manager.get(&canonical(name).ok()?).map(|view| self.told(view))
+    }
+
+    fn add(&self, request: DomainRequest) -> BoxFuture<'_, Result<Domain, DomainsError>> {
+        async move {
+            let DomainRequest { name, redirect, hsts, client_auth } = request;
+            let client_auth = client_auth.as_ref().map(client_authorities).transpose()?;
+            let name = canonical(&name)?;
+            let _one = self.changing.lock().await;
+            self.refuse_configured(&name)?;
+            let known = self.manager.get(&name);
+            if known.is_none() && !self.orders {
+                let why = format!("no authority is configured that {name} could get a certificate from");
+                return Err(DomainsError::NoAuthority(why));
+            }
+            let view = match known {
+                Some(view) => view,
+                None => self.manager.add(&name).await.map_err(|error| refused(&error))?,
+            };
+            self.serve(&view.name, Served { redirect, hsts, client_auth }).await?;
+            Ok(self.told(view))
+        }
+        .boxed()
+    }
+
+    fn check<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<DomainCheck, DomainsError>> {
+        async move {
+            let name = &*canonical(name)?;
+            let check = self.manager.check(name).await.map_err(|error| refused(&error))?;
+            let caa: Vec<CaaCheck> = check
+                .caa
+                .into_iter()
+                .map(|(authority, may)| CaaCheck { authority, problem: may.err() })
+                .collect();
+            let dns = check.dns.err();
+            Ok(DomainCheck {
+                name: name.to_owned(),
+                ok: dns.is_none() && caa.iter().all(|caa| caa.problem.is_none()),
+                dns,
+                caa,
+                domain: check.domain.map(|view| self.told(view)),
+            })
+        }
+        .boxed()
+    }
+
+    fn remove<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), DomainsError>> {
+        async move {
+            let name = &*canonical(name)?;
+            let _one = self.changing.lock().await;
+            let known = self.manager.get(name).is_some();
+            let left = self.edges.shown().forget(name);
+            let is_served = known || left;
+            // The edges first, and also if the record went and something failed behind it: a repetition gets to the end.
+            if let (true, Some(name)) = (is_served, self.edges.shown().unless_configured(name)) {
+                self.edges.publish_now(vec![DomainChange::Remove(name)]);
+            }
+            let gone = VaultWrite {
+                key: format!("{POLICIES}{name}"),
+                bytes: None,
+                expected: VaultExpected::Anything,
+            };
+            let done = self.engine.vault().commit(vec![gone]).await;
+            done.map_err(|error| DomainsError::Failed(error.to_string()))?;
+            match self.manager.remove(name).await {
+                Err(ManagerError::NoDomain(_)) if left => Ok(()),
+                removed => removed.map_err(|error| refused(&error)),
+            }
+        }
+        .boxed()
+    }
+
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<Certificate>, DomainsError>> {
+        async move {
+            let mut domains: BTreeMap<CertificateId, Vec<String>> = BTreeMap::new();
+            for view in self.manager.list() {
+                if let Some(id) = view.certificate {
+                    domains.entry(id).or_default().push(view.name);
+                }
+            }
+            let records = self.manager.certificates().await.map_err(|error| refused(&error))?;
+            let mut certificates: Vec<Certificate> = records
+                .into_iter()
+                .map(|record| Certificate {
+                    id: record.id.to_string(),
+                    names: record.names,
+                    issuer: record.issuer,
+                    source: match record.source {
+                        certs::Source::Acme => From_::Acme,
+                        certs::Source::Import => From_::Import,
+                    },
+                    authority: record.ca,
+                    not_before: instant(record.not_before_ms),
+                    not_after: instant(record.not_after_ms),
+                    domains: domains.remove(&record.id).unwrap_or_default(),
+                    chain: record.chain_pem,
+                })
+                .collect();
+            certificates.sort_by(|one, other| one.id.cmp(&other.id));
+            Ok(certificates)
+        }
+        .boxed()
+    }
+
+    fn renew<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Domain, DomainsError>> {
+        async move {
+            let name = &*canonical(name)?;
+            if self.manager.get(name).is_some() && !self.orders {
+                return Err(DomainsError::NoAuthority("no authority is configured".into()));
+            }
+            self.manager.renew(name).await.map(|view| self.told(view)).map_err(|error| refused(&error))
+        }
+        .boxed()
+    }
+
+    fn import(&self, import: CertificateImport) -> BoxFuture<'_, Result<Domain, DomainsError>> {
+        async move {
+            let CertificateImport { domain, chain, key } = import;
+            let domain = canonical(&domain)?;
+            let _one = self.changing.lock().await;
+            self.refuse_configured(&domain)?;
+            let view = self.manager.import(&domain, &chain, &key).await.map_err(|error| refused(&error))?;
+            Ok(self.told(view))
+        }
+        .boxed()
+    }
+
+    fn export<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<CertificateExport, DomainsError>> {
+        async move {
+            let name = &*canonical(name)?;
+            let (chain, key) = self.manager.export(name).await.map_err(|error| refused(&error))?;
+            Ok(CertificateExport { domain: name.to_owned(), chain, key: key.to_string() })
+        }
+        .boxed()
+    }
+}
+
+/// As the table, the records and the file name it.
+fn canonical(name: &str) -> Result<String, DomainsError> {
+    let bad =
+        |error: peregrine_routing::HostError| DomainsError::BadName(format!("{name} is no host: {error}"));
+    HostPattern::parse(name).map(|pattern| pattern.to_string()).map_err(bad)
+}
+
+/// Reads the authorities of clients.
+fn client_authorities(request: &ClientAuthRequest) -> Result<ServedClientAuth, DomainsError> {
+    let bad = |why: String| DomainsError::BadCertificate(format!("the authorities of clients: {why}"));
+    let mut authorities = Vec::new();
+    let mut roots = rustls::RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(request.authorities.as_bytes()) {
+        let der = der.map_err(|error| bad(format!("they are no PEM: {error}")))?;
+        roots
+            .add(der.clone())
+            .map_err(|error| bad(format!("certificate {}: {error}", authorities.len() + 1)))?;
+        authorities.push(Arc::from(&*der));
+    }
+    if authorities.is_empty() || authorities.len() > MAX_CLIENT_AUTHORITIES {
+        let why = format!(
+            "{} certificates in PEM, from 1 to {MAX_CLIENT_AUTHORITIES} are expected",
+            authorities.len()
+        );
+        return Err(bad(why));
+    }
+    Ok(ServedClientAuth { authorities, required: request.required })
+}
+
+fn refused(error: &ManagerError) -> DomainsError {
+    let why = error.to_string();
+    match error {
+        ManagerError::BadName { .. } => DomainsError::BadName(why),
+        ManagerError::NoDomain(_) | ManagerError::NotAllowed(_) => DomainsError::Unknown(why),
+        ManagerError::Busy => DomainsError::Busy(why),
+        ManagerError::NotYet { .. } => DomainsError::NoCertificate(why),
+        ManagerError::Pem(_) => DomainsError::BadCertificate(why),
+        ManagerError::Vault(certs::VaultError::Conflict { .. }) => DomainsError::Busy(why),
+        ManagerError::Load(_) | ManagerError::Vault(_) | ManagerError::Config(_) => DomainsError::Failed(why),
+    }
+}
+
+fn configuration(
+    engine: &EngineHandle,
+    acme: Option<&AcmeSettings>,
+    table: TableReader,
+) -> anyhow::Result<certs::Config> {
+    let mut config = certs::Config {
+        // One engine leads at a time, and the next one goes on with what it had begun.
+        holder: engine.install(),
+        authorities: Vec::new(),
+        challenges: Vec::new(),
+        dns: certs::DnsConfig::default(),
+        on_demand: certs::OnDemand::default(),
+        limits: certs::Limits::default(),
+    };
+    let Some(acme) = acme else { return Ok(config) };
+    for authority in &acme.authorities {
+        config.authorities.push(self::authority(authority, acme.agree_to_terms)?);
+    }
+    config.challenges = acme
+        .challenges
+        .iter()
+        .map(|challenge| match challenge {
+            AcmeChallenge::Http01 => certs::ChallengeKind::Http01,
+            AcmeChallenge::TlsAlpn01 => certs::ChallengeKind::TlsAlpn01,
+            AcmeChallenge::Dns01 => certs::ChallengeKind::Dns01,
+        })
+        .collect();
+    config.dns.resolvers.clone_from(&acme.resolvers);
+    config.dns.expected_addresses.clone_from(&acme.addresses);
+    config.dns.expected_aliases.clone_from(&acme.aliases);
+    for dns in &acme.dns {
+        let kind = match dns.algorithm {
+            TsigAlgorithm::HmacSha256 => certs::TsigKind::HmacSha256,
+            TsigAlgorithm::HmacSha384 => certs::TsigKind::HmacSha384,
+            TsigAlgorithm::HmacSha512 => certs::TsigKind::HmacSha512,
+        };
+        let secret = secret("[[acme.dns]] secret_file", &dns.secret)?;
+        let provider = certs::Rfc2136::new(dns.server, &dns.zone, &dns.key_name, kind, secret.to_vec())?;
+        config.dns.providers.push((dns.zone.clone(), Arc::new(provider)));
+    }
+    config.on_demand.ask = acme.ask.clone().map(certs::AskConfig::new);
+    config.on_demand.owned = acme
+        .owned_on_demand
+        .then(|| Arc::new(move |name: &str| table.load().names_host(name)) as certs::Owned);
+    Ok(config)
+}
+
+fn authority(settings: &AcmeAuthority, terms_agreed: bool) -> anyhow::Result<certs::CaConfig> {
+    let external = |account: &AcmeExternalAccount| {
+        let hmac_key = secret("[acme] hmac_key_file", &account.hmac_key)?;
+        Ok::<_, anyhow::Error>(certs::ExternalAccount { key_id: account.key_id.clone(), hmac_key })
+    };
+    Ok(certs::CaConfig {
+        id: settings.name.clone(),
+        directory_url: settings.directory.clone(),
+        contacts: settings.contacts.iter().map(|contact| format!("mailto:{contact}")).collect(),
+        terms_agreed,
+        roots_pem: settings.trust.as_deref().map(trusted).transpose()?,
+        external_account: settings.external_account.as_ref().map(external).transpose()?,
+        profile: settings.profile.clone(),
+        caa_identities: settings.caa.clone(),
+        orders: ORDERS,
+        orders_per_domain: ORDERS_PER_DOMAIN,
+    })
+}
+
+/// A secret in base64 from a file of its owner's. What is in it is never told.
+fn secret(key: &str, file: &Path) -> anyhow::Result<zeroize::Zeroizing<Vec<u8>>> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use anyhow::Context as _;
+    let shown = file.display();
+    let metadata = std::fs::metadata(file).with_context(|| format!("{key}: {shown}"))?;
+    let mode = metadata.mode() & 0o777;
+    anyhow::ensure!(
+        mode & 0o077 == 0,
+        "{key}: {shown} can be read by others (mode {mode:04o}): chmod 600 {shown}"
+    );
+    anyhow::ensure!(
+        metadata.len() <= MAX_SECRET_BYTES,
+        "{key}: {shown} is longer than any key: is it the right file?"
+    );
+    let text = zeroize::Zeroizing::new(std::fs::read(file).with_context(|| format!("{key}: {shown}"))?);
+    let secret = std::str::from_utf8(&text).ok().and_then(certs::secret_of_base64);
+    secret.with_context(|| format!("{key}: {shown} holds no key in base64"))
+}
+
+fn trusted(file: &Path) -> anyhow::Result<Vec<u8>> {
+    use anyhow::Context as _;
+    let size = std::fs::metadata(file).with_context(|| format!("[acme] trust: {}", file.display()))?.len();
+    anyhow::ensure!(size <= MAX_TRUST_BYTES, "[acme] trust: {} is no file of authorities", file.display());
+    std::fs::read(file).with_context(|| format!("[acme] trust: {}", file.display()))
+}
