@@ -7,8 +7,8 @@ FUZZ_SECONDS ?= 6
 
 demo:
 	@scripts/setup demo
-	@$(CARGO) build --release --quiet --bin peregrine || $(CARGO) build --release --bin peregrine
-	@$(TARGET)/release/peregrine demo $(DEMO_ARGS)
+	@$(CARGO) build --profile demo --bin peregrine
+	@$(TARGET)/demo/peregrine demo $(DEMO_ARGS)
 
 # Everything that CI runs.
 test:

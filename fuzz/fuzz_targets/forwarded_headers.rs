@@ -137,6 +137,11 @@ impl Sent {
     }
 }
 
+fn has_one_path(sent: &Sent) -> bool {
+    let path = sent.uri.path();
+    path == "*" || peregrine_routing::canonical_path(path).is_ok()
+}
+
 struct Model {
     peer: IpAddr,
     trusted: [IpNet; 2],
@@ -149,6 +154,7 @@ impl Model {
             Err(reason) => return self.is_refused_rightly(sent, reason),
         };
         assert_eq!(self.framing_fault(sent), None, "this must not go on");
+        assert!(has_one_path(sent), "a path of two meanings goes on");
         assert_eq!(forwarded.client, self.client(sent), "the client");
         self.has_one_host(sent, &forwarded);
         let mut to_http2 = fields_of(&forwarded.headers);
@@ -188,6 +194,8 @@ impl Model {
                     matches!(scheme, Some("http" | "https")) || scheme.is_none() && path.starts_with('/');
                 assert!(!fine || path == "*", "a good target is refused");
             }
+            // What a path's one form is, `table_lookup` and the properties of canonical paths judge.
+            Reason::AmbiguousPath => assert!(!has_one_path(sent), "a good path is refused"),
             other => assert_eq!(Some(other), self.framing_fault(sent)),
         }
     }

@@ -670,6 +670,8 @@ fn broke_off<T>(flight: &Flight, slot: &mut Option<UpstreamBody>, cx: &Context<'
 fn complete(flight: &Flight, slot: &mut Option<UpstreamBody>) {
     flight.complete.set(true);
     if let Some(body) = slot.take() {
+        // On a connection of HTTP/2 the last piece may have to wait for its client's window.
+        flight.wait(Waits::Client, body.body_idle_ms);
         body.source.done();
     }
 }

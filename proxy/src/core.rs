@@ -2,7 +2,7 @@
 //!
 //! A core is one thread with one runtime. Nothing in it is shared with another core except what the
 //! routing room shares (upstreams with their counters) and the control side of the edge, so nothing on
-//! the request path takes a lock.
+//! the request path takes a lock, but for the queue of a service that is held and the passwords of one that has some.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! One thread with one runtime per core: a connection, its requests and its upstream connections stay on
-//! one core, and nothing on the request path takes a lock. The edge reads the routing table and cannot
+//! one core, and nothing on the request path takes a lock (a held service has one for its queue, one with passwords
+//! one for what is known of them). The edge reads the routing table and cannot
 //! write it. It knows nothing of containers, moves, stores or the API.
 //!
 //! Invariants:

@@ -49,7 +49,21 @@ impl<K: Clone + Eq + Hash, V: Clone> Keyed<K, V> {
         K: Borrow<Q>,
         Q: Hash + Eq + ?Sized,
     {
-        let hash = self.hasher.hash_one(key);
+        self.get_hashed(self.hash(key), key)
+    }
+
+    /// What [`Self::get_hashed`] is asked with.
+    pub(crate) fn hash<Q: Hash + ?Sized>(&self, key: &Q) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
+    /// [`Self::get`] with a hash that is there already. Who looks in two maps makes both hashes first: then the processor waits
+    /// for both buckets at once.
+    pub(crate) fn get_hashed<Q>(&self, hash: u64, key: &Q) -> Option<&V>
+    where
+        K: Borrow<Q>,
+        Q: Eq + ?Sized,
+    {
         let bucket = self.buckets.get(Self::bucket(hash)).filter(|bucket| bucket.filter & bit(hash) != 0)?;
         let here = |entry: &&Entry<K, V>| entry.tag == hash as u32 && entry.key.borrow() == key;
         bucket.entries.iter().find(here).map(|entry| &entry.value)

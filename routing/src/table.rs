@@ -50,8 +50,14 @@ impl RoutingTable {
     /// host whose prefixes do not match lets the next one try. Among prefixes the longest wins.
     #[must_use]
     pub fn lookup(&self, host: &str, path: &str) -> Option<Match<'_>> {
-        let exact = self.exact.get(host.as_bytes());
-        let candidates = exact.into_iter().chain(self.wildcard.below(host)).chain([&*self.any]);
+        // Both hashes before the first bucket, see `Keyed::get_hashed`.
+        let hash = self.exact.hash(host.as_bytes());
+        let mut below = self.wildcard.suffixes_of(host);
+        let nearest = below.next();
+        let exact = self.exact.get_hashed(hash, host.as_bytes());
+        let below = nearest.into_iter().chain(below);
+        let below = below.filter_map(|(hash, suffix)| self.wildcard.suffixes.get_hashed(hash, suffix));
+        let candidates = exact.into_iter().chain(below).chain([&*self.any]);
         let mut first = true;
         for routes in candidates {
             if let Some((path_prefix, slot)) = routes.longest(path) {
@@ -139,15 +145,18 @@ impl Default for Wildcards {
 }
 
 impl Wildcards {
-    /// The routes of every wildcard that the host is below, the longest first.
-    fn below<'t, 'h>(&'t self, host: &'h str) -> impl Iterator<Item = &'t PathRoutes> + use<'t, 'h> {
+    /// Every suffix of the host that a wildcard may have, the longest first, with its hash.
+    fn suffixes_of<'h>(&self, host: &'h str) -> impl Iterator<Item = (u64, &'h [u8])> + use<'_, 'h> {
         let host = if self.suffixes.is_empty() || host.len() > MAX_HOST_BYTES { "" } else { host };
         // "a.b.c" has the suffixes "b.c" of two labels and "c" of one, the longest first.
         let dots = host.bytes().filter(|byte| *byte == b'.').count();
         let suffixes = host.match_indices('.').zip((1..=dots).rev());
         let known =
             suffixes.filter(|(_, labels)| self.by_labels.get(*labels).is_some_and(|count| *count > 0));
-        known.filter_map(|((at, _), _)| self.suffixes.get(&host.as_bytes()[at + 1..]))
+        known.map(|((at, _), _)| {
+            let suffix = &host.as_bytes()[at + 1..];
+            (self.suffixes.hash(suffix), suffix)
+        })
     }
 
     fn update(&mut self, suffix: &Arc<str>, next: impl FnOnce(Option<PathRoutes>) -> Option<PathRoutes>) {

@@ -209,9 +209,8 @@ pub(crate) fn has_room(entry: &ServiceEntry) -> Result<(), Reason> {
 /// Whether what a request has passed is what it would have to pass now: the table may have changed while it waited. Then it is
 /// the client's to ask again, with what the new rules take off and put on.
 pub(crate) fn still_hold(before: &ServiceEntry, now: &ServiceEntry) -> bool {
-    let rules = |entry: &ServiceEntry| entry.service.policy().rules.clone();
     let same_service = before.service.name() == now.service.name();
-    match (rules(before), rules(now)) {
+    match (&before.service.policy().rules, &now.service.policy().rules) {
         (None, None) => true,
         (before, now) => same_service && before == now,
     }

@@ -72,7 +72,7 @@ impl Settings {
             // still: such a client proves who it is each time.
             config.send_tls13_tickets = 0;
         } else {
-            config.ticketer = self.tickets.producer(None);
+            config.ticketer = self.tickets.producer();
         }
         Ok(Arc::new(config))
     }

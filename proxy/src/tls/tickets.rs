@@ -1,15 +1,13 @@
 //! Session tickets (RFC 8446 §4.6.1, RFC 5077): a session's state goes to the client, sealed with a key that every edge
 //! of an installation may share, so that a session is resumed wherever its client comes back to, and after a restart.
 //!
-//! The newest key seals, the ones before it open. A ticket is worth nothing where another client
-//! authentication is asked for than when it was made: that is sealed in with it.
+//! The newest key seals, the ones before it open. Where clients are asked who they are, no ticket is made and none opened.
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::aead::{AES_256_GCM_SIV, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use aws_lc_rs::{digest, rand};
-use peregrine_routing::ClientAuth;
+use aws_lc_rs::rand;
 use rustls::server::ProducesTickets;
 
 /// Keys that open tickets; the first of them makes them.
@@ -150,9 +148,9 @@ impl Tickets {
         self.0.store(Arc::new(ready(keys)));
     }
 
-    /// What rustls makes tickets with for those who are asked for this client authentication.
-    pub(crate) fn producer(&self, auth: Option<&ClientAuth>) -> Arc<dyn ProducesTickets> {
-        Arc::new(Producer { keys: self.clone(), bound_to: fingerprint(auth) })
+    /// What rustls makes tickets with, for clients who are not asked who they are.
+    pub(crate) fn producer(&self) -> Arc<dyn ProducesTickets> {
+        Arc::new(Producer(self.clone()))
     }
 }
 
@@ -165,24 +163,7 @@ fn ready(keys: &TicketKeys) -> Vec<Ready> {
     keys.0.iter().filter_map(one).collect()
 }
 
-fn fingerprint(auth: Option<&ClientAuth>) -> [u8; 32] {
-    let mut hash = digest::Context::new(&digest::SHA256);
-    if let Some(auth) = auth {
-        hash.update(if auth.required { b"required" } else { b"optional" });
-        for authority in &auth.authorities {
-            hash.update(&(authority.len() as u64).to_be_bytes());
-            hash.update(authority);
-        }
-    }
-    let mut out = [0; 32];
-    out.copy_from_slice(hash.finish().as_ref());
-    out
-}
-
-struct Producer {
-    keys: Tickets,
-    bound_to: [u8; 32],
-}
+struct Producer(Tickets);
 
 impl std::fmt::Debug for Producer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -201,7 +182,7 @@ impl ProducesTickets for Producer {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let keys = self.keys.0.load();
+        let keys = self.0.0.load();
         let key = keys.first()?;
         let mut nonce = [0; NONCE_LEN];
         rand::fill(&mut nonce).ok()?;
@@ -211,7 +192,7 @@ impl ProducesTickets for Producer {
         out.extend_from_slice(plain);
         let sealed = &mut out[NAME_BYTES + NONCE_LEN..];
         let nonce = Nonce::assume_unique_for_key(nonce);
-        let tag = key.aead.seal_in_place_separate_tag(nonce, Aad::from(self.bound_to), sealed).ok()?;
+        let tag = key.aead.seal_in_place_separate_tag(nonce, Aad::empty(), sealed).ok()?;
         out.extend_from_slice(tag.as_ref());
         Some(out)
     }
@@ -222,11 +203,11 @@ impl ProducesTickets for Producer {
         }
         let (name, rest) = ticket.split_at_checked(NAME_BYTES)?;
         let (nonce, sealed) = rest.split_at_checked(NONCE_LEN)?;
-        let keys = self.keys.0.load();
+        let keys = self.0.0.load();
         let key = keys.iter().find(|key| key.name == name)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
         let mut opened = sealed.to_vec();
-        let length = key.aead.open_in_place(nonce, Aad::from(self.bound_to), &mut opened).ok()?.len();
+        let length = key.aead.open_in_place(nonce, Aad::empty(), &mut opened).ok()?.len();
         opened.truncate(length);
         Some(opened)
     }
@@ -236,15 +217,11 @@ impl ProducesTickets for Producer {
 mod tests {
     use super::*;
 
-    fn auth(required: bool) -> ClientAuth {
-        ClientAuth { authorities: vec![Arc::from(&b"root"[..])], required }
-    }
-
     #[test]
     fn a_ticket_opens_until_its_key_is_the_fourth() {
         let mut keys = TicketKeys::generate(1).unwrap();
         let tickets = Tickets::new(&keys);
-        let producer = tickets.producer(None);
+        let producer = tickets.producer();
         let ticket = producer.encrypt(b"state").unwrap();
         for turn in 0..MAX_TICKET_KEYS {
             assert_eq!(producer.decrypt(&ticket).as_deref(), Some(&b"state"[..]), "after {turn} turns");
@@ -256,22 +233,9 @@ mod tests {
     }
 
     #[test]
-    fn a_ticket_is_worth_nothing_where_another_client_authentication_is_asked_for() {
-        let tickets = Tickets::new(&TicketKeys::generate(1).unwrap());
-        let open = tickets.producer(None);
-        let ticket = open.encrypt(b"state").unwrap();
-        for other in [auth(true), auth(false)] {
-            let producer = tickets.producer(Some(&other));
-            assert_eq!(producer.decrypt(&ticket), None);
-            let own = producer.encrypt(b"state").unwrap();
-            assert!(producer.decrypt(&own).is_some() && open.decrypt(&own).is_none());
-        }
-    }
-
-    #[test]
     fn a_ticket_that_was_changed_cut_or_made_up_does_not_open() {
         let tickets = Tickets::new(&TicketKeys::generate(1).unwrap());
-        let producer = tickets.producer(None);
+        let producer = tickets.producer();
         let ticket = producer.encrypt(b"some state").unwrap();
         for at in 0..ticket.len() {
             let mut changed = ticket.clone();

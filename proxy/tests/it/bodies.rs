@@ -447,6 +447,36 @@ fn a_connection_that_falls_silent_with_a_stream_that_was_let_go_is_closed() {
 }
 
 #[test]
+fn an_answer_of_one_piece_that_its_client_leaves_no_room_for_does_not_keep_its_connection() {
+    let (came, head_came) = std::sync::mpsc::channel();
+    let head_came = std::sync::Mutex::new(head_came);
+    let origin = Origin::scripted(move |conn| {
+        conn.head().expect("a request");
+        conn.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n");
+        head_came.lock().expect("no panic").recv().expect("the client has the head");
+        conn.write(b"ok");
+        conn.more();
+    });
+    let mut web = service(vec![upstream(origin.addr)]);
+    web.policy.body_idle_timeout_ms = 200;
+    let edge = TestEdge::start(web);
+    block_on(async {
+        let socket = tokio::net::TcpStream::connect(edge.addr).await.expect("connects");
+        let (mut sender, conn) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(0)
+            .handshake(TokioIo::new(socket))
+            .await
+            .expect("handshake");
+        let conn = tokio::spawn(async move { drop(conn.await) });
+        let kept = Stalling::ask(&mut sender, edge.addr, "/").await;
+        came.send(()).expect("the origin waits");
+        let ended = tokio::time::timeout(super::support::PATIENCE, conn).await;
+        ended.expect("nobody keeps it").expect("no panic");
+        drop(kept);
+    });
+}
+
+#[test]
 fn white_space_around_values_of_http2_does_not_go_on() {
     let origin = Origin::ok();
     let edge = TestEdge::before(&origin);
