@@ -83,6 +83,7 @@ fn failure(listen: SocketAddr, error: &std::io::Error) -> Failure {
 
 fn describe() {
     use metrics::describe_gauge;
+    crate::telemetry::describe();
     describe_gauge!("peregrine_link_connected", "1 while the edge is connected to an engine");
     describe_gauge!(
         "peregrine_link_silence_seconds",
@@ -132,6 +133,7 @@ impl Told {
         gauge!("peregrine_link_table_version").set(link.table_version.unwrap_or(0) as f64);
         gauge!("peregrine_link_table_saved").set(yes(link.saved));
         gauge!("peregrine_edge_ready").set(yes(serving && link.has_table));
+        crate::telemetry::tell_tasks();
         self.metrics.render()
     }
 }

@@ -96,6 +96,7 @@ impl Server {
         let metrics = telemetry::metrics().map_err(|error| internal("server.metrics", &error))?;
         peregrine_proxy::describe();
         certificate_metrics::describe();
+        telemetry::describe();
         let store = Arc::new(store);
         let (lead, lead_until) = watch::channel(lead_from(Instant::now()));
         let (writer, reader) = peregrine_routing::table();
@@ -535,6 +536,7 @@ fn metrics_text(metrics: PrometheusHandle, kept: Arc<Kept>) -> peregrine_api::Me
     Arc::new(move || {
         // First: it tells the recorder, too.
         let domains = kept.measured();
+        telemetry::tell_tasks();
         metrics.render() + &domains
     })
 }

@@ -24,6 +24,19 @@ const PRINTS_BODIES: &str = "bollard";
 const DURATION_BUCKETS_S: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
+/// Tells how many tasks the runtime of the caller has: everything of this process but the edge's cores, which tell their own.
+#[expect(clippy::cast_precision_loss, reason = "a gauge")]
+pub(crate) fn tell_tasks() {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        metrics::gauge!("peregrine_tasks").set(runtime.metrics().num_alive_tasks() as f64);
+    }
+}
+
+/// Says what [`tell_tasks`] tells.
+pub(crate) fn describe() {
+    metrics::describe_gauge!("peregrine_tasks", "Tasks of the process, without those of the edge's cores");
+}
+
 /// Starts the log on standard error. A second call (tests, the demo) keeps the first one's choice.
 pub(crate) fn log(format: Option<LogFormat>) {
     let terminal = std::io::stderr().is_terminal();

@@ -256,7 +256,8 @@ impl Core {
             if count.is_multiple_of(PACE_TICKS) {
                 self.flights.look_at_pace(self.config.limits.min_request_body_bytes_per_s);
             }
-            self.metrics.flush(self.flights.len(), self.conns.len());
+            let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+            self.metrics.flush(self.flights.len(), self.conns.len(), tasks);
             self.tls.flush();
             if let Some(log) = &self.log {
                 log.flush();

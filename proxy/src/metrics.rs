@@ -33,6 +33,7 @@ pub fn describe() {
     );
     describe_gauge!("peregrine_edge_requests_in_flight", "Requests in flight");
     describe_gauge!("peregrine_edge_connections", "Client connections");
+    describe_gauge!("peregrine_edge_tasks", "Tasks of the cores: those of connections, and some that are always there");
     describe_counter!("peregrine_edge_retries_total", "Requests sent again, by retry class");
     describe_counter!(
         "peregrine_edge_upstream_connections_total",
@@ -73,6 +74,7 @@ pub(crate) struct CoreMetrics {
     log_dropped: Count,
     in_flight: Level,
     connections: Level,
+    tasks: Level,
 }
 
 /// A counter that is summed up here first.
@@ -202,6 +204,7 @@ impl CoreMetrics {
             log_dropped: Count::new(counter!("peregrine_edge_log_lines_dropped_total")),
             in_flight: Level::new(gauge!("peregrine_edge_requests_in_flight")),
             connections: Level::new(gauge!("peregrine_edge_connections")),
+            tasks: Level::new(gauge!("peregrine_edge_tasks")),
         }
     }
 
@@ -248,9 +251,10 @@ impl CoreMetrics {
     }
 
     /// Hands everything to the facade.
-    pub(crate) fn flush(&self, in_flight: usize, connections: usize) {
+    pub(crate) fn flush(&self, in_flight: usize, connections: usize, tasks: usize) {
         self.in_flight.tell(in_flight);
         self.connections.tell(connections);
+        self.tasks.tell(tasks);
         self.unrouted.flush();
         self.services.borrow().values().for_each(|service| service.flush());
         self.errors.iter().chain(&self.retries).for_each(Count::flush);
