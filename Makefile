@@ -53,8 +53,8 @@ tests:
 clean:
 	@$(CARGO) clean
 
-# Half an hour of random moves, kills and faults; prints what grew.
+# Half an hour of random moves, kills and faults in one process, and half an hour with edges apart; prints what grew.
 soak:
 	@scripts/setup test
 	@$(CARGO) test --workspace --no-run --quiet
-	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test --workspace --test stories soak -- --nocapture
+	@PEREGRINE_SOAK_SECONDS=$(or $(SOAK_SECONDS),1800) $(CARGO) test --workspace --test stories soak -- --nocapture --test-threads 1

@@ -25,21 +25,10 @@ fn shop(server: &Peregrine, https: SocketAddr, origin: SocketAddr, acme: &str) -
     )
 }
 
-/// `/metrics`, line by line.
-fn metrics(server: &Peregrine) -> Vec<String> {
-    let ask = format!(
-        "GET /metrics HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\nconnection: close\r\n\r\n",
-        server.api(),
-        server.token()
-    );
-    let answer = http(server.api(), &ask).expect("is answered");
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    answer.lines().map(str::to_owned).collect()
-}
-
 /// What metrics say of the one domain that there is.
 fn assert_metrics(server: &Peregrine, domain: &serde_json::Value) {
-    let lines = metrics(server);
+    let lines = server.metrics();
+    let lines: Vec<&str> = lines.lines().collect();
     let value = |name: &str| {
         let line = lines.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {name} in {lines:#?}")).parse::<f64>().expect("a number")
@@ -174,7 +163,7 @@ fn a_certificate_is_exported_and_imported_and_a_domain_that_is_removed_is_presen
     server.ok(&["domains", "remove", &upper, "--yes"]);
     wait_for("it to be gone", || over_tls(https, NAME).is_none().then_some(()));
     assert_eq!(server.ok(&["domains", "list"]), serde_json::json!([]));
-    assert!(metrics(&server).iter().all(|line| !line.contains(NAME)), "it is not measured any more");
+    assert!(server.metrics().lines().all(|line| !line.contains(NAME)), "it is not measured any more");
     server.stop();
     server.start_again();
     assert!(over_tls(https, NAME).is_none(), "it is gone for good");

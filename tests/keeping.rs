@@ -144,14 +144,7 @@ fn a_damaged_record_is_an_alarm_in_the_status_and_for_the_doctor_and_everything_
     let doctor = shop.server.run(&["doctor"]);
     assert_eq!(doctor.code, 9, "{doctor:#?}");
     assert!(doctor.error().to_string().contains("store.record_aside"), "{doctor:#?}");
-    wait_for("the number of alarms", || {
-        let token = shop.server.token();
-        let api = shop.server.api();
-        let asked = format!(
-            "GET /metrics HTTP/1.1\r\nhost: {api}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n"
-        );
-        crate::support::server::http(api, &asked)?.contains("peregrine_alarms 1").then_some(())
-    });
+    wait_for("the number of alarms", || shop.server.metrics().contains("peregrine_alarms 1").then_some(()));
     assert!(http_get(shop.server.edge(), "/").expect("an answer").starts_with("HTTP/1.1 200"));
 }
 

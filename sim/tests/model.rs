@@ -1,5 +1,6 @@
 //! An exhaustive model of one move: two hosts, an engine that may die between any two of its deeds, an edge in a
-//! process of its own, messages that are lost, doubled and overtaken, copies that die, and a client that writes.
+//! process of its own that may die and starts from the last table that it has saved, messages that are lost, doubled
+//! and overtaken, copies that die, and a client that writes.
 //!
 //! Small on purpose, and complete: every order of everything is visited. The steps, where each leaves the traffic,
 //! how it is undone and which way health sends it are those of the engine itself (`peregrine_engine::order`).
@@ -23,6 +24,7 @@ const CUTOVER: [Kind; 7] =
 struct Bounds {
     engine_deaths: u8,
     copy_deaths: u8,
+    edge_deaths: u8,
     lost: u8,
     doubled: u8,
     aborts: u8,
@@ -107,12 +109,20 @@ struct State {
     /// The last thing that the engine heard of the edge, in this term.
     heard: Option<(Stamp, [bool; 2])>,
     edge: Table,
+    edge_lives: bool,
+    /// What the edge has on its disk, and starts from.
+    saved: Table,
+    /// The lease of the edge has ended, and it has not been heard since: nobody waits for it.
+    gone: bool,
+    /// That was so once. An edge that comes back then sends by its old table until it is connected: what it loses by that, it
+    /// loses by its own death.
+    was_gone: bool,
     hosts: [Host; 2],
     inside: [bool; 2],
     /// Of the present write: it was sent to nobody yet, it is under way, and how often it was executed.
     write: Write,
     net: Vec<Message>,
-    left: [u8; 6],
+    left: [u8; 7],
     /// Said by whoever saw something that must not be.
     wrong: Option<&'static str>,
 }
@@ -140,6 +150,10 @@ enum Action {
     Double(usize),
     Again,
     EdgeSays,
+    EdgeSaves,
+    EdgeDies,
+    EdgeStarts,
+    LeaseEnds,
     CopyDies(usize),
     Abort,
     ClientWrites,
@@ -192,29 +206,47 @@ impl State {
         self.send(table);
     }
 
-    /// The network is a set: what is under way already is not sent again. What finds it full is lost.
+    /// The network is a set: what is under way already is not sent again. What finds it full, or nobody there, is lost.
     fn send(&mut self, message: Message) {
-        if let Err(at) = self.net.binary_search(&message)
+        if self.edge_lives
+            && let Err(at) = self.net.binary_search(&message)
             && self.net.len() < MAX_UNDER_WAY
         {
             self.net.insert(at, message);
         }
     }
 
-    /// Whether the edge uses the present table, and nobody is inside of a copy.
+    /// Whether the edge uses the present table and nobody is inside of a copy, or there is no edge.
     fn is_clear(&self, leaves: Option<u8>) -> bool {
+        if self.gone {
+            return true;
+        }
         let Some((stamp, inside)) = self.heard else { return false };
         stamp == self.published.stamp && leaves.is_none_or(|copy| !inside[usize::from(copy)])
     }
 
     fn remove(&mut self, copy: usize) {
-        if self.hosts[copy] == Host::Runs && self.inside[copy] {
+        if self.hosts[copy] == Host::Runs && self.inside[copy] && !self.was_gone {
             self.wrong = Some("a copy was stopped with a request inside");
         }
-        if self.hosts[copy] == Host::Runs && self.edge.names[copy] == Named::Share {
+        let sends = self.edge_lives && self.edge.names[copy] == Named::Share;
+        if self.hosts[copy] == Host::Runs && sends && !self.was_gone {
             self.wrong = Some("a copy was stopped that the edge still sends requests to");
         }
         self.hosts[copy] = Host::Empty;
+        self.breaks_off(copy);
+    }
+
+    /// A copy is no more. What was inside of it is lost, and nobody knows whether it was done: the edge's own rule says
+    /// what follows.
+    fn breaks_off(&mut self, copy: usize) {
+        self.inside[copy] = false;
+        if let Write::Inside { copy: at, executed } = self.write
+            && usize::from(at) == copy
+        {
+            let again = matches!(Evidence::Ambiguous.class(), RetryClass::A | RetryClass::B);
+            self.write = if again { Write::Waits { executed } } else { Write::None };
+        }
     }
 
     fn run(&mut self, copy: usize) {
@@ -414,9 +446,14 @@ impl State {
                 if stamp > self.edge.stamp {
                     self.edge = Table { stamp, names: names.map(decode) };
                 }
+                // Who does not die never reads it: then it makes no difference when it is saved, only more states.
+                if self.left[6] == 0 {
+                    self.saved = self.edge;
+                }
                 self.edge_says();
             }
             Message::Used(stamp, inside) => {
+                self.gone &= self.engine.is_none();
                 if self.engine.is_some() && stamp == self.published.stamp {
                     // Words of one table may overtake one another: who has left does not come back.
                     let before = self.heard.filter(|(of, _)| *of == stamp).map(|(_, inside)| inside);
@@ -431,14 +468,17 @@ impl State {
         }
     }
 
+    /// A table is acknowledged when it is saved, so that nobody starts again from one before.
     fn edge_says(&mut self) {
-        self.send(Message::Used(self.edge.stamp, self.inside));
+        if self.saved == self.edge {
+            self.send(Message::Used(self.edge.stamp, self.inside));
+        }
     }
 
     /// A copy that the edge would send to and that runs.
     fn is_reachable(&self) -> bool {
         let shares = |copy: usize| self.edge.names[copy] == Named::Share && self.hosts[copy] == Host::Runs;
-        shares(OLD) || shares(NEW)
+        self.edge_lives && (shares(OLD) || shares(NEW))
     }
 }
 
@@ -457,6 +497,10 @@ impl Model for Move {
             published: table,
             heard: None,
             edge: table,
+            edge_lives: true,
+            saved: table,
+            gone: false,
+            was_gone: false,
             hosts: [Host::Runs, Host::Empty],
             inside: [false, false],
             write: Write::None,
@@ -468,15 +512,19 @@ impl Model for Move {
                 bounds.doubled,
                 bounds.aborts,
                 bounds.writes,
+                bounds.edge_deaths,
             ],
             wrong: None,
         }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        let [engine_deaths, copy_deaths, lost, doubled, aborts, writes] = state.left;
+        let [engine_deaths, copy_deaths, lost, doubled, aborts, writes, edge_deaths] = state.left;
         if state.engine.is_some() {
             actions.push(Action::Engine);
+            if !state.edge_lives && !state.gone {
+                actions.push(Action::LeaseEnds);
+            }
             if engine_deaths > 0 && state.journal.end.is_none() {
                 actions.push(Action::EngineDies);
             }
@@ -503,6 +551,16 @@ impl Model for Move {
             if copy_deaths > 0 && state.hosts[copy] == Host::Runs {
                 actions.push(Action::CopyDies(copy));
             }
+        }
+        if !state.edge_lives {
+            actions.push(Action::EdgeStarts);
+            return;
+        }
+        if edge_deaths > 0 && state.journal.end.is_none() {
+            actions.push(Action::EdgeDies);
+        }
+        if state.saved != state.edge {
+            actions.push(Action::EdgeSaves);
         }
         match state.write {
             Write::None if writes > 0 => actions.push(Action::ClientWrites),
@@ -552,17 +610,31 @@ impl Model for Move {
             }
             Action::Again => state.send_table(),
             Action::EdgeSays => state.edge_says(),
+            Action::EdgeSaves => {
+                state.saved = state.edge;
+                state.edge_says();
+            }
+            // Its connections are over, and all that was on them: to the engine, to copies, of clients.
+            Action::EdgeDies => {
+                state.left[6] -= 1;
+                state.edge_lives = false;
+                state.net.clear();
+                state.inside = [false, false];
+                state.write = Write::None;
+            }
+            Action::EdgeStarts => {
+                state.edge_lives = true;
+                state.edge = state.saved;
+                state.edge_says();
+            }
+            Action::LeaseEnds => {
+                state.gone = true;
+                state.was_gone = true;
+            }
             Action::CopyDies(copy) => {
                 state.left[1] -= 1;
                 state.hosts[copy] = Host::Dead;
-                state.inside[copy] = false;
-                // What it had is lost, and nobody knows whether it was done: the edge's own rule says what follows.
-                if let Write::Inside { copy: at, executed } = state.write
-                    && usize::from(at) == copy
-                {
-                    let again = matches!(Evidence::Ambiguous.class(), RetryClass::A | RetryClass::B);
-                    state.write = if again { Write::Waits { executed } } else { Write::None };
-                }
+                state.breaks_off(copy);
             }
             Action::Abort => {
                 state.left[4] -= 1;
@@ -602,15 +674,17 @@ impl Model for Move {
                 !both && !twice
             }),
             Property::always("while nobody dies, a copy is reachable", |model: &Self, state: &State| {
-                state.left[1] < model.0.copy_deaths || state.is_held() || state.is_reachable()
+                let died = state.left[1] < model.0.copy_deaths || state.left[6] < model.0.edge_deaths;
+                died || state.is_held() || state.is_reachable()
             }),
             Property::always(
                 "at the end, the copy that holds the service is reachable",
                 |_, state: &State| {
                     let Some(succeeded) = state.journal.end else { return true };
                     let holder = if succeeded { NEW } else { OLD };
-                    let told =
-                        state.edge == state.published && state.published.names == state.names_at_the_end();
+                    let told = state.edge_lives
+                        && state.edge == state.published
+                        && state.published.names == state.names_at_the_end();
                     !told || state.hosts[holder] != Host::Runs || state.is_reachable()
                 },
             ),
@@ -690,7 +764,7 @@ fn check_plan(bounds: Bounds, plan: &'static [Kind]) {
 }
 
 const NOTHING: Bounds =
-    Bounds { engine_deaths: 0, copy_deaths: 0, lost: 0, doubled: 0, aborts: 0, writes: 1 };
+    Bounds { engine_deaths: 0, copy_deaths: 0, edge_deaths: 0, lost: 0, doubled: 0, aborts: 0, writes: 1 };
 
 #[test]
 fn an_engine_that_dies_anywhere_on_any_way_ends_its_move_and_stops_nobody() {
@@ -705,6 +779,15 @@ fn a_copy_that_dies_anywhere_leaves_the_traffic_with_the_other_one() {
 #[test]
 fn messages_that_are_lost_and_doubled_change_nothing() {
     check(Bounds { lost: 1, doubled: 1, aborts: 1, ..NOTHING });
+}
+
+#[test]
+fn an_edge_that_dies_anywhere_and_comes_back_or_does_not_stops_no_move_and_no_request_but_its_own() {
+    check(Bounds { edge_deaths: 2, aborts: 1, ..NOTHING });
+    check(Bounds { edge_deaths: 1, engine_deaths: 1, aborts: 1, ..NOTHING });
+    check(Bounds { edge_deaths: 1, copy_deaths: 1, aborts: 1, ..NOTHING });
+    check(Bounds { edge_deaths: 1, lost: 1, ..NOTHING });
+    check_plan(Bounds { edge_deaths: 1, engine_deaths: 1, copy_deaths: 1, aborts: 1, ..NOTHING }, &CUTOVER);
 }
 
 #[test]

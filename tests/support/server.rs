@@ -86,6 +86,18 @@ impl Peregrine {
         self.environment = environment;
     }
 
+    /// What `/metrics` says.
+    #[track_caller]
+    pub(crate) fn metrics(&self) -> String {
+        let (api, token) = (self.api(), self.token());
+        let asked = format!(
+            "GET /metrics HTTP/1.1\r\nhost: {api}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n"
+        );
+        let answer = http(api, &asked).expect("is answered");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        answer
+    }
+
     /// Asks the server to read its configuration again.
     pub(crate) fn reload(&self) {
         signal(self.child.as_ref().expect("it runs").id(), "HUP");
