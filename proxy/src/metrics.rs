@@ -33,7 +33,10 @@ pub fn describe() {
     );
     describe_gauge!("peregrine_edge_requests_in_flight", "Requests in flight");
     describe_gauge!("peregrine_edge_connections", "Client connections");
-    describe_gauge!("peregrine_edge_tasks", "Tasks of the cores: those of connections, and some that are always there");
+    describe_gauge!(
+        "peregrine_edge_tasks",
+        "Tasks of the cores: those of connections, and some that are always there"
+    );
     describe_counter!("peregrine_edge_retries_total", "Requests sent again, by retry class");
     describe_counter!(
         "peregrine_edge_upstream_connections_total",
