@@ -25,6 +25,13 @@ step_max = "40ms"
 warm = { probes = 1, interval = "20ms" }
 abort_on = { p95_increase = false }
 "#;
+/// As above, of a service of which one copy may run.
+const QUICK_SINGLE_WRITER: &str = r#"
+[service.shop.move]
+single_writer = true
+stop_grace = "2s"
+warm = { probes = 1, interval = "20ms" }
+"#;
 /// Installations side by side: a pass waits more than it works.
 const INSTALLATIONS: u32 = 5;
 /// No rollout has more commits.
@@ -39,13 +46,25 @@ enum Story {
     Abort,
     /// The way back of a move that stands in its soak and whose new copy gets unwell.
     Unwell,
+    /// A move of a service of which one copy may run, from the ask to the end.
+    SingleWriter,
 }
 
 impl Story {
+    /// The whole of a move is under way while the engine is killed.
+    const fn is_whole_move(self) -> bool {
+        matches!(self, Self::Move | Self::SingleWriter)
+    }
+
+    /// How the shop is moved.
+    const fn settings(self) -> &'static str {
+        if matches!(self, Self::SingleWriter) { QUICK_SINGLE_WRITER } else { QUICK }
+    }
+
     /// How it has to end, wherever the engine was killed.
     const fn end(self) -> &'static str {
         match self {
-            Self::Move => "succeeded",
+            Self::Move | Self::SingleWriter => "succeeded",
             Self::Abort => "aborted",
             Self::Unwell => "rolled_back",
         }
@@ -61,8 +80,8 @@ struct Installation {
 }
 
 impl Installation {
-    fn open() -> Self {
-        let mut apart = Apart::open(QUICK);
+    fn open(story: Story) -> Self {
+        let mut apart = Apart::open(story.settings());
         apart.shop.server.kill();
         let disk = BadDisk::under(&mut apart.shop.server);
         apart.shop.server.start_again();
@@ -108,7 +127,7 @@ impl Installation {
             }
             let ended = self.apart.shop.ended(id);
             assert_eq!(ended["state"], story.end(), "{told}: {ended:#}");
-            if story == Story::Move {
+            if story.is_whole_move() {
                 self.at = to;
             }
         }
@@ -125,7 +144,7 @@ impl Installation {
         to: &'static str,
     ) -> (Option<String>, Option<Child>) {
         let shop = &self.apart.shop;
-        if story == Story::Move {
+        if story.is_whole_move() {
             self.disk.arm(Scope::Commits, deed, commit);
             return (None, Some(shop.server.spawn(&["move", "shop", "--to", to, "--detach"])));
         }
@@ -180,9 +199,12 @@ impl Installation {
     }
 
     /// Nothing was lost in all of it, and the audit is whole.
-    fn close(self) {
+    fn close(self, story: Story) {
         assert_nothing_lost(&self.traffic.stop(), &self.apart.shop.records());
         assert_eq!(self.apart.shop.server.ok(&["audit", "verify"])["verified"], true);
+        if story == Story::SingleWriter {
+            self.apart.shop.assert_one_copy_at_a_time();
+        }
     }
 }
 
@@ -190,7 +212,7 @@ impl Installation {
 fn killed_at_every_commit(story: Story) -> u32 {
     let (next, died_at) = (AtomicU32::new(1), Mutex::new(BTreeSet::new()));
     let one_installation = || {
-        let mut installation = Installation::open();
+        let mut installation = Installation::open(story);
         loop {
             let commit = next.fetch_add(1, Ordering::SeqCst);
             assert!(commit < MAX_COMMITS, "{story:?} ends");
@@ -200,7 +222,7 @@ fn killed_at_every_commit(story: Story) -> u32 {
             }
             died_at.lock().expect("no panic").insert((commit, died));
         }
-        installation.close();
+        installation.close(story);
     };
     std::thread::scope(|scope| {
         for _ in 0..INSTALLATIONS {
@@ -233,4 +255,10 @@ fn an_aborted_move_goes_back_wherever_the_built_engine_is_killed_and_no_client_n
 fn a_move_whose_new_copy_is_bad_goes_back_wherever_the_built_engine_is_killed_and_no_client_notices() {
     let commits = killed_at_every_commit(Story::Unwell);
     assert!(commits >= 6, "a way back has more commits than {commits}");
+}
+
+#[test]
+fn a_move_of_a_single_writer_ends_well_wherever_the_built_engine_is_killed_and_never_two_are_asked() {
+    let commits = killed_at_every_commit(Story::SingleWriter);
+    assert!(commits >= 14, "a move of a single writer has more commits than {commits}");
 }

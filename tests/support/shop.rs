@@ -1,6 +1,8 @@
 //! A service to move: the recording origin on two hosts.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use peregrine_bench::collector::{Collected, Collector};
 use peregrine_bench::origin::Record;
@@ -123,6 +125,21 @@ ORIGIN_RECORD = "tcp://127.0.0.1:{}"
     /// Every execution at any copy of the shop.
     pub(crate) fn records(&self) -> Vec<Record> {
         self.collected().into_iter().map(|collected| collected.record).collect()
+    }
+
+    /// What the copies themselves say of when they were asked does not overlap; how many were asked.
+    #[track_caller]
+    pub(crate) fn assert_one_copy_at_a_time(&self) -> usize {
+        let mut spans: BTreeMap<Arc<str>, (u64, u64)> = BTreeMap::new();
+        for one in self.collected() {
+            let at = one.record.unix_ns;
+            let span = spans.entry(one.instance).or_insert((at, at));
+            *span = (span.0.min(at), span.1.max(at));
+        }
+        let mut spans: Vec<_> = spans.into_values().collect();
+        spans.sort_unstable();
+        assert!(spans.windows(2).all(|pair| pair[0].1 < pair[1].0), "{spans:?}");
+        spans.len()
     }
 
     /// A runtime for what a story does besides.
