@@ -147,11 +147,12 @@ impl Kept {
         table: TableReader,
     ) -> anyhow::Result<Self> {
         let mut shown = Shown { configured: configured.into_iter().collect(), ..Shown::default() };
-        for record in engine.vault().list(POLICIES).await? {
+        let read = engine.vault().for_each(POLICIES, |record| {
             let name = record.key.strip_prefix(POLICIES).unwrap_or_default().to_owned();
             let served = Served::read(&name, &record.bytes);
             shown.served.insert(name, served);
-        }
+        });
+        read.await?;
         let edges = Arc::new(Edges { engine: engine.clone(), shown: Mutex::new(shown) });
         let seal = certs::SealKey::open_or_create(&data.join(KEY_FILE))?;
         let config = configuration(engine, acme, table)?;
@@ -365,6 +366,19 @@ impl certs::Vault for Records {
         async move {
             let records = self.0.vault().list(&format!("{MANAGER}{prefix}")).await.map_err(unavailable)?;
             Ok(records.into_iter().map(record).collect())
+        }
+        .boxed()
+    }
+
+    fn for_each<'a>(
+        &'a self,
+        prefix: &'a str,
+        visit: &'a mut (dyn FnMut(certs::Record) + Send),
+    ) -> BoxFuture<'a, Result<(), certs::VaultError>> {
+        async move {
+            let visited =
+                self.0.vault().for_each(&format!("{MANAGER}{prefix}"), |found| visit(record(found)));
+            visited.await.map_err(unavailable)
         }
         .boxed()
     }

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 
 use crate::core::Core;
 use crate::error::EngineError;
@@ -72,16 +73,36 @@ impl Vault {
     /// # Errors
     /// The store cannot be read.
     pub async fn list(&self, prefix: &str) -> Result<Vec<VaultRecord>, EngineError> {
+        let mut records = Vec::new();
+        self.for_each(prefix, |record| records.push(record)).await?;
+        Ok(records)
+    }
+
+    /// As [`Self::list`], one after the other: there may be more than anybody wants in memory at once.
+    ///
+    /// # Errors
+    /// The store cannot be read. Some records may have been visited then.
+    pub async fn for_each(
+        &self,
+        prefix: &str,
+        mut visit: impl FnMut(VaultRecord),
+    ) -> Result<(), EngineError> {
         let family = keys::vault(prefix);
-        let (mut from, mut records) = (String::new(), Vec::new());
+        let mut page = self.core.store.survey_from(&family, "", MAX_PAGE_RECORDS).await?;
         loop {
-            let page = self.core.store.survey_from(&family, &from, MAX_PAGE_RECORDS).await?;
             for (key, why) in &page.unsound {
                 tracing::error!(%key, %why, "a stored record is damaged and left out");
             }
-            let Some(last) = page.last_key() else { return Ok(records) };
-            from = format!("{last}\0"); // the next key there can be
-            records.extend(page.entries.into_iter().map(record));
+            let Some(last) = page.last_key() else { return Ok(()) };
+            let from = format!("{last}\0"); // the next key there can be
+            let mut next = self.core.store.survey_from(&family, &from, MAX_PAGE_RECORDS);
+            // Asked for before this one is looked at: the store reads while we do that.
+            let asked = (&mut next).now_or_never();
+            page.entries.into_iter().map(record).for_each(&mut visit);
+            page = match asked {
+                Some(next) => next?,
+                None => next.await?,
+            };
         }
     }
 

@@ -293,18 +293,16 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Vault`].
     pub async fn refresh(&self) -> Result<(), ManagerError> {
-        let found = self.cx.vault.list(records::DOMAINS).await?;
         let mut names = HashSet::new();
-        for record in &found {
-            match Tracked::of(&self.cx, record) {
-                Ok(tracked) => {
-                    names.insert(tracked.domain.name.clone());
-                    self.cx.note(tracked);
-                }
-                // One damaged record is no reason to let all others expire.
-                Err(e) => tracing::error!(error = %e, "a domain is left out"),
+        let mut note = |record| match Tracked::of(&self.cx, &record) {
+            Ok(tracked) => {
+                names.insert(tracked.domain.name.clone());
+                self.cx.note(tracked);
             }
-        }
+            // One damaged record is no reason to let all others expire.
+            Err(e) => tracing::error!(error = %e, "a domain is left out"),
+        };
+        self.cx.vault.for_each(records::DOMAINS, &mut note).await?;
         let gone: Vec<String> = {
             let index = self.cx.index();
             index.domains.keys().filter(|name| !names.contains(*name)).cloned().collect()

@@ -7,6 +7,7 @@ mod folder;
 mod memory;
 
 pub use folder::FolderVault;
+use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 pub use memory::MemoryVault;
 
@@ -103,6 +104,22 @@ pub trait Vault: Send + Sync + 'static {
     /// # Errors
     /// [`VaultError::Unavailable`], [`VaultError::Damaged`].
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<Record>, VaultError>>;
+
+    /// As [`Vault::list`], one after the other, for whoever does not want all of them in memory at once.
+    ///
+    /// # Errors
+    /// As [`Vault::list`]. Some records may have been visited then.
+    fn for_each<'a>(
+        &'a self,
+        prefix: &'a str,
+        visit: &'a mut (dyn FnMut(Record) + Send),
+    ) -> BoxFuture<'a, Result<(), VaultError>> {
+        async move {
+            self.list(prefix).await?.into_iter().for_each(visit);
+            Ok(())
+        }
+        .boxed()
+    }
 
     /// One record.
     ///
