@@ -46,6 +46,8 @@ const ORDERS_PER_DOMAIN: certs::BudgetLimit =
 const MAX_WANTED: usize = 64;
 /// Authorities of clients for one domain.
 const MAX_CLIENT_AUTHORITIES: usize = 32;
+/// Domains that are put into the table at once when the server starts: a change is held in memory twice.
+const MAX_SHOWN_AT_ONCE: usize = 20_000;
 /// Largest file of a shared key.
 const MAX_SECRET_BYTES: u64 = 16 << 10;
 /// Largest file of authorities to trust.
@@ -175,16 +177,16 @@ impl Kept {
 
     /// Puts what is known into the table: a table that is made anew has no domains.
     fn show(&self) {
-        let views = self.manager.list();
         let mut shown = self.edges.shown();
-        for view in views {
-            if let Some(id) = view.certificate {
-                shown.certificates.insert(view.name, id);
+        self.manager.for_each_served(|name, id| drop(shown.certificates.insert(name.to_owned(), id)));
+        let mut changes = shown.certificates.keys().filter_map(|name| shown.change(name));
+        loop {
+            let some: Vec<_> = changes.by_ref().take(MAX_SHOWN_AT_ONCE).collect();
+            if some.is_empty() {
+                return;
             }
+            self.edges.publish_now(some);
         }
-        let changes = shown.certificates.keys().filter_map(|name| shown.change(name)).collect();
-        drop(shown);
-        self.edges.publish_now(changes);
     }
 
     /// The configuration file names these from now on: others are served as they were added.

@@ -483,6 +483,13 @@ impl Manager {
         all
     }
 
+    /// Calls `visit` with every domain that is served, in no order, and with what it is served.
+    pub fn for_each_served(&self, mut visit: impl FnMut(&str, CertificateId)) {
+        for (name, tracked) in &self.cx.index().domains {
+            tracked.domain.held.iter().for_each(|held| visit(name, held.id));
+        }
+    }
+
     /// One domain.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DomainView> {
