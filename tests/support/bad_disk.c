@@ -172,6 +172,8 @@ static int on_flush(int fd, int (*real)(int)) {
     } else if (control->counting) {
         control->counted++;
         now = due();
+        /* A full disk takes no more, and keeps what it has taken: the next write is the one that fails. */
+        if (now == FAIL && control->error == ENOSPC) now = NOTHING;
     }
     if (now == DIE_BEFORE || now == TEAR) die();
     int result = 0;

@@ -278,7 +278,8 @@ pub(crate) fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
 pub(crate) fn dechunk(bytes: &[u8]) -> Option<((Vec<u8>, String), usize)> {
     let (mut body, mut at) = (Vec::new(), 0);
     loop {
-        let line = find(&bytes[at..], b"\r\n")?;
+        // The end of the last chunk may be on its way still.
+        let line = find(bytes.get(at..)?, b"\r\n")?;
         let text = std::str::from_utf8(&bytes[at..at + line]).expect("size is text");
         let size = usize::from_str_radix(text.split(';').next().unwrap_or(text), 16).expect("size is hex");
         at += line + 2;
