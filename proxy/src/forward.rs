@@ -573,7 +573,7 @@ async fn attempt_http2(
         |error: hyper::Error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
     // Not before the last attempt: as many connections as requests would be a storm.
     let is_last = flight.attempts.get() == MAX_ATTEMPTS;
-    let open = if out.fresh && is_last { None } else { pool.join_http2() };
+    let open = if out.fresh && is_last { None } else { pool.join_http2(out.replayable) };
     let (mut ticket, reused) = match open {
         Some(ticket) => (ticket, true),
         None => {
@@ -606,6 +606,7 @@ async fn attempt_http2(
             Err(match returned {
                 // The connection was leaving already: no fault of the upstream, and it has seen nothing of the request.
                 true if reused => {
+                    pool.note_missed_http2(&ticket);
                     ProxyError::with(Reason::UpstreamRefused, Evidence::LeftBehind).because(error)
                 }
                 true => not_sent(error),

@@ -237,7 +237,7 @@ impl Copy {
     ) -> Result<(), NoAnswer> {
         let mut request = request;
         let (answer, ticket) = loop {
-            let (mut ticket, reused) = match self.pool.join_http2() {
+            let (mut ticket, reused) = match self.pool.join_http2(true) {
                 Some(ticket) => (ticket, true),
                 None => {
                     let socket = self.dial().await?;

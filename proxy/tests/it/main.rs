@@ -29,6 +29,7 @@ mod rules;
 mod scripted;
 mod shutdown;
 mod stale;
+mod stale_http2;
 mod support;
 mod tls;
 mod tls_policy;
