@@ -126,7 +126,9 @@ mod tests {
         for (name, value) in fields {
             headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
-        let conn = ConnState::new("10.0.0.1:5".parse().expect("address"), trusted, 1);
+        let (peer, local) = ("10.0.0.1:5", "10.0.0.9:80");
+        let [peer, local] = [peer, local].map(|text| text.parse().expect("address"));
+        let conn = ConnState::new(peer, local, trusted, 1);
         client_address(&headers, Seen::scan(&headers), &conn, &config).to_string()
     }
 

@@ -215,6 +215,9 @@ impl UpstreamPool {
     }
 
     fn keep(&self, mut conn: Box<Http1Conn>) {
+        if conn.is_introduced {
+            return;
+        }
         if let Some(announced_ms) = conn.take_announced_ms() {
             self.upstream.note_idle_announced(announced_ms);
         }

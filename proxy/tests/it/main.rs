@@ -15,6 +15,7 @@ mod grpc;
 mod guards;
 mod health;
 mod hold;
+mod introductions;
 mod large;
 mod limits;
 mod malformed;
