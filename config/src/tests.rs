@@ -76,7 +76,12 @@ fn the_reference_shows_every_default() {
     let mut without_mirror = web.move_settings.clone();
     assert_eq!(without_mirror.warm.mirror.take(), Some(MirrorSettings::default()));
     assert_eq!(without_mirror, plain.move_settings);
-    let mut traffic = peregrine_engine::model::TrafficPolicy { sticky_cookie: None, ..web.traffic.clone() };
+    assert_eq!(web.traffic.send_proxy_protocol, Some(peregrine_engine::model::ProxyProtocol::V2));
+    let mut traffic = peregrine_engine::model::TrafficPolicy {
+        sticky_cookie: None,
+        send_proxy_protocol: None,
+        ..web.traffic.clone()
+    };
     // No rate is limited unless it is asked for; the reference shows how.
     let limit = traffic.rules.rate_limit.take().expect("the reference shows it");
     assert_eq!((limit.requests, limit.per_ms, limit.burst), (100, 60_000, 20));

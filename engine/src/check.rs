@@ -6,7 +6,8 @@ use peregrine_routing::{HostPattern, IpNet, canonical_prefix};
 
 use crate::error::{EngineError, ErrorKind};
 use crate::model::{
-    CAPABILITIES, CutoverSettings, MachineSpec, MoveSettings, RulesSpec, ServiceSpec, Workload,
+    CAPABILITIES, CutoverSettings, MachineSpec, MoveSettings, Protocol, RulesSpec, ServiceSpec,
+    TrafficPolicy, Workload,
 };
 use crate::render;
 
@@ -39,6 +40,7 @@ pub(crate) fn service(spec: &ServiceSpec) -> Result<(), EngineError> {
         return Err(invalid(format!("{what}: replicas must be from 1 to {MAX_REPLICAS}"), hint));
     }
     workload(&what, &spec.workload)?;
+    proxy_protocol(&what, &spec.traffic)?;
     rules(&what, &spec.traffic.rules)?;
     single_writer(&what, spec)?;
     steps(&what, &spec.move_settings)
@@ -103,6 +105,19 @@ fn single_writer(what: &str, spec: &ServiceSpec) -> Result<(), EngineError> {
         return Err(invalid(message, hint));
     }
     Ok(())
+}
+
+/// Refuses a header that says for whom a connection is where connections are for many.
+fn proxy_protocol(what: &str, traffic: &TrafficPolicy) -> Result<(), EngineError> {
+    if traffic.send_proxy_protocol.is_none() || traffic.protocol != Protocol::H2c {
+        return Ok(());
+    }
+    Err(invalid(
+        format!(
+            "{what}: a connection of h2c serves many clients, and send_proxy_protocol says that it is for one"
+        ),
+        "Take send_proxy_protocol out, or write protocol = \"http1\".",
+    ))
 }
 
 /// Refuses rules that no edge could follow.
@@ -224,6 +239,22 @@ fn invalid(message: String, hint: impl Into<String>) -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ProxyProtocol;
+
+    #[test]
+    fn a_connection_that_serves_many_clients_cannot_say_that_it_is_for_one() {
+        for version in [ProxyProtocol::V1, ProxyProtocol::V2] {
+            let sends = |protocol| TrafficPolicy {
+                protocol,
+                send_proxy_protocol: Some(version),
+                ..TrafficPolicy::default()
+            };
+            assert!(proxy_protocol("service shop", &sends(Protocol::Http1)).is_ok());
+            let error = proxy_protocol("service shop", &sends(Protocol::H2c)).expect_err("it is refused");
+            assert_eq!((error.kind, error.code), (ErrorKind::Invalid, "spec.invalid"));
+            assert!(error.message.contains("send_proxy_protocol"), "{}", error.message);
+        }
+    }
 
     fn allowing(name: &str) -> Workload {
         Workload::Image {

@@ -2,15 +2,17 @@
 //!
 //! A probe opens its own connection, so that it tells of a copy what a first client would see.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
-use crate::model::{HealthKind, HealthSpec, Protocol};
+use crate::model::{HealthKind, HealthSpec, Protocol, ProxyProtocol};
 use crate::outside::{Connection, Dial};
 
 /// Most bytes of an answer that a probe reads: it looks at the status, not at the content.
@@ -34,6 +36,8 @@ pub(crate) struct Answer {
 pub(crate) struct Probe {
     pub(crate) address: SocketAddr,
     pub(crate) protocol: Protocol,
+    /// What its connections begin with: a copy that insists on that would take no probe without it.
+    pub(crate) send_proxy_protocol: Option<ProxyProtocol>,
     pub(crate) host: Option<String>,
     pub(crate) health: HealthSpec,
     pub(crate) dial: Dial,
@@ -75,6 +79,10 @@ impl Probe {
     /// that does not may be a server of one connection at a time, which an idle one would block.
     pub(crate) async fn keeps_connections(&self) -> bool {
         let timeout = Duration::from_millis(u64::from(self.health.timeout_ms.max(1)));
+        if self.send_proxy_protocol.is_some() {
+            // It would have to be known now whose the first request will be.
+            return false;
+        }
         match (self.protocol, &self.health.kind) {
             (Protocol::H2c, _) => true,
             (Protocol::Http1, HealthKind::Http { path }) => {
@@ -87,10 +95,15 @@ impl Probe {
     }
 
     async fn connect(&self) -> Result<Box<dyn Connection>, String> {
-        self.dial
-            .connect(self.address)
-            .await
-            .map_err(|error| format!("cannot connect to {}: {error}", self.address))
+        let opened = async {
+            let mut io = self.dial.connect(self.address).await?;
+            if let Some(version) = self.send_proxy_protocol {
+                io.write_all(version.of_nobody()).await?;
+                io.flush().await?;
+            }
+            io::Result::Ok(io)
+        };
+        opened.await.map_err(|error| format!("cannot connect to {}: {error}", self.address))
     }
 
     async fn get(&self, path: &str) -> Result<Answer, String> {
@@ -163,5 +176,70 @@ async fn answered(
             Ok(()) => exchange.await,
             Err(error) => Err(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::io::{AsyncReadExt as _, DuplexStream};
+
+    use super::*;
+    use crate::outside::Connection;
+
+    /// A probe of a copy, and the copy's end of its only connection.
+    fn probe(send_proxy_protocol: Option<ProxyProtocol>) -> (Probe, DuplexStream) {
+        let (ours, theirs) = tokio::io::duplex(1_024);
+        let ours = Arc::new(Mutex::new(Some(ours)));
+        let dial = Dial::new(move |_| {
+            let io = ours.lock().expect("lock").take();
+            Box::pin(async move {
+                let io = io.ok_or(io::ErrorKind::ConnectionRefused)?;
+                Ok(Box::new(io) as Box<dyn Connection>)
+            })
+        });
+        let probe = Probe {
+            address: ([127, 0, 0, 1], 1).into(),
+            protocol: Protocol::Http1,
+            send_proxy_protocol,
+            host: None,
+            health: HealthSpec::default(),
+            dial,
+        };
+        (probe, theirs)
+    }
+
+    #[tokio::test]
+    async fn a_probe_of_a_copy_that_insists_on_a_header_says_that_it_is_for_nobody() {
+        for (version, header) in [
+            (None, &b""[..]),
+            (Some(ProxyProtocol::V1), b"PROXY UNKNOWN\r\n"),
+            (Some(ProxyProtocol::V2), b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"),
+        ] {
+            let (connects, mut theirs) = probe(version);
+            connects.once().await.expect("it connects");
+            drop(connects);
+            let mut said = Vec::new();
+            theirs.read_to_end(&mut said).await.expect("is read");
+            assert_eq!(said, header);
+
+            let (asks, mut theirs) = probe(version);
+            let copy = async {
+                let mut said = vec![0; header.len() + 4];
+                theirs.read_exact(&mut said).await.expect("is read");
+                theirs.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.expect("is written");
+                said
+            };
+            let (answer, said) = tokio::join!(asks.warm_up("/"), copy);
+            assert_eq!((answer.map(|answer| answer.status), said), (Ok(204), [header, b"GET "].concat()));
+        }
+    }
+
+    #[tokio::test]
+    async fn no_connection_waits_for_a_client_of_whom_it_would_have_to_say_who_he_is() {
+        let (mut asks, _theirs) = probe(Some(ProxyProtocol::V2));
+        asks.health.kind = HealthKind::Http { path: "/".into() };
+        assert!(!asks.keeps_connections().await);
     }
 }

@@ -17,8 +17,8 @@ use routing::{
 
 use crate::model::{
     BalanceSpec, CompressionSpec, FixedUpstream, ForwardAuthSpec, HashBy, HeaderEditsSpec, HealthKind,
-    HealthSpec, Instance, InstanceState, Protocol, RedirectSpec, Rollout, RulesSpec, Service, ServiceSpec,
-    Workload,
+    HealthSpec, Instance, InstanceState, Protocol, ProxyProtocol, RedirectSpec, Rollout, RulesSpec, Service,
+    ServiceSpec, Workload,
 };
 use crate::state::State;
 use crate::steps::drain_times;
@@ -210,6 +210,13 @@ const fn protocol(protocol: Protocol) -> routing::UpstreamProtocol {
     }
 }
 
+const fn proxy_protocol(version: ProxyProtocol) -> routing::ProxyProtocol {
+    match version {
+        ProxyProtocol::V1 => routing::ProxyProtocol::V1,
+        ProxyProtocol::V2 => routing::ProxyProtocol::V2,
+    }
+}
+
 fn balance(balance: &BalanceSpec) -> routing::Balance {
     match balance {
         BalanceSpec::RoundRobin => routing::Balance::RoundRobin,
@@ -245,6 +252,7 @@ fn policy(
         max_request_body_bytes: traffic.max_request_body_bytes,
         slow_start_ms: traffic.slow_start_ms,
         preserve_host: traffic.preserve_host,
+        send_proxy_protocol: traffic.send_proxy_protocol.map(proxy_protocol),
         sticky: traffic
             .sticky_cookie
             .as_ref()

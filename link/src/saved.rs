@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files;
-use crate::wire::{BadHost, KeptService, RulesOfForm3, WireDomain, WireRules};
+use crate::wire::{BadHost, KeptService, RulesOfForm3, WireDomain, WireProxyProtocol, WireRules};
 
 const FILE: &str = "table";
 const FILE_BEFORE: &str = "table.before";
@@ -23,7 +23,9 @@ const FILE_BEFORE: &str = "table.before";
 const MAGIC: &[u8; 16] = b"peregrine table\x01";
 /// Form of the content: the number that the link had when the two were parted. It is raised when [`KeptService`] changes,
 /// and then the forms before it are read too: an edge that is brought up to another version begins with what it had.
-const FORM: u16 = 4;
+const FORM: u16 = 5;
+/// Nobody is told for whom a connection is.
+const FORM_4: u16 = 4;
 /// Rules say less in it.
 const FORM_3: u16 = 3;
 /// Without domains and rules.
@@ -80,6 +82,8 @@ struct Content {
     domains: Vec<WireDomain>,
     /// Rules, with the number of their service above: few services have any.
     rules: Vec<(u32, WireRules)>,
+    /// Services whose upstreams are told for whom a connection is: those that insist on it would serve nobody else.
+    send_proxy_protocol: Vec<(u32, WireProxyProtocol)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -96,6 +100,15 @@ struct ContentOfForm3 {
     services: Vec<KeptService>,
     domains: Vec<WireDomain>,
     rules: Vec<(u32, RulesOfForm3)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ContentOfForm4 {
+    form: u16,
+    epoch: u64,
+    services: Vec<KeptService>,
+    domains: Vec<WireDomain>,
+    rules: Vec<(u32, WireRules)>,
 }
 
 /// Reads what is there.
@@ -123,7 +136,9 @@ pub(crate) fn save(
 ) -> Result<(), SavedError> {
     let rules =
         services.iter().zip(0..).filter_map(|(service, n)| Some((n, service.rules.clone()?))).collect();
-    let content = Content { form: FORM, epoch, services, domains, rules };
+    let send_proxy_protocol =
+        services.iter().zip(0..).filter_map(|(service, n)| Some((n, service.send_proxy_protocol?))).collect();
+    let content = Content { form: FORM, epoch, services, domains, rules, send_proxy_protocol };
     let bytes = encode(&content);
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(SavedError::TooLarge(bytes.len() as u64));
@@ -176,16 +191,22 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     let (form, _): (u16, _) = postcard::take_from_bytes(payload).map_err(|error| error.to_string())?;
     let content: Content = match form {
         FORM => postcard::from_bytes(payload).map_err(|error| error.to_string())?,
+        FORM_4 => {
+            let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
+            let ContentOfForm4 { form, epoch, services, domains, rules } = before;
+            Content { form, epoch, services, domains, rules, send_proxy_protocol: Vec::new() }
+        }
         FORM_3 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
             let ContentOfForm3 { form, epoch, services, domains, rules } = before;
             let rules = rules.into_iter().map(|(n, rules)| (n, rules.into())).collect();
-            Content { form, epoch, services, domains, rules }
+            Content { form, epoch, services, domains, rules, send_proxy_protocol: Vec::new() }
         }
         FORM_2 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
             let ContentOfForm2 { form, epoch, services } = before;
-            Content { form, epoch, services, domains: Vec::new(), rules: Vec::new() }
+            let (domains, rules, send_proxy_protocol) = Default::default();
+            Content { form, epoch, services, domains, rules, send_proxy_protocol }
         }
         _ => return Err(format!("it is of form {form}, this edge reads forms {FORM_2} to {FORM}")),
     };
@@ -193,6 +214,10 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     for (n, rules) in content.rules {
         let service = services.get_mut(n as usize).ok_or("it has rules of no service")?;
         service.rules = Some(rules);
+    }
+    for (n, version) in content.send_proxy_protocol {
+        let service = services.get_mut(n as usize).ok_or("it has a PROXY protocol of no service")?;
+        service.send_proxy_protocol = Some(version);
     }
     let services = services.into_iter().map(|service| service.try_into());
     let services = services.collect::<Result<Vec<ServiceSpec>, _>>().map_err(|error| error.to_string())?;
@@ -332,6 +357,38 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_an_edge_wrote_when_upstreams_were_not_told_for_whom_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut services = services(2);
+        let rules = rules_tests::rules(peregrine_routing::RateKey::ClientAddress);
+        services[1].policy.rules = Some(Box::new(rules.clone()));
+        let domains = vec![domain_tests::domain("example.com")];
+        let content = ContentOfForm4 {
+            form: FORM_4,
+            epoch: 7,
+            services: services.iter().map(KeptService::from).collect(),
+            domains: domains.iter().map(WireDomain::from).collect(),
+            rules: vec![(1, WireRules::from(&rules))],
+        };
+        let payload = postcard::to_stdvec(&content).expect("bytes");
+        std::fs::write(folder.path().join(FILE), signed(&payload)).expect("it is written");
+        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 7, services, domains }));
+    }
+
+    #[test]
+    fn for_whom_connections_are_is_told_from_the_disk_too() {
+        use peregrine_routing::ProxyProtocol::{V1, V2};
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut services = services(3);
+        services[0].policy.send_proxy_protocol = Some(V1);
+        services[2].policy.send_proxy_protocol = Some(V2);
+        save(folder.path(), 1, services.iter().map(KeptService::from).collect(), Vec::new())
+            .expect("it is saved");
+        let table = SavedTable { epoch: 1, services, domains: Vec::new() };
+        assert_eq!(load(folder.path()), Saved::Last(table));
+    }
+
+    #[test]
     fn what_is_served_over_tls_is_on_the_disk() {
         let folder = tempfile::tempdir().expect("a folder");
         let domains = vec![domain_tests::domain("example.com"), domain_tests::domain("*.example.com")];
@@ -349,10 +406,11 @@ mod tests {
             services: Vec::new(),
             domains: Vec::new(),
             rules: Vec::new(),
+            send_proxy_protocol: Vec::new(),
         };
         std::fs::write(folder.path().join(FILE), encode(&content)).expect("it is written");
         let Saved::Damaged(why) = load(folder.path()) else { panic!("it cannot be read") };
-        assert!(why.contains("it is of form 5, this edge reads forms 2 to 4"), "{why}");
+        assert!(why.contains("it is of form 6, this edge reads forms 2 to 5"), "{why}");
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub(crate) enum Kill {
 #[derive(Debug)]
 pub(crate) struct ConnState {
     pub(crate) peer: SocketAddr,
+    /// Where the peer connected to.
+    pub(crate) local: SocketAddr,
     pub(crate) trusted: bool,
     /// The peer's address as text.
     pub(crate) peer_text: AddressText,
@@ -101,9 +103,10 @@ pub(crate) struct Steady {
 }
 
 impl ConnState {
-    pub(crate) fn new(peer: SocketAddr, trusted: bool, now_ms: u64) -> Rc<Self> {
+    pub(crate) fn new(peer: SocketAddr, local: SocketAddr, trusted: bool, now_ms: u64) -> Rc<Self> {
         Rc::new(Self {
             peer,
+            local,
             trusted,
             peer_text: AddressText::of(peer.ip().to_canonical()),
             follower: RefCell::new(Follower::new()),

@@ -296,6 +296,9 @@ impl Core {
     fn open_ahead(self: &Rc<Self>) {
         let table = Arc::clone(self.reader.borrow_mut().load());
         for service in table.ready_services() {
+            if service.policy().send_proxy_protocol.is_some() {
+                continue; // nobody knows for whom it would be
+            }
             for (upstream, count) in service.ready_upstreams() {
                 let pool = self.pools.of(upstream, service.policy());
                 tokio::task::spawn_local(pool.open_ahead(Rc::clone(self), Arc::clone(upstream), count));
@@ -471,7 +474,8 @@ mod tests {
 
     #[test]
     fn a_connection_that_was_idle_for_long_has_its_time_for_one_more_request_after_a_hand_over() {
-        let conn = ConnState::new("192.0.2.1:5".parse().expect("an address"), false, 1_000);
+        let [peer, local] = ["192.0.2.1:5", "192.0.2.9:80"].map(|text| text.parse().expect("an address"));
+        let conn = ConnState::new(peer, local, false, 1_000);
         conn.head_since_ms.set(0);
         conn.served.set(true);
         let conns = Conns { slots: RefCell::new(vec![Some(Rc::clone(&conn))]), ..Conns::default() };

@@ -4,7 +4,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -57,7 +57,9 @@ impl Crew {
         let is_introduced = core.config.speaks_proxy_protocol(peer.ip());
         let trusted = core.config.trusts(peer.ip());
         let Some(source) = source_of(core, peer, trusted || is_introduced) else { return };
-        let state = ConnState::new(peer, trusted, core.coarse_now_ms());
+        // It has one as long as it is connected, and who has left needs none.
+        let local = socket.local_addr().unwrap_or_else(|_| (Ipv4Addr::UNSPECIFIED, 0).into());
+        let state = ConnState::new(peer, local, trusted, core.coarse_now_ms());
         // Counted at once, so that the acceptor knows how many there are.
         let place = Conns::add(core, &state);
         state.handshaking.set(speaks == Speaks::Https);
@@ -122,7 +124,8 @@ async fn introduce(core: &Rc<Core>, job: &mut Job) -> bool {
     let trusted = core.config.trusts(client.ip());
     let Some(source) = source_of(core, client, trusted) else { return false };
     job.source = source;
-    let state = ConnState::new(client, trusted, core.coarse_now_ms());
+    let local = header.destination.unwrap_or(job.state.local);
+    let state = ConnState::new(client, local, trusted, core.coarse_now_ms());
     state.handshaking.set(job.speaks == Speaks::Https);
     // What was asked of it while the header came.
     state.takes_over(&job.state);

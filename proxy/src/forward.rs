@@ -10,6 +10,7 @@
 //! is never closed because of what an upstream did before its answer's head.
 
 use std::future::Future;
+use std::io;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,8 +24,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use http_body::Body;
 use hyper::body::Incoming;
 use peregrine_routing::{
-    Evidence, Outcome, RetryClass, RoutingTable, ServicePolicy, TrafficClass, Upstream, UpstreamProtocol,
+    Evidence, Outcome, ProxyProtocol, RetryClass, RoutingTable, ServicePolicy, TrafficClass, Upstream,
+    UpstreamProtocol,
 };
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::body::{Broken, Events, ReplyBody, Source, UpstreamBody, first_frame};
@@ -42,6 +45,7 @@ use crate::inflight::{Flight, FlightGuard, HostText, Start, Waits};
 use crate::mirror;
 use crate::outgoing::{Inbound, Outgoing};
 use crate::pool::UpstreamPool;
+use crate::proxy_protocol;
 use crate::resolve::DialError;
 use crate::respond::{self, Form};
 use crate::route;
@@ -383,11 +387,14 @@ async fn attempt_http1(
     pool: Rc<UpstreamPool>,
 ) -> Result<Answer, ProxyError> {
     loop {
-        let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh) {
+        let is_introduced = proxy_protocol::wanted(policy, upstream).is_some();
+        let mut conn = match pool.checkout(out.replayable).filter(|_| !out.fresh && !is_introduced) {
             Some(conn) => conn,
             None => {
                 let socket = Box::pin(connect(core, upstream, policy, flight)).await?;
-                Http1Conn::new(socket, core.spares.clone())
+                let mut conn = Http1Conn::new(socket, core.spares.clone());
+                conn.is_introduced = is_introduced;
+                conn
             }
         };
         if conn.reused
@@ -544,6 +551,7 @@ fn h2_cause(error: &hyper::Error) -> Option<&h2::Error> {
     None
 }
 
+/// Connects to an upstream, and says for whom where that is wanted: before anything else, TLS included.
 pub(crate) async fn connect(
     core: &Rc<Core>,
     upstream: &Upstream,
@@ -553,12 +561,25 @@ pub(crate) async fn connect(
     flight.wait(Waits::Connect, policy.connect_timeout_ms);
     let not_sent = |reason| ProxyError::with(reason, Evidence::NotSent);
     let dialled = unless_stopped(flight, core.resolver.dial(upstream.address(), core.random.next())).await;
-    let socket = dialled.map_err(not_sent)?.map_err(|error| match error {
+    let mut socket = dialled.map_err(not_sent)?.map_err(|error| match error {
         DialError::Name(error) => not_sent(Reason::DnsFailed).because(error),
         DialError::Connect(error) => not_sent(Reason::ConnectFailed).because(error),
     })?;
-    socket.set_nodelay(true).map_err(|error| not_sent(Reason::ConnectFailed).because(error))?;
+    let failed = |error: io::Error| not_sent(Reason::ConnectFailed).because(error);
+    socket.set_nodelay(true).map_err(failed)?;
+    if let Some(version) = proxy_protocol::wanted(policy, upstream) {
+        let header = introduction(version, flight);
+        unless_stopped(flight, socket.write_all(&header)).await.map_err(not_sent)?.map_err(failed)?;
+    }
     Ok(socket)
+}
+
+/// Says that a connection is for the client of this request, as the edge believes it. His port is known if he is the peer. A
+/// client whose address cannot be read is `0.0.0.0`, nobody's: without an address an origin would take him for the edge.
+pub(crate) fn introduction(version: ProxyProtocol, flight: &Flight) -> Vec<u8> {
+    let conn = &flight.conn;
+    let port = if flight.client == conn.peer_ip() { conn.peer.port() } else { 0 };
+    proxy_protocol::header(version, (flight.client, port).into(), conn.local)
 }
 
 async fn attempt_http2(
@@ -573,7 +594,7 @@ async fn attempt_http2(
         |error: hyper::Error| ProxyError::with(Reason::ConnectFailed, Evidence::NotSent).because(error);
     // Not before the last attempt: as many connections as requests would be a storm.
     let is_last = flight.attempts.get() == MAX_ATTEMPTS;
-    let open = if out.fresh && is_last { None } else { pool.join_http2() };
+    let open = if out.fresh && is_last { None } else { pool.join_http2(out.replayable) };
     let (mut ticket, reused) = match open {
         Some(ticket) => (ticket, true),
         None => {
@@ -606,6 +627,7 @@ async fn attempt_http2(
             Err(match returned {
                 // The connection was leaving already: no fault of the upstream, and it has seen nothing of the request.
                 true if reused => {
+                    pool.note_missed_http2(&ticket);
                     ProxyError::with(Reason::UpstreamRefused, Evidence::LeftBehind).because(error)
                 }
                 true => not_sent(error),

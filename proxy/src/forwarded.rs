@@ -3,7 +3,8 @@
 //!
 //! Each proxy adds the address that it was connected from, so the list is read from its end: the first address that is
 //! not a trusted proxy's is the client's, and what is before it is the client's own word. An entry that cannot be
-//! read is nobody's address and never the proxy's: who may come in by his address does not come in by it.
+//! read is nobody's address and never the proxy's: who may come in by his address does not come in by it, and where some may
+//! not come in by theirs, nobody comes in without one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -125,7 +126,9 @@ mod tests {
         for (name, value) in fields {
             headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
-        let conn = ConnState::new("10.0.0.1:5".parse().expect("address"), trusted, 1);
+        let (peer, local) = ("10.0.0.1:5", "10.0.0.9:80");
+        let [peer, local] = [peer, local].map(|text| text.parse().expect("address"));
+        let conn = ConnState::new(peer, local, trusted, 1);
         client_address(&headers, Seen::scan(&headers), &conn, &config).to_string()
     }
 

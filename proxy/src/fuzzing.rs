@@ -34,7 +34,7 @@ pub enum Introduction {
 #[must_use]
 pub fn introduction(bytes: &[u8]) -> Introduction {
     match proxy_protocol::parse(bytes) {
-        Ok(Parsed::Whole(Header { length, source })) => Introduction::Whole(length, source),
+        Ok(Parsed::Whole(Header { length, source, destination: _ })) => Introduction::Whole(length, source),
         Ok(Parsed::Needs(more)) => Introduction::Needs(more),
         Err(_) => Introduction::No,
     }
@@ -115,7 +115,7 @@ impl Client {
     #[must_use]
     pub fn new(peer: SocketAddr, trusted_proxies: Vec<IpNet>) -> Self {
         let config = Config { trusted_proxies, ..Config::default() };
-        let conn = ConnState::new(peer, config.trusts(peer.ip()), 1);
+        let conn = ConnState::new(peer, peer, config.trusts(peer.ip()), 1);
         Self { config, conn, ids: IdMaker::new(), random: Random::new() }
     }
 

@@ -536,7 +536,7 @@ mod tests {
     }
 
     fn conn(peer: &str, trusted: bool) -> std::rc::Rc<ConnState> {
-        ConnState::new(peer.parse().expect("address"), trusted, 1)
+        ConnState::new(peer.parse().expect("address"), "192.0.2.9:80".parse().expect("address"), trusted, 1)
     }
 
     fn added_to(headers: &mut HeaderMap, conn: &ConnState, host: &'static str) {

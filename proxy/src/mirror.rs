@@ -32,17 +32,20 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use metrics::{counter, histogram};
 use peregrine_routing::{Mirror, MirrorOutcome, MirrorSlot, ServicePolicy, Upstream, UpstreamProtocol};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::body::ForwardBody;
 use crate::clock::now_us;
 use crate::core::{Core, ServiceEntry};
+use crate::forward;
 use crate::headers::PEREGRINE_MIRROR;
 use crate::http1::{Head, Http1Conn};
 use crate::inflight::Flight;
 use crate::outgoing::Outgoing;
 use crate::pool::UpstreamPool;
+use crate::proxy_protocol;
 
 /// Fields whose requests are not copied: the right answer depends on what the client has already.
 const DEPENDS_ON_CLIENT: [HeaderName; 6] =
@@ -62,8 +65,11 @@ pub(crate) struct Sampled {
 
 /// A request in the target's protocol.
 enum Copied {
-    /// The bytes of its head.
-    Http1(Vec<u8>),
+    /// The bytes of its head, and those that its connection begins with: with these it has one of its own.
+    Http1 {
+        head: Vec<u8>,
+        introduction: Option<Vec<u8>>,
+    },
     Http2(Box<Request<ForwardBody>>),
 }
 
@@ -117,7 +123,9 @@ fn sample_for(
             out.write_head(&mut head, core, flight, &target, policy);
             head.truncate(head.len() - b"\r\n".len());
             head.extend_from_slice(MARK);
-            Copied::Http1(head)
+            let version = proxy_protocol::wanted(policy, &target);
+            let introduction = version.map(|version| forward::introduction(version, flight));
+            Copied::Http1 { head, introduction }
         }
         UpstreamProtocol::H2c => {
             let mut request = out.for_http2(core, flight, &target, policy)?;
@@ -181,7 +189,9 @@ impl Copy {
         let limit = Duration::from_millis(u64::from(limit_ms));
         let exchange = async {
             match request {
-                Copied::Http1(head) => self.ask_http1(&head, max_body_bytes).await,
+                Copied::Http1 { head, introduction } => {
+                    self.ask_http1(&head, introduction.as_deref(), max_body_bytes).await
+                }
                 Copied::Http2(request) => self.ask_http2(*request, max_body_bytes).await,
             }
         };
@@ -196,12 +206,22 @@ impl Copy {
         }
     }
 
-    async fn ask_http1(&mut self, head: &[u8], max_body_bytes: u64) -> Result<(), NoAnswer> {
+    async fn ask_http1(
+        &mut self,
+        head: &[u8],
+        introduction: Option<&[u8]>,
+        max_body_bytes: u64,
+    ) -> Result<(), NoAnswer> {
         let (mut conn, begun_us, answer) = loop {
-            let mut conn = match self.pool.checkout(true) {
+            let mut conn = match self.pool.checkout(true).filter(|_| introduction.is_none()) {
                 Some(conn) => conn,
-                None => Http1Conn::new(self.dial().await?, self.core.spares.clone()),
+                None => {
+                    let mut socket = self.dial().await?;
+                    socket.write_all(introduction.unwrap_or_default()).await.map_err(|_| NoAnswer)?;
+                    Http1Conn::new(socket, self.core.spares.clone())
+                }
             };
+            conn.is_introduced = introduction.is_some();
             let begun_us = self.begin();
             conn.begin(ForwardBody::Empty, None, |out| out.extend_from_slice(head));
             let (mut headers, limits) = (HeaderMap::new(), self.core.head_limits);
@@ -237,7 +257,7 @@ impl Copy {
     ) -> Result<(), NoAnswer> {
         let mut request = request;
         let (answer, ticket) = loop {
-            let (mut ticket, reused) = match self.pool.join_http2() {
+            let (mut ticket, reused) = match self.pool.join_http2(true) {
                 Some(ticket) => (ticket, true),
                 None => {
                     let socket = self.dial().await?;

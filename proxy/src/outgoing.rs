@@ -218,6 +218,8 @@ impl Outgoing {
             }
         }
         headers::write_owed(out, self.owed, &flight.conn, &self.added(core, flight));
+        // A connection that is for one client is not kept, and the upstream need not wait for more on it.
+        let closes = policy.send_proxy_protocol.is_some();
         if self.wishes.trailers {
             // In the form that RFC 9110 §10.1.4 wants.
             out.extend_from_slice(b"te: trailers\r\nconnection: te\r\n");
@@ -225,6 +227,8 @@ impl Outgoing {
         if let Some(protocol) = &self.upgrade {
             out.extend_from_slice(b"connection: upgrade\r\n");
             http1::write_field(out, &UPGRADE, protocol);
+        } else if closes {
+            out.extend_from_slice(b"connection: close\r\n");
         }
         out.extend_from_slice(b"\r\n");
     }

@@ -2,7 +2,9 @@
 //!
 //! An HTTP/1.1 connection has no task of its own: the request that has it drives it, and while it is idle
 //! nobody does. The timekeeper looks after idle connections, and whoever takes one out looks whether it is
-//! still open before a byte is written.
+//! still open before a byte is written. One of HTTP/2 has a task, which sees its end at once; but what the upstream
+//! closes at this very moment nobody can see. So a request that must not be sent twice takes none that has been idle for
+//! longer than the upstream is trusted to keep it, whatever the protocol.
 //!
 //! Connections can be opened ahead of the first request. They stand behind those that have been used, and are
 //! counted at their upstream until they are used or closed.
@@ -10,6 +12,7 @@
 //! Retiring a generation drops its key: a connection to a retired upstream cannot be found any more.
 
 use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -31,6 +34,10 @@ use crate::http1::Http1Conn;
 /// Streams that one core has on one HTTP/2 connection before it opens another; the upstream's own
 /// limit counts too.
 const MAX_STREAMS_PER_CONNECTION: usize = 100;
+
+/// Idle HTTP/2 connections beside which one core opens another without closing one of them. One would do for all
+/// requests; the others grow old enough to tell how long the upstream keeps them.
+const MAX_IDLE_HTTP2_CONNECTIONS: usize = 4;
 
 /// How long a connection to an upstream that has a name is used: where the name leads may have changed since, and
 /// while connections are at hand nobody asks.
@@ -61,26 +68,40 @@ impl Drop for Ahead {
 /// One HTTP/2 connection to an upstream; its task runs beside the requests.
 struct Http2Conn {
     sender: http2::SendRequest<ForwardBody>,
-    /// Streams that the upstream allows at a time.
-    max_streams: Rc<Cell<usize>>,
-    streams: Rc<Cell<usize>>,
-    idle_since_ms: Rc<Cell<u64>>,
+    usage: Rc<Http2Use>,
     opened_ms: u64,
     ahead: Cell<Option<Ahead>>,
+}
+
+/// How an HTTP/2 connection is used: what the pool, its task and its tickets share.
+struct Http2Use {
+    /// Streams that the upstream allows at a time.
+    max_streams: Cell<usize>,
+    streams: Cell<usize>,
+    /// When the last stream ended; of meaning while there is none.
+    idle_since_ms: Cell<u64>,
+}
+
+impl Http2Use {
+    /// How long it has been idle; `None` while a stream is in flight.
+    fn idle_ms(&self, now_ms: u64) -> Option<u64> {
+        (self.streams.get() == 0).then(|| now_ms.saturating_sub(self.idle_since_ms.get()))
+    }
 }
 
 /// A place on an HTTP/2 connection.
 pub(crate) struct Http2Ticket {
     pub(crate) sender: http2::SendRequest<ForwardBody>,
-    streams: Rc<Cell<usize>>,
-    idle_since_ms: Rc<Cell<u64>>,
+    usage: Rc<Http2Use>,
+    /// How long the connection had been idle before; `None` if it was not.
+    idle_ms: Option<u64>,
     clock_ms: Rc<Cell<u64>>,
 }
 
 impl Drop for Http2Ticket {
     fn drop(&mut self) {
-        self.streams.set(self.streams.get() - 1);
-        self.idle_since_ms.set(self.clock_ms.get());
+        self.usage.streams.set(self.usage.streams.get() - 1);
+        self.usage.idle_since_ms.set(self.clock_ms.get());
     }
 }
 
@@ -144,11 +165,7 @@ impl UpstreamPool {
         conn: impl Fn(&mut T) -> &mut Box<Http1Conn>,
     ) -> Option<T> {
         let now_ms = self.clock_ms.get();
-        let max_age_ms = if replayable {
-            self.idle_timeout_ms
-        } else {
-            self.upstream.trusted_idle_ms(now_ms).min(self.idle_timeout_ms / 2)
-        };
+        let max_age_ms = self.max_age_ms_for(replayable);
         loop {
             let age_ms = now_ms.saturating_sub(conn(from.last_mut()?).idle_since_ms);
             if age_ms >= max_age_ms && age_ms < self.idle_timeout_ms {
@@ -162,6 +179,14 @@ impl UpstreamPool {
                 self.upstream.note_idle_closed(age_ms, now_ms);
             }
         }
+    }
+
+    /// Idle time from which on a connection is not for this request.
+    fn max_age_ms_for(&self, replayable: bool) -> u64 {
+        if replayable {
+            return self.idle_timeout_ms;
+        }
+        self.upstream.trusted_idle_ms(self.clock_ms.get()).min(self.idle_timeout_ms / 2)
     }
 
     /// Takes a connection back whose answer is over. If its request is still going up, it comes back when
@@ -190,6 +215,9 @@ impl UpstreamPool {
     }
 
     fn keep(&self, mut conn: Box<Http1Conn>) {
+        if conn.is_introduced {
+            return;
+        }
         if let Some(announced_ms) = conn.take_announced_ms() {
             self.upstream.note_idle_announced(announced_ms);
         }
@@ -210,24 +238,38 @@ impl UpstreamPool {
         self.max_age_ms.is_some_and(|max_age_ms| self.clock_ms.get().saturating_sub(opened_ms) >= max_age_ms)
     }
 
-    /// A place on an HTTP/2 connection that is open. One that is too old goes when its streams have.
-    pub(crate) fn join_http2(&self) -> Option<Http2Ticket> {
+    /// A place on an HTTP/2 connection that is open. One that is too old goes when its streams have. One with a stream in
+    /// flight is in use, and the upstream does not close it as idle; for one without, the rules of [`Self::checkout`] hold.
+    pub(crate) fn join_http2(&self, replayable: bool) -> Option<Http2Ticket> {
+        let (now_ms, max_idle_ms) = (self.clock_ms.get(), self.max_age_ms_for(replayable));
         let mut conns = self.http2.borrow_mut();
         conns.retain(|conn| !conn.sender.is_closed() && !self.is_old(conn.opened_ms));
-        let limit = |conn: &Http2Conn| conn.max_streams.get().clamp(1, MAX_STREAMS_PER_CONNECTION);
-        let conn =
-            conns.iter().filter(|conn| conn.streams.get() < limit(conn)).min_by_key(|c| c.streams.get())?;
+        let fits = |conn: &&Http2Conn| {
+            let limit = conn.usage.max_streams.get().clamp(1, MAX_STREAMS_PER_CONNECTION);
+            let is_fresh = conn.usage.idle_ms(now_ms).is_none_or(|idle_ms| idle_ms < max_idle_ms);
+            is_fresh && conn.usage.streams.get() < limit
+        };
+        let order = |conn: &&Http2Conn| (conn.usage.streams.get(), Reverse(conn.usage.idle_since_ms.get()));
+        let conn = conns.iter().filter(fits).min_by_key(order)?;
         Some(self.ticket(conn))
     }
 
     fn ticket(&self, conn: &Http2Conn) -> Http2Ticket {
         drop(conn.ahead.take());
-        conn.streams.set(conn.streams.get() + 1);
+        let idle_ms = conn.usage.idle_ms(self.clock_ms.get());
+        conn.usage.streams.set(conn.usage.streams.get() + 1);
         Http2Ticket {
             sender: conn.sender.clone(),
-            streams: Rc::clone(&conn.streams),
-            idle_since_ms: Rc::clone(&conn.idle_since_ms),
+            usage: Rc::clone(&conn.usage),
+            idle_ms,
             clock_ms: Rc::clone(&self.clock_ms),
+        }
+    }
+
+    /// Learns from an HTTP/2 connection that was leaving before the request came to it.
+    pub(crate) fn note_missed_http2(&self, ticket: &Http2Ticket) {
+        if let Some(idle_ms) = ticket.idle_ms {
+            self.upstream.note_idle_closed(idle_ms, self.clock_ms.get());
         }
     }
 
@@ -240,9 +282,24 @@ impl UpstreamPool {
         let conn = self.handshake(builder, socket).await?;
         let ticket = self.ticket(&conn);
         if !self.retired.get() {
+            self.make_room();
             self.http2.borrow_mut().push(conn);
         }
         Ok(ticket)
+    }
+
+    /// Closes an idle HTTP/2 connection if there are too many: the one that was used last, because only those that are left
+    /// alone show how long the upstream keeps them.
+    fn make_room(&self) {
+        let mut conns = self.http2.borrow_mut();
+        let is_idle = |conn: &&Http2Conn| conn.usage.streams.get() == 0;
+        if conns.iter().filter(is_idle).count() < MAX_IDLE_HTTP2_CONNECTIONS {
+            return;
+        }
+        let last = conns.iter().filter(is_idle).max_by_key(|conn| conn.usage.idle_since_ms.get());
+        if let Some(last) = last.map(|conn| Rc::clone(&conn.usage)) {
+            conns.retain(|conn| !Rc::ptr_eq(&conn.usage, &last));
+        }
     }
 
     async fn handshake(
@@ -251,32 +308,37 @@ impl UpstreamPool {
         socket: TcpStream,
     ) -> hyper::Result<Http2Conn> {
         let (sender, mut conn) = builder.handshake(TokioIo::new(socket)).await?;
-        let max_streams = Rc::new(Cell::new(MAX_STREAMS_PER_CONNECTION));
-        let limit = Rc::clone(&max_streams);
+        let usage = Rc::new(Http2Use {
+            max_streams: Cell::new(MAX_STREAMS_PER_CONNECTION),
+            streams: Cell::new(0),
+            idle_since_ms: Cell::new(self.clock_ms.get()),
+        });
+        // What the pool has let go of is not kept alive, and ends because of us.
+        let watched = Rc::downgrade(&usage);
+        let (upstream, clock_ms) = (Arc::clone(&self.upstream), Rc::clone(&self.clock_ms));
         tokio::task::spawn_local(async move {
             let ended = std::future::poll_fn(|cx| {
                 let polled = Pin::new(&mut conn).poll(cx);
-                limit.set(conn.current_max_send_streams());
+                if let Some(usage) = watched.upgrade() {
+                    usage.max_streams.set(conn.current_max_send_streams());
+                }
                 polled
             });
             if let Err(error) = ended.await {
                 tracing::debug!(%error, "HTTP/2 connection to an upstream ended");
             }
+            let now_ms = clock_ms.get();
+            if let Some(idle_ms) = watched.upgrade().and_then(|usage| usage.idle_ms(now_ms)) {
+                upstream.note_idle_closed(idle_ms, now_ms);
+            }
         });
-        Ok(Http2Conn {
-            sender,
-            max_streams,
-            streams: Rc::new(Cell::new(0)),
-            idle_since_ms: Rc::new(Cell::new(self.clock_ms.get())),
-            opened_ms: self.clock_ms.get(),
-            ahead: Cell::new(None),
-        })
+        Ok(Http2Conn { sender, usage, opened_ms: self.clock_ms.get(), ahead: Cell::new(None) })
     }
 
     /// A connection that has failed a request takes no further one, unless only the stream was reset.
     pub(crate) fn leave_http2(&self, ticket: &Http2Ticket, only_stream: bool) {
         if !only_stream {
-            self.http2.borrow_mut().retain(|conn| !Rc::ptr_eq(&conn.streams, &ticket.streams));
+            self.http2.borrow_mut().retain(|conn| !Rc::ptr_eq(&conn.usage, &ticket.usage));
         }
     }
 
@@ -371,13 +433,18 @@ impl UpstreamPool {
         };
         self.idle.borrow_mut().retain_mut(|conn| keeps(conn));
         self.ahead.borrow_mut().retain_mut(|(conn, _)| keeps(conn));
+        self.http2.borrow_mut().retain(|conn| {
+            // Its task has told already how it was found closed.
+            let is_open = !conn.sender.is_closed();
+            let Some(idle_ms) = conn.usage.idle_ms(now_ms) else { return is_open };
+            if is_open {
+                longest_ms = longest_ms.max(idle_ms);
+            }
+            is_open && idle_ms < self.idle_timeout_ms
+        });
         if longest_ms > 0 {
             self.upstream.note_idle_open(longest_ms);
         }
-        self.http2.borrow_mut().retain(|conn| {
-            let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get());
-            !conn.sender.is_closed() && (conn.streams.get() > 0 || idle_ms < self.idle_timeout_ms)
-        });
     }
 
     fn is_unused(&self) -> bool {

@@ -11,8 +11,9 @@ use http::{HeaderValue, Request, Uri};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use peregrine_routing::{
-    Generation, Health, HealthCheck, HealthCheckKind, TableReader, Upstream, UpstreamProtocol,
+    Generation, Health, HealthCheck, HealthCheckKind, ProxyProtocol, TableReader, Upstream, UpstreamProtocol,
 };
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -20,6 +21,7 @@ use crate::body::ForwardBody;
 use crate::clock::{now_ms, now_us};
 use crate::core::LocalExecutor;
 use crate::ids::Random;
+use crate::proxy_protocol;
 use crate::resolve::{DialError, Resolver};
 
 /// Shortest time between two looks at the table: a burst of changes is taken in at once.
@@ -45,8 +47,15 @@ enum Bad {
 }
 
 struct Probed {
-    check: HealthCheck,
+    asks: Asks,
     task: JoinHandle<()>,
+}
+
+/// What is asked, and what its connections begin with: an upstream that insists on that would take no probe without it.
+#[derive(Clone, PartialEq, Eq)]
+struct Asks {
+    check: HealthCheck,
+    introduction: Option<ProxyProtocol>,
 }
 
 impl Drop for Probed {
@@ -68,29 +77,31 @@ pub(crate) async fn run(table: TableReader, resolver: Resolver) {
 
 fn reconcile(table: &TableReader, resolver: &Resolver, probed: &mut HashMap<Generation, Probed>) {
     let snapshot = table.load();
-    let mut wanted: HashMap<Generation, (Arc<Upstream>, HealthCheck)> = HashMap::new();
+    let mut wanted: HashMap<Generation, (Arc<Upstream>, Asks)> = HashMap::new();
     snapshot.for_each_service(|service| {
         let Some(check) = &service.policy().health else { return };
         for (_, upstream) in service.upstreams() {
-            wanted.insert(upstream.generation(), (Arc::clone(upstream), check.clone()));
+            let introduction = proxy_protocol::wanted(service.policy(), upstream);
+            let asks = Asks { check: check.clone(), introduction };
+            wanted.insert(upstream.generation(), (Arc::clone(upstream), asks));
         }
     });
-    probed
-        .retain(|generation, probed| wanted.get(generation).is_some_and(|(_, check)| *check == probed.check));
-    for (generation, (upstream, check)) in wanted {
+    probed.retain(|generation, probed| wanted.get(generation).is_some_and(|(_, asks)| *asks == probed.asks));
+    for (generation, (upstream, asks)) in wanted {
         probed.entry(generation).or_insert_with(|| {
-            let task = tokio::task::spawn_local(probe_on(upstream, check.clone(), resolver.clone()));
-            Probed { check, task }
+            let task = tokio::task::spawn_local(probe_on(upstream, asks.clone(), resolver.clone()));
+            Probed { asks, task }
         });
     }
 }
 
-async fn probe_on(upstream: Arc<Upstream>, check: HealthCheck, resolver: Resolver) {
+async fn probe_on(upstream: Arc<Upstream>, asks: Asks, resolver: Resolver) {
     let random = Random::new();
+    let check = &asks.check;
     let interval = u64::from(check.interval_ms.max(MIN_INTERVAL_MS));
     let (mut good, mut bad) = (0_u32, 0_u32);
     while !upstream.is_retired() {
-        let result = probe(&upstream, &check, &resolver, random.next()).await;
+        let result = probe(&upstream, &asks, &resolver, random.next()).await;
         if upstream.is_retired() {
             return;
         }
@@ -125,22 +136,20 @@ fn tell(upstream: &Upstream, health: Health, cause: Option<&Bad>) {
 }
 
 /// Asks once; how long it took in microseconds, from the start of the connection.
-async fn probe(
-    upstream: &Upstream,
-    check: &HealthCheck,
-    resolver: &Resolver,
-    random: u64,
-) -> Result<u64, Bad> {
+async fn probe(upstream: &Upstream, asks: &Asks, resolver: &Resolver, random: u64) -> Result<u64, Bad> {
     let started_us = now_us();
-    let timeout = Duration::from_millis(u64::from(check.timeout_ms.max(1)));
-    let asked = tokio::time::timeout(timeout, ask(upstream, check, resolver, random));
+    let timeout = Duration::from_millis(u64::from(asks.check.timeout_ms.max(1)));
+    let asked = tokio::time::timeout(timeout, ask(upstream, asks, resolver, random));
     asked.await.map_err(|_| Bad::Timeout)??;
     Ok(now_us() - started_us)
 }
 
-async fn ask(upstream: &Upstream, check: &HealthCheck, resolver: &Resolver, random: u64) -> Result<(), Bad> {
-    let socket = resolver.dial(upstream.address(), random).await?;
-    let HealthCheckKind::Http { path, host } = &check.kind else { return Ok(()) };
+async fn ask(upstream: &Upstream, asks: &Asks, resolver: &Resolver, random: u64) -> Result<(), Bad> {
+    let mut socket = resolver.dial(upstream.address(), random).await?;
+    if let Some(version) = asks.introduction {
+        socket.write_all(proxy_protocol::of_nobody(version)).await?;
+    }
+    let HealthCheckKind::Http { path, host } = &asks.check.kind else { return Ok(()) };
     let host = host.as_ref().map_or_else(|| upstream.address().to_string(), ToString::to_string);
     let status = match upstream.protocol() {
         UpstreamProtocol::Http1 => ask_http1(socket, path, &host).await?,

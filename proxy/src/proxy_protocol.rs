@@ -1,12 +1,17 @@
-//! The PROXY protocol, versions 1 and 2: who is behind a load balancer that passes bytes on and cannot add a field.
+//! The PROXY protocol, versions 1 and 2: who is behind a load balancer that passes bytes on and cannot add a field
+//! (<https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt>).
 //!
-//! Only a pure parser and the reading of one header. It is asked for connections from configured networks only, and
+//! A pure parser and the reading of one header. It is asked for connections from configured networks only, and
 //! there it must be there: whoever may speak for others has to say for whom. From anybody else such a header is what it
 //! looks like, a malformed request.
+//!
+//! And the writing of one, for upstreams of services that ask for it. Who has been told for whom a connection is takes
+//! all that comes on it for his: such a connection is never used for anybody else.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use peregrine_routing::{ProxyProtocol, ServicePolicy, Upstream, UpstreamProtocol};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Longest header of version 1, with its line end.
@@ -25,6 +30,15 @@ pub(crate) struct Header {
     pub(crate) length: usize,
     /// Whom the connection is for; `None` if the sender speaks for itself (a probe of its own).
     pub(crate) source: Option<SocketAddr>,
+    /// Where he connected to; known when the source is.
+    pub(crate) destination: Option<SocketAddr>,
+}
+
+impl Header {
+    fn of(length: usize, ends: Option<(SocketAddr, SocketAddr)>) -> Self {
+        let (source, destination) = ends.unzip();
+        Self { length, source, destination }
+    }
 }
 
 /// What bytes are.
@@ -66,22 +80,22 @@ fn parse_v1(bytes: &[u8]) -> Result<Parsed, NoHeader> {
     let line = bytes[..end].strip_suffix(b"\r").ok_or(NoHeader)?;
     let text = std::str::from_utf8(line).map_err(|_| NoHeader)?;
     let mut words = text.split(' ').skip(1);
-    let source = match words.next() {
+    let ends = match words.next() {
         // What follows is to be ignored.
         Some("UNKNOWN") => None,
         Some(family @ ("TCP4" | "TCP6")) => {
             let mut word = || words.next().ok_or(NoHeader);
             let (source, destination, port, to) = (word()?, word()?, word()?, word()?);
-            let (source, _) = (v1_address(family, source)?, v1_address(family, destination)?);
-            let (port, _) = (v1_port(port)?, v1_port(to)?);
+            let (source, destination) = (v1_address(family, source)?, v1_address(family, destination)?);
+            let (port, to) = (v1_port(port)?, v1_port(to)?);
             if words.next().is_some() {
                 return Err(NoHeader);
             }
-            Some(SocketAddr::new(source, port))
+            Some((SocketAddr::new(source, port), SocketAddr::new(destination, to)))
         }
         _ => return Err(NoHeader),
     };
-    Ok(Parsed::Whole(Header { length: end + 1, source }))
+    Ok(Parsed::Whole(Header::of(end + 1, ends)))
 }
 
 fn v1_address(family: &str, text: &str) -> Result<IpAddr, NoHeader> {
@@ -113,30 +127,31 @@ fn parse_v2(bytes: &[u8]) -> Result<Parsed, NoHeader> {
     let Some(body) = bytes.get(V2_HEAD_BYTES..length) else {
         return Ok(Parsed::Needs(length - bytes.len()));
     };
-    let source = match (command, family) {
+    let ends = match (command, family) {
         // LOCAL: whatever the addresses say, they are to be ignored.
         (0x20, _) => None,
         // PROXY over TCP.
         (0x21, 0x11) => {
-            let [a, b, c, d, _, _, _, _, high, low, ..] = *body else { return Err(NoHeader) };
-            if body.len() < 12 {
-                return Err(NoHeader);
-            }
-            Some(SocketAddr::from((Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([high, low]))))
+            let at = |start| bytes_at::<4>(body, start).map(Ipv4Addr::from);
+            Some(((at(0)?, port_at(body, 8)?).into(), (at(4)?, port_at(body, 10)?).into()))
         }
         (0x21, 0x21) => {
-            let address: [u8; 16] = body.get(..16).and_then(|part| part.try_into().ok()).ok_or(NoHeader)?;
-            let port: [u8; 2] = body.get(32..34).and_then(|part| part.try_into().ok()).ok_or(NoHeader)?;
-            if body.len() < 36 {
-                return Err(NoHeader);
-            }
-            Some(SocketAddr::from((Ipv6Addr::from(address), u16::from_be_bytes(port))))
+            let at = |start| bytes_at::<16>(body, start).map(Ipv6Addr::from);
+            Some(((at(0)?, port_at(body, 32)?).into(), (at(16)?, port_at(body, 34)?).into()))
         }
         // PROXY of something that has no address (AF_UNSPEC), or none of IP (AF_UNIX).
         (0x21, 0x00 | 0x31) => None,
         _ => return Err(NoHeader),
     };
-    Ok(Parsed::Whole(Header { length, source }))
+    Ok(Parsed::Whole(Header::of(length, ends)))
+}
+
+fn bytes_at<const N: usize>(body: &[u8], start: usize) -> Result<[u8; N], NoHeader> {
+    body.get(start..start + N).and_then(|part| part.try_into().ok()).ok_or(NoHeader)
+}
+
+fn port_at(body: &[u8], start: usize) -> Result<u16, NoHeader> {
+    bytes_at(body, start).map(u16::from_be_bytes)
 }
 
 /// Reads one header and not a byte more.
@@ -155,6 +170,64 @@ pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<He
             }
         }
     }
+}
+
+// --- headers of our own ---------------------------------------------------------------------------------
+
+/// What connections to an upstream begin with. Nothing where one of them serves many clients.
+pub(crate) fn wanted(policy: &ServicePolicy, upstream: &Upstream) -> Option<ProxyProtocol> {
+    policy.send_proxy_protocol.filter(|_| upstream.protocol() == UpstreamProtocol::Http1)
+}
+
+/// The header of a connection that is for nobody but this edge: a probe. In version 1 there is no word for that but
+/// "unknown".
+pub(crate) const fn of_nobody(version: ProxyProtocol) -> &'static [u8] {
+    match version {
+        ProxyProtocol::V1 => b"PROXY UNKNOWN\r\n",
+        ProxyProtocol::V2 => b"\r\n\r\n\0\r\nQUIT\n\x20\x00\x00\x00",
+    }
+}
+
+/// The header of a connection for a client that came from `source` to `destination`. Both are of one family: where
+/// they are not, they are written as IPv6.
+pub(crate) fn header(version: ProxyProtocol, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+    let (ports, ips) = ((source.port(), destination.port()), (source.ip(), destination.ip()));
+    match (version, ips.0.to_canonical(), ips.1.to_canonical()) {
+        (ProxyProtocol::V1, IpAddr::V4(from), IpAddr::V4(to)) => {
+            format!("PROXY TCP4 {from} {to} {} {}\r\n", ports.0, ports.1).into_bytes()
+        }
+        (ProxyProtocol::V1, from, to) => {
+            let (from, to) = (v1_text(as_v6(from)), v1_text(as_v6(to)));
+            format!("PROXY TCP6 {from} {to} {} {}\r\n", ports.0, ports.1).into_bytes()
+        }
+        (ProxyProtocol::V2, IpAddr::V4(from), IpAddr::V4(to)) => {
+            v2_header(0x11, &from.octets(), &to.octets(), ports)
+        }
+        (ProxyProtocol::V2, from, to) => v2_header(0x21, &as_v6(from).octets(), &as_v6(to).octets(), ports),
+    }
+}
+
+const fn as_v6(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    }
+}
+
+/// Of groups of digits alone (§2.1): the usual form of a mapped address has dots in it.
+fn v1_text(address: Ipv6Addr) -> String {
+    let [.., high, low] = address.segments();
+    match address.to_ipv4_mapped() {
+        Some(_) => format!("::ffff:{high:x}:{low:x}"),
+        None => address.to_string(),
+    }
+}
+
+fn v2_header(family: u8, source: &[u8], destination: &[u8], ports: (u16, u16)) -> Vec<u8> {
+    let proxy = 0x21;
+    let length = (source.len() + destination.len() + 4) as u16; // 12 or 36
+    let (from, to) = (ports.0.to_be_bytes(), ports.1.to_be_bytes());
+    [&V2_SIGNATURE[..], &[proxy, family], &length.to_be_bytes(), source, destination, &from, &to].concat()
 }
 
 #[cfg(test)]
@@ -215,6 +288,77 @@ mod tests {
         }
     }
 
+    fn socket(text: &str) -> SocketAddr {
+        text.parse().expect("an address with a port")
+    }
+
+    /// What a header that was written says when it is read, and that it is no byte longer.
+    fn read_back(version: ProxyProtocol, source: SocketAddr, destination: SocketAddr) -> (String, String) {
+        let bytes = header(version, source, destination);
+        let Ok(Parsed::Whole(header)) = parse(&bytes) else { panic!("no header: {bytes:?}") };
+        assert_eq!(header.length, bytes.len());
+        let text = |end: Option<SocketAddr>| end.expect("it is for somebody").to_string();
+        (text(header.source), text(header.destination))
+    }
+
+    #[test]
+    fn a_header_of_version_1_is_the_line_of_the_specification() {
+        let line = |source: &str, destination: &str| {
+            String::from_utf8(header(ProxyProtocol::V1, socket(source), socket(destination))).expect("text")
+        };
+        // The example of §2.1.
+        assert_eq!(
+            line("192.168.0.1:56324", "192.168.0.11:443"),
+            "PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"
+        );
+        // The longest ones that §2.1 lists.
+        assert_eq!(
+            line("255.255.255.255:65535", "255.255.255.255:65535"),
+            "PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n"
+        );
+        let ones = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
+        let end = format!("[{ones}]:65535");
+        let longest = line(&end, &end);
+        assert_eq!(longest, format!("PROXY TCP6 {ones} {ones} 65535 65535\r\n"));
+        assert!(longest.len() <= MAX_V1_BYTES);
+        assert_eq!(line("[2001:db8::7]:1", "[::1]:0"), "PROXY TCP6 2001:db8::7 ::1 1 0\r\n");
+    }
+
+    #[test]
+    fn a_header_of_version_2_is_the_bytes_of_the_specification() {
+        // §2.2: the signature; version 2 and PROXY; TCP over IPv4; twelve bytes: addresses, then ports.
+        let signature = [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a];
+        let v4 = header(ProxyProtocol::V2, socket("192.168.0.1:56324"), socket("192.168.0.11:443"));
+        let rest = [0x21, 0x11, 0, 12, 192, 168, 0, 1, 192, 168, 0, 11, 0xdc, 0x04, 0x01, 0xbb];
+        assert_eq!(v4, [&signature[..], &rest].concat());
+        let v6 = header(ProxyProtocol::V2, socket("[2001:db8::7]:258"), socket("[::1]:443"));
+        assert_eq!((&v6[..12], &v6[12..16], v6.len()), (&signature[..], &[0x21, 0x21, 0, 36][..], 52));
+        assert_eq!((&v6[16..20], v6[31], v6[47]), (&[0x20, 0x01, 0x0d, 0xb8][..], 7, 1));
+        assert_eq!(v6[48..], [0x01, 0x02, 0x01, 0xbb]);
+    }
+
+    #[test]
+    fn a_probe_says_that_it_is_for_nobody() {
+        assert_eq!(of_nobody(ProxyProtocol::V1), b"PROXY UNKNOWN\r\n");
+        assert_eq!(of_nobody(ProxyProtocol::V2), v2(0x20, 0x00, b""));
+        for version in [ProxyProtocol::V1, ProxyProtocol::V2] {
+            assert_eq!(source(of_nobody(version)), Ok(None));
+        }
+    }
+
+    #[test]
+    fn both_ends_are_of_one_family() {
+        let (v4, v6) = (socket("192.0.2.1:1"), socket("[2001:db8::7]:2"));
+        let mapped = socket("[::ffff:192.0.2.1]:1");
+        for version in [ProxyProtocol::V1, ProxyProtocol::V2] {
+            assert_eq!(read_back(version, v4, v6), (mapped.to_string(), v6.to_string()));
+            assert_eq!(read_back(version, v6, mapped), (v6.to_string(), mapped.to_string()));
+            assert_eq!(read_back(version, mapped, mapped), (v4.to_string(), v4.to_string()), "is IPv4");
+        }
+        let line = header(ProxyProtocol::V1, v4, v6);
+        assert_eq!(line, b"PROXY TCP6 ::ffff:c000:201 2001:db8::7 1 2\r\n");
+    }
+
     #[test]
     fn what_is_no_header_is_refused() {
         let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(100));
@@ -248,6 +392,18 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_written_is_read_as_it_was(source: (IpAddr, u16), destination: (IpAddr, u16), v2: bool) {
+            let version = if v2 { ProxyProtocol::V2 } else { ProxyProtocol::V1 };
+            let (source, destination) = (SocketAddr::from(source), SocketAddr::from(destination));
+            let (from, to) = read_back(version, source, destination);
+            let ends = (socket(&from), socket(&to));
+            prop_assert_eq!(ends.0.is_ipv4(), ends.1.is_ipv4());
+            prop_assert_eq!(ends.0.ip().to_canonical(), source.ip().to_canonical());
+            prop_assert_eq!(ends.1.ip().to_canonical(), destination.ip().to_canonical());
+            prop_assert_eq!((ends.0.port(), ends.1.port()), (source.port(), destination.port()));
+        }
+
         #[test]
         fn nothing_panics_and_what_is_needed_is_enough(bytes in prop::collection::vec(any::<u8>(), 0..300), sample in 0_usize..11, keep in 0_usize..60) {
             let start = &samples()[sample].0;

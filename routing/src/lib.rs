@@ -68,8 +68,8 @@ pub use rules::{
 };
 pub use service::{Enter, NoUpstream, Service};
 pub use spec::{
-    Address, Change, HealthCheck, HealthCheckKind, Passive, PoolSpec, RouteSpec, ServicePolicy, ServiceSpec,
-    Sticky, UpstreamProtocol, UpstreamSpec,
+    Address, Change, HealthCheck, HealthCheckKind, Passive, PoolSpec, ProxyProtocol, RouteSpec,
+    ServicePolicy, ServiceSpec, Sticky, UpstreamProtocol, UpstreamSpec,
 };
 pub use table::{Match, RoutingTable};
 pub use upstream::{DrainReceipt, Draining, EdgeId, Generation, Health, Lease, LostEdge, Tally, Upstream};

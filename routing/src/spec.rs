@@ -146,6 +146,15 @@ pub enum UpstreamProtocol {
     H2c,
 }
 
+/// Versions of the PROXY protocol (<https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProxyProtocol {
+    /// A line of text (§2.1).
+    V1,
+    /// Bytes (§2.2).
+    V2,
+}
+
 /// What an edge has to know of a service besides routes and upstreams.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServicePolicy {
@@ -179,6 +188,9 @@ pub struct ServicePolicy {
     pub sticky: Option<Sticky>,
     /// Sends the client's `Host` on (true) or the upstream's own address (false).
     pub preserve_host: bool,
+    /// Connections to HTTP/1.1 upstreams begin with a header that says for whom they are, and serve nobody else. One of
+    /// [`UpstreamProtocol::H2c`] serves many clients and gets none: whoever writes the table does not ask for both.
+    pub send_proxy_protocol: Option<ProxyProtocol>,
     /// Requests wait at the edge instead of going on.
     pub hold: Option<Box<HoldSpec>>,
     /// Copies of safe requests for upstreams that serve nobody yet.
@@ -204,6 +216,7 @@ impl Default for ServicePolicy {
             slow_start_ms: 0,
             sticky: None,
             preserve_host: true,
+            send_proxy_protocol: None,
             hold: None,
             mirror: None,
             rules: None,

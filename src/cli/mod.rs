@@ -14,6 +14,7 @@ mod endpoint;
 pub(crate) mod exit;
 pub(crate) mod failure;
 mod human;
+mod names;
 pub(crate) mod output;
 mod parse;
 mod prompt;

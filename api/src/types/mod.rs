@@ -51,7 +51,7 @@ pub use rules::{
 pub use service::{Deployment, FixedUpstream, REDACTED, Route, Service, ServiceSpec, ServiceState, Workload};
 pub use settings::{
     Balance, Cutover, DrainDeadlines, Guards, Health, HoldThen, Mirror, MoveSettings, Probe, Protocol,
-    Resources, Traffic, Warm,
+    ProxyProtocol, Resources, Traffic, Warm,
 };
 pub use status::{MachineStatus, PlaceStatus, ServiceStatus, Status};
 pub use system::{Readiness, ReadinessCheck, Version};

@@ -413,7 +413,7 @@ mod tests {
             "capabilities": ["SETGID", "SETUID"]},
         "health": {"probe": "http", "path": "/healthz"},
         "replicas": 2,
-        "traffic": {"balance": {"policy": "hash_cookie", "name": "sid"}},
+        "traffic": {"balance": {"policy": "hash_cookie", "name": "sid"}, "send_proxy_protocol": "v2"},
         "move": {"steps": [50, 100], "guards": {"p95_increase": null}}
     }"#;
 

@@ -72,6 +72,9 @@ pub struct Traffic {
     pub slow_start_ms: u32,
     /// Sends the client's Host on.
     pub preserve_host: bool,
+    /// Connections to instances begin with a header of the PROXY protocol that says for whom they are, and serve nobody
+    /// else: each request gets its own. Not with `h2c`. `null` sends none.
+    pub send_proxy_protocol: Option<ProxyProtocol>,
     /// What requests have to pass before they go on.
     pub rules: Rules,
 }
@@ -84,6 +87,16 @@ pub enum Protocol {
     Http1,
     /// HTTP/2 on clear text with prior knowledge.
     H2c,
+}
+
+/// Versions of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Bytes.
+    V2,
 }
 
 /// How an instance is chosen.
@@ -370,6 +383,10 @@ impl From<&engine::TrafficPolicy> for Traffic {
             max_request_body_bytes: policy.max_request_body_bytes,
             slow_start_ms: policy.slow_start_ms,
             preserve_host: policy.preserve_host,
+            send_proxy_protocol: policy.send_proxy_protocol.map(|version| match version {
+                engine::ProxyProtocol::V1 => ProxyProtocol::V1,
+                engine::ProxyProtocol::V2 => ProxyProtocol::V2,
+            }),
             rules: (&policy.rules).into(),
         }
     }
@@ -391,6 +408,10 @@ impl From<&Traffic> for engine::TrafficPolicy {
             max_request_body_bytes: traffic.max_request_body_bytes,
             slow_start_ms: traffic.slow_start_ms,
             preserve_host: traffic.preserve_host,
+            send_proxy_protocol: traffic.send_proxy_protocol.map(|version| match version {
+                ProxyProtocol::V1 => engine::ProxyProtocol::V1,
+                ProxyProtocol::V2 => engine::ProxyProtocol::V2,
+            }),
             rules: (&traffic.rules).into(),
         }
     }

@@ -265,3 +265,25 @@ async fn rules_that_no_edge_could_follow_are_refused_with_what_to_write_and_soun
     assert_eq!(shown["redirects"][0]["status"], 308);
     assert_eq!(shown["rewrite"]["strip_prefix"], "/c");
 }
+
+#[tokio::test]
+async fn who_is_told_for_whom_connections_are_is_shown_again_and_refused_where_many_share_one() {
+    let server = Server::start().await;
+    let put = async |traffic: &str| {
+        let body = format!(
+            r#"{{"workload":{{"kind":"fixed","upstreams":[{{"address":"127.0.0.1:9","weight":1}}]}},
+            "health":{{"probe":"none"}},"traffic":{traffic}}}"#
+        );
+        server.ask("PUT", "/api/v1/services/web", Some(&body)).await
+    };
+    let answer = put(r#"{"protocol":"h2c","send_proxy_protocol":"v1"}"#).await;
+    assert!(answer.status == 422 && answer.body.contains("serves many clients"), "{answer:?}");
+    for version in [r#""v1""#, r#""v2""#, "null"] {
+        let answer = put(&format!(r#"{{"send_proxy_protocol":{version}}}"#)).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let shown = server.ask("GET", "/api/v1/services/web", None).await.json();
+        assert_eq!(shown["spec"]["traffic"]["send_proxy_protocol"].to_string(), version);
+        let policy = server.engine.state().services["web"].spec.traffic.send_proxy_protocol;
+        assert_eq!(policy.is_some(), version != "null");
+    }
+}

@@ -1,6 +1,8 @@
 //! What the edge has to know of a service, and when a copy is healthy.
 
-use peregrine_engine::model::{BalanceSpec, HashBy, HealthKind, HealthSpec, Protocol, TrafficPolicy};
+use peregrine_engine::model::{
+    BalanceSpec, HashBy, HealthKind, HealthSpec, Protocol, ProxyProtocol, TrafficPolicy,
+};
 
 use super::rules::rules;
 use super::workload::unlimited;
@@ -20,6 +22,16 @@ pub(super) fn traffic(fields: &mut Fields<'_>) -> TrafficPolicy {
     fields.set("balance", &mut policy.balance, balance);
     fields.set("sticky_cookie", &mut policy.sticky_cookie, |node| names::token(node, "shop_copy").map(Some));
     fields.set("preserve_host", &mut policy.preserve_host, Node::boolean);
+    if let Some(node) = fields.take("send_proxy_protocol") {
+        policy.send_proxy_protocol = node.word(&[("v1", ProxyProtocol::V1), ("v2", ProxyProtocol::V2)]);
+        if policy.protocol == Protocol::H2c {
+            let message = format_args!(
+                "{} says for whom a connection is, and one of h2c serves many clients",
+                node.path
+            );
+            node.wrong_key("config.conflict", message, "take it out, or write protocol = \"http1\"");
+        }
+    }
     fields.set("max_request_body", &mut policy.max_request_body_bytes, |node| {
         unlimited(node).or_else(|| node.size_bytes(1..=MAX_BODY_BYTES))
     });

@@ -387,7 +387,7 @@ error[config.unknown_key]: unknown key `service` in [service.web]
   |
 6 | service = { evn = { TOKEN = … } }
   | ^^^^^^^
-  = known keys here: balance, capabilities, command, directory, env, health, hosts, image, labels, machine, max_request_body, move, port, preserve_host, protocol, replicas, resources, rules, slow_start, sticky_cookie, timeouts, upstreams
+  = known keys here: balance, capabilities, command, directory, env, health, hosts, image, labels, machine, max_request_body, move, port, preserve_host, protocol, replicas, resources, rules, send_proxy_protocol, slow_start, sticky_cookie, timeouts, upstreams
 
 error[config.unknown_key]: unknown key `evn` in [service.web]
  --> peregrine.toml:8:14

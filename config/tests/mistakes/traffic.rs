@@ -381,3 +381,34 @@ error[config.bad_value]: the header field "Host" cannot be changed: it frames, r
 "#,
     );
 }
+
+#[test]
+fn a_header_that_says_for_whom_a_connection_is_has_a_version_and_a_connection_of_its_own() {
+    told(
+        &manifest(
+            r#"[service.a]
+upstreams = ["10.0.0.5:8080"]
+protocol = "h2c"
+send_proxy_protocol = "v2"
+
+[service.b]
+upstreams = ["10.0.0.6:8080"]
+send_proxy_protocol = "v3"
+"#,
+        ),
+        r#"error[config.conflict]: service.a.send_proxy_protocol says for whom a connection is, and one of h2c serves many clients
+ --> peregrine.toml:4:1
+  |
+4 | send_proxy_protocol = "v2"
+  | ^^^^^^^^^^^^^^^^^^^
+  = take it out, or write protocol = "http1"
+
+error[config.bad_value]: "v3" is no value of service.b.send_proxy_protocol
+ --> peregrine.toml:8:23
+  |
+8 | send_proxy_protocol = "v3"
+  |                       ^^^^
+  = did you mean "v1"?
+"#,
+    );
+}

@@ -32,8 +32,8 @@ pub use rules::{
 };
 pub use service::{
     BalanceSpec, CAPABILITIES, DrainDeadlines, FixedUpstream, Guards, HashBy, HealthKind, HealthSpec,
-    HoldThen, MoveSettings, Protocol, Resources, Route, Service, ServiceSpec, TrafficPolicy, Version,
-    WarmSettings, Workload,
+    HoldThen, MoveSettings, Protocol, ProxyProtocol, Resources, Route, Service, ServiceSpec, TrafficPolicy,
+    Version, WarmSettings, Workload,
 };
 
 /// Milliseconds since the Unix epoch. Wall time is for people and deadlines in the store, never for order.

@@ -143,6 +143,27 @@ pub enum Protocol {
     H2c,
 }
 
+/// Versions of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Bytes.
+    V2,
+}
+
+impl ProxyProtocol {
+    /// The header of a connection that is for nobody but who opened it (proxy-protocol.txt §2.1 `UNKNOWN`, §2.2 `LOCAL`):
+    /// a probe.
+    pub(crate) const fn of_nobody(self) -> &'static [u8] {
+        match self {
+            Self::V1 => b"PROXY UNKNOWN\r\n",
+            Self::V2 => b"\r\n\r\n\0\r\nQUIT\n\x20\x00\x00\x00",
+        }
+    }
+}
+
 /// Health of one instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HealthSpec {
@@ -225,6 +246,10 @@ pub struct TrafficPolicy {
     pub slow_start_ms: u32,
     /// Sends the client's Host on.
     pub preserve_host: bool,
+    /// Connections to instances begin with a header of the PROXY protocol that says for whom they are. Not with
+    /// [`Protocol::H2c`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send_proxy_protocol: Option<ProxyProtocol>,
     /// What requests have to pass.
     #[serde(default)]
     pub rules: RulesSpec,
@@ -244,6 +269,7 @@ impl Default for TrafficPolicy {
             max_request_body_bytes: edge.max_request_body_bytes,
             slow_start_ms: edge.slow_start_ms,
             preserve_host: edge.preserve_host,
+            send_proxy_protocol: None,
             rules: RulesSpec::default(),
         }
     }

@@ -150,10 +150,12 @@ impl Watcher {
     fn subject(&self) -> Option<Subject> {
         let state = self.core.state();
         let instance = state.instances.get(&self.id)?;
+        let spec = &state.services.get(&instance.service)?.spec;
         let probe = Probe {
             address: instance.address?,
-            protocol: state.services.get(&instance.service)?.spec.traffic.protocol,
-            host: render::probe_host(&state.services.get(&instance.service)?.spec),
+            protocol: spec.traffic.protocol,
+            send_proxy_protocol: spec.traffic.send_proxy_protocol,
+            host: render::probe_host(spec),
             health: state.version(&instance.service, instance.version)?.health.clone(),
             dial: self.core.config.outside.dial.clone(),
         };

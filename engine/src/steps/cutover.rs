@@ -226,6 +226,7 @@ async fn answers(context: &StepContext, id: &InstanceId, deadline: Instant) -> R
     let probe = Probe {
         address,
         protocol: spec.traffic.protocol,
+        send_proxy_protocol: spec.traffic.send_proxy_protocol,
         host: render::probe_host(&spec),
         health,
         dial: context.core.config.outside.dial.clone(),

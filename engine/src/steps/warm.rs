@@ -193,6 +193,7 @@ fn old_probe(context: &StepContext) -> Option<Probe> {
     Some(Probe {
         address: serving.address?,
         protocol: spec.traffic.protocol,
+        send_proxy_protocol: spec.traffic.send_proxy_protocol,
         host: render::probe_host(spec),
         health: state.version(&serving.service, serving.version)?.health.clone(),
         dial: context.core.config.outside.dial.clone(),
@@ -235,6 +236,7 @@ fn probe_of(context: &StepContext, instance: &Instance) -> Option<Probe> {
     Some(Probe {
         address: instance.address?,
         protocol: spec.traffic.protocol,
+        send_proxy_protocol: spec.traffic.send_proxy_protocol,
         host: render::probe_host(spec),
         health: state.version(&instance.service, instance.version)?.health.clone(),
         dial: context.core.config.outside.dial.clone(),

@@ -33,6 +33,7 @@ pub(crate) use mirror::tests as mirror_tests;
 pub(crate) use rules::tests as rules_tests;
 pub(crate) use rules::{RulesOfForm3, WireRules};
 pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret};
+pub(crate) use spec::WireProxyProtocol;
 #[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
 pub use spec::{BadHost, KeptService, WireChange, WireService};
@@ -46,7 +47,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Version of everything below. Both sides have to speak the same one: an installation is one version, and an edge
 /// serves from its last table while it is being brought up to the engine's.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 /// Longest frame: four times the largest record that the engine's store takes.
 pub const MAX_FRAME_BYTES: u32 = 16 << 20;
 /// Longest first frame of somebody who has not said who he is.

@@ -87,6 +87,9 @@ pub struct KeptService {
     /// Written behind the services, see `saved`.
     #[serde(skip)]
     pub(crate) rules: Option<WireRules>,
+    /// So is this.
+    #[serde(skip)]
+    pub(crate) send_proxy_protocol: Option<WireProxyProtocol>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +105,13 @@ struct Policy {
     hold: Option<WireHold>,
     mirror: Option<WireMirror>,
     rules: Option<WireRules>,
+    send_proxy_protocol: Option<WireProxyProtocol>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum WireProxyProtocol {
+    V1,
+    V2,
 }
 
 /// What of a policy is also kept on the disk.
@@ -236,9 +246,9 @@ impl TryFrom<WireService> for routing::ServiceSpec {
 impl From<&routing::ServiceSpec> for KeptService {
     fn from(spec: &routing::ServiceSpec) -> Self {
         let WireService { name, routes, pools, balance, policy } = spec.into();
-        let rules = policy.rules;
-        let policy = KeptPolicy { lasting: policy.lasting, mirror: None };
-        Self { name, routes, pools, balance, policy, rules }
+        let Policy { lasting, hold: _, mirror: _, rules, send_proxy_protocol } = policy;
+        let policy = KeptPolicy { lasting, mirror: None };
+        Self { name, routes, pools, balance, policy, rules, send_proxy_protocol }
     }
 }
 
@@ -246,8 +256,8 @@ impl TryFrom<KeptService> for routing::ServiceSpec {
     type Error = BadHost;
 
     fn try_from(service: KeptService) -> Result<Self, BadHost> {
-        let KeptService { name, routes, pools, balance, policy, rules } = service;
-        let policy = Policy { lasting: policy.lasting, hold: None, mirror: None, rules };
+        let KeptService { name, routes, pools, balance, policy, rules, send_proxy_protocol } = service;
+        let policy = Policy { lasting: policy.lasting, hold: None, mirror: None, rules, send_proxy_protocol };
         WireService { name, routes, pools, balance, policy }.try_into()
     }
 }
@@ -357,6 +367,7 @@ impl From<&routing::ServicePolicy> for Policy {
             slow_start_ms,
             sticky,
             preserve_host,
+            send_proxy_protocol,
             hold,
             mirror,
             rules,
@@ -378,13 +389,19 @@ impl From<&routing::ServicePolicy> for Policy {
             preserve_host: *preserve_host,
         };
         let (hold, mirror) = (hold.as_deref().map(WireHold::from), mirror.as_deref().map(WireMirror::from));
-        Self { lasting, hold, mirror, rules: rules.as_deref().map(WireRules::from) }
+        Self {
+            lasting,
+            hold,
+            mirror,
+            rules: rules.as_deref().map(WireRules::from),
+            send_proxy_protocol: send_proxy_protocol.map(WireProxyProtocol::from),
+        }
     }
 }
 
 impl From<Policy> for routing::ServicePolicy {
     fn from(policy: Policy) -> Self {
-        let Policy { lasting, hold, mirror, rules } = policy;
+        let Policy { lasting, hold, mirror, rules, send_proxy_protocol } = policy;
         let (consecutive_failures, base_ejection_ms, max_ejection_ms) = lasting.passive;
         Self {
             connect_timeout_ms: lasting.connect_timeout_ms,
@@ -401,9 +418,28 @@ impl From<Policy> for routing::ServicePolicy {
             slow_start_ms: lasting.slow_start_ms,
             sticky: lasting.sticky_cookie.map(|cookie| routing::Sticky { cookie: cookie.into() }),
             preserve_host: lasting.preserve_host,
+            send_proxy_protocol: send_proxy_protocol.map(Into::into),
             hold: hold.map(|hold| Box::new(hold.into())),
             mirror: mirror.map(|mirror| Box::new(mirror.into())),
             rules: rules.map(|rules| Box::new(rules.into())),
+        }
+    }
+}
+
+impl From<routing::ProxyProtocol> for WireProxyProtocol {
+    fn from(version: routing::ProxyProtocol) -> Self {
+        match version {
+            routing::ProxyProtocol::V1 => Self::V1,
+            routing::ProxyProtocol::V2 => Self::V2,
+        }
+    }
+}
+
+impl From<WireProxyProtocol> for routing::ProxyProtocol {
+    fn from(version: WireProxyProtocol) -> Self {
+        match version {
+            WireProxyProtocol::V1 => Self::V1,
+            WireProxyProtocol::V2 => Self::V2,
         }
     }
 }
@@ -503,9 +539,12 @@ pub(crate) mod tests {
         };
         let checks =
             [None, Some(check(HealthCheckKind::Tcp)), Some(check(http(None))), Some(check(http(Some("h"))))];
+        let versions = [None, Some(routing::ProxyProtocol::V1), Some(routing::ProxyProtocol::V2)];
+        let mut version = versions.into_iter().cycle();
         for (balance, health) in balances.into_iter().flat_map(|b| checks.clone().map(|c| (b.clone(), c))) {
             let policy = ServicePolicy {
                 health,
+                send_proxy_protocol: version.next().flatten(),
                 sticky: Some(routing::Sticky { cookie: "c".into() }),
                 preserve_host: false,
                 mirror: Some(Box::new(super::super::mirror::tests::spec())),

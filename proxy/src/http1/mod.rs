@@ -111,6 +111,8 @@ pub(crate) struct Http1Conn {
     pub(crate) opened_ms: u64,
     /// It has served a request before.
     pub(crate) reused: bool,
+    /// The upstream was told for whom it is: it serves nobody after that.
+    pub(crate) is_introduced: bool,
 }
 
 struct Reader {
@@ -194,6 +196,7 @@ impl Http1Conn {
             idle_since_ms: 0,
             opened_ms: 0,
             reused: false,
+            is_introduced: false,
         })
     }
 

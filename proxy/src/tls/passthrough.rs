@@ -1,7 +1,8 @@
 //! Names whose service speaks TLS itself: the hello has been read, for its name, and goes on as it came with everything
 //! after it. The edge sees no request and holds no key.
 //!
-//! It is a tunnel like that of a WebSocket: a lease while it lasts, ended by silence, by either side, or by a cut.
+//! It is a tunnel like that of a WebSocket: a lease while it lasts, ended by silence, by either side, or by a cut. Where the
+//! service asks for it, a header of the PROXY protocol goes before the hello: nothing else could say who the client is.
 
 use std::rc::Rc;
 
@@ -111,7 +112,7 @@ async fn upstream(core: &Rc<Core>, flight: &Rc<Flight>) -> Result<(TcpStream, Rc
 }
 
 fn is_safe(error: &ProxyError) -> bool {
-    // Nothing was written yet: only connecting can fail here.
+    // Nothing of the client's was written yet: only connecting can fail here.
     error.evidence.is_some_and(|evidence| evidence.class() == RetryClass::A)
 }
 

@@ -80,6 +80,22 @@ fn a_client_whom_a_trusted_proxy_does_not_name_is_not_taken_for_the_proxy() {
 }
 
 #[test]
+fn a_client_whom_a_trusted_proxy_does_not_name_may_be_who_is_denied() {
+    let origin = Origin::ok();
+    let outside = Rules { deny: vec!["198.51.100.0/24".parse().expect("a network")], ..Rules::default() };
+    let trusted = Config { trusted_proxies: vec!["127.0.0.1".parse().expect("a network")], ..config() };
+    let edge = TestEdge::start_with(trusted, vec![ruled(&origin, outside)]);
+    for fields in ["X-Forwarded-For: 198.51.100.7, x", "X-Forwarded-For: unknown", "Forwarded: for=_hidden"] {
+        let request = format!("GET / HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
+        let answer = edge.client().send(request).answer();
+        assert_eq!((answer.status, answer.reason()), (403, "address_denied"), "{fields}");
+    }
+    assert!(origin.seen().is_empty());
+    let named = "GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n";
+    assert_eq!(edge.client().send(named).answer().status, 200);
+}
+
+#[test]
 fn above_its_rate_a_client_is_told_when_to_come_back_also_on_another_connection_and_core() {
     let origin = Origin::ok();
     let web = ruled(&origin, a_minute(6, 3, RateKey::ClientAddress));

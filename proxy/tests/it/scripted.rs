@@ -68,7 +68,19 @@ fn a_post_that_is_read_and_then_reset_is_one_502_and_executed_once_with_another_
 #[test]
 fn a_post_whose_stream_is_reset_after_it_was_read_is_one_502_and_executed_once() {
     let origin = frames::Origin::start();
-    let edge = TestEdge::start(service(vec![h2c(origin.addr)]));
+    let spec = h2c(origin.addr);
+    let edge = TestEdge::start(service(vec![spec.clone()]));
+    // A connection that has just been used, of an upstream that is known to keep them.
+    let get = || {
+        let mut client = edge.client();
+        client.send("GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
+        let got = origin.request();
+        origin.answer(&got, "ok");
+        assert_eq!((client.answer().status, got.conn), (200, 0));
+    };
+    get();
+    until_trusted(&edge.upstream(&spec));
+    get();
     for code in [NO_ERROR, INTERNAL_ERROR, CANCEL] {
         let mut client = edge.client();
         client.send("POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 5\r\n\r\norder");

@@ -12,7 +12,7 @@ const REQUESTS: usize = 100_000;
 const CLIENTS: usize = 8;
 
 /// Pseudo-random numbers (splitmix64): the same in each run but for the order of threads.
-fn next(state: &AtomicU64) -> u64 {
+pub(super) fn next(state: &AtomicU64) -> u64 {
     let mut x = state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

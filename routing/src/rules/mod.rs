@@ -21,7 +21,8 @@ pub use redirect::{Redirect, Rewrite};
 pub struct Rules {
     /// Networks whose clients are served; empty: all of them.
     pub allow: Vec<IpNet>,
-    /// Networks whose clients are not served, also if they are allowed.
+    /// Networks whose clients are not served, also if they are allowed. Where there are any, a client whose address
+    /// cannot be read is not served either.
     pub deny: Vec<IpNet>,
     /// Requests in flight at a time over all upstreams; 0 is no limit. Cores look at the sum each for itself, so a burst
     /// may go above it by one for each core.
@@ -71,10 +72,14 @@ pub enum RateKey {
 }
 
 impl Rules {
-    /// Whether a client is served.
+    /// Whether a client is served. The unspecified address (`0.0.0.0`, `::`) is that of a client whose own cannot be read: it
+    /// may be anybody's, so it is served only where nobody is asked for it.
     #[must_use]
     pub fn admits(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
+        if client.is_unspecified() {
+            return self.allow.is_empty() && self.deny.is_empty();
+        }
         let holds = |nets: &[IpNet]| nets.iter().any(|net| net.contains(client));
         !holds(&self.deny) && (self.allow.is_empty() || holds(&self.allow))
     }
@@ -121,6 +126,25 @@ mod tests {
         assert!(Rules::default().admits("192.0.2.1".parse().expect("address")));
         let rules = Rules { deny: nets(&["0.0.0.0/0", "::/0"]), ..Rules::default() };
         assert!(!rules.admits("192.0.2.1".parse().expect("address")));
+    }
+
+    #[test]
+    fn a_client_whose_address_cannot_be_read_is_served_only_where_nobody_is_asked_for_it() {
+        let asks = |allow: &[&str], deny: &[&str]| Rules {
+            allow: nets(allow),
+            deny: nets(deny),
+            max_in_flight: 1,
+            ..Rules::default()
+        };
+        for nobody in ["0.0.0.0", "::", "::ffff:0.0.0.0"] {
+            let nobody = nobody.parse().expect("address");
+            assert!(asks(&[], &[]).admits(nobody));
+            for rules in
+                [asks(&[], &["192.0.2.7"]), asks(&["10.0.0.0/8"], &[]), asks(&["0.0.0.0/0", "::/0"], &[])]
+            {
+                assert!(!rules.admits(nobody), "{rules:?}");
+            }
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::cli::connect::{self, Environment, TOKEN_FILE};
 use crate::cli::exit::Exit;
 use crate::cli::failure::{Failure, Result};
 use crate::cli::human;
+use crate::cli::names::{MAX_SHOWN, Names};
 use crate::cli::output::Output;
 use crate::cli::session::Session;
 use crate::cli::table::clean;
@@ -29,8 +30,8 @@ const PORT_TIMEOUT_MS: u64 = 1_000;
 
 /// Look for what is wrong, from this binary to the machines, and say how to mend it
 ///
-/// Checks the binary, the server and its parts, the token, the clocks, the engines of all machines, the ports and the
-/// rights of the data folder. Exit code 9 if something has to be mended.
+/// Checks the binary, the server and its parts, the token, the clocks, the names that are served over TLS, the engines of
+/// all machines, the ports and the rights of the data folder. Exit code 9 if something has to be mended.
 #[derive(Args, Debug)]
 pub(crate) struct Doctor {
     /// Configuration of `serve`: also checks it and its ports
@@ -149,7 +150,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
                 );
             }
             checks.push(check);
-            for name in ["token", "clock", "alarms", "machines"] {
+            for name in ["token", "clock", "alarms", "domains", "machines"] {
                 checks.push(Check::skipped(name, "needs the server"));
             }
             return false;
@@ -160,7 +161,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
     match session.ask("reading the status", session.client.status()).await {
         Err(failure) => {
             checks.push(Check::of_failure("token", &failure));
-            for name in ["clock", "alarms", "machines"] {
+            for name in ["clock", "alarms", "domains", "machines"] {
                 checks.push(Check::skipped(name, "needs the token"));
             }
         }
@@ -169,6 +170,7 @@ async fn server(session: &Session, checks: &mut Vec<Check>) -> bool {
             checks.push(version(&status));
             checks.push(clock(status.time, asked_at, Timestamp::now()));
             alarms(&status, checks);
+            domains(Names::ask(session, Timestamp::now()).await.as_ref(), checks);
             engines(session, &status, checks).await;
         }
     }
@@ -198,6 +200,30 @@ fn alarms(status: &Status, checks: &mut Vec<Check>) {
             alarm.message.clone(),
             alarm.hint.clone(),
         ));
+    }
+}
+
+/// Names that are served over TLS.
+fn domains(names: Option<&Names>, checks: &mut Vec<Check>) {
+    let Some(names) = names else {
+        checks.push(Check::skipped("domains", "the server does not tell of them"));
+        return;
+    };
+    checks.push(Check::ok(
+        "domains",
+        if names.by_state.is_empty() { "none".to_owned() } else { names.counts() },
+    ));
+    for concern in names.concerns.iter().take(MAX_SHOWN) {
+        let name = format!("domain {}", concern.domain);
+        let say = if concern.urgent { Check::failed } else { Check::warn };
+        checks.push(say(&name, concern.message.clone(), concern.fix.clone()));
+    }
+    let rest = names.concerns.get(MAX_SHOWN..).unwrap_or_default();
+    if !rest.is_empty() {
+        let message = format!("{} more deserve a look", human::count(rest.len() as u64));
+        // The worst come first.
+        let say = if rest[0].urgent { Check::failed } else { Check::warn };
+        checks.push(say("domains", message, "`peregrine domains list` shows them".to_owned()));
     }
 }
 
@@ -365,7 +391,39 @@ fn data_folder(folder: &Path, checks: &mut Vec<Check>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::names::tests as names;
     use crate::cli::output::Surroundings;
+
+    #[test]
+    fn a_name_without_a_certificate_has_to_be_mended_and_one_that_waits_deserves_a_look() {
+        let look = |all: &[peregrine_api::types::Domain]| {
+            let mut checks = Vec::new();
+            domains(Some(&Names::of(all, names::now())), &mut checks);
+            checks
+        };
+        assert_eq!(look(&[]), [Check::ok("domains", "none")]);
+        let checks = look(&[
+            names::domain("well.test", "valid", Some(24 * 60)),
+            names::domain("dns.test", "waiting_for_dns", None),
+            names::domain("failed.test", "failed", None),
+        ]);
+        let states: Vec<_> = checks.iter().map(|check| (&*check.name, check.state)).collect();
+        assert_eq!(
+            states,
+            [("domains", State::Ok), ("domain failed.test", State::Failed), ("domain dns.test", State::Warn)]
+        );
+        assert_eq!(checks[0].message, "1 failed, 1 valid, 1 waiting_for_dns");
+        assert_eq!(checks[1].message, "failed: why");
+        assert!(checks[1].fix.as_ref().is_some_and(|fix| fix.contains("domains check failed.test")));
+        let many: Vec<_> =
+            (0..MAX_SHOWN + 2).map(|n| names::domain(&format!("{n:02}.test"), "failed", None)).collect();
+        let checks = look(&many);
+        assert_eq!(checks.len(), MAX_SHOWN + 2);
+        assert_eq!(checks.last().map(|check| &*check.message), Some("2 more deserve a look"));
+        let mut silent = Vec::new();
+        domains(None, &mut silent);
+        assert_eq!(silent[0].state, State::Skipped);
+    }
 
     fn at(ms: i64) -> Timestamp {
         Timestamp::from_millisecond(1_769_860_800_000 + ms).unwrap()

@@ -3,10 +3,13 @@
 use std::time::Duration;
 
 use clap::Args;
+use jiff::Timestamp;
 use peregrine_api::types::{ServiceStatus, Status as StatusDocument};
+use serde::Serialize;
 
 use crate::cli::failure::Result;
 use crate::cli::human;
+use crate::cli::names::Names;
 use crate::cli::output::Output;
 use crate::cli::parse;
 use crate::cli::render;
@@ -30,13 +33,30 @@ impl Status {
     /// Shows it.
     pub(crate) async fn run(self, session: &Session) -> Result {
         if !self.watch {
-            let status = session.ask("reading the status", session.client.status()).await?;
-            return session.out.data(&status, || page(&status, &session.out));
+            let read = Read::ask(session).await?;
+            return session.out.data(&read, || page(&read, &session.out));
         }
         tokio::select! {
             result = again_and_again(session, self.every) => result,
             () = watch::interrupted() => Ok(()),
         }
+    }
+}
+
+/// What was read.
+#[derive(Serialize)]
+struct Read {
+    #[serde(flatten)]
+    status: StatusDocument,
+    /// Names that are served over TLS; `null` if the server cannot say.
+    domains: Option<Names>,
+}
+
+impl Read {
+    async fn ask(session: &Session) -> Result<Self> {
+        let status = session.ask("reading the status", session.client.status()).await?;
+        let domains = Names::ask(session, Timestamp::now()).await;
+        Ok(Self { status, domains })
     }
 }
 
@@ -46,16 +66,18 @@ async fn again_and_again(session: &Session, every: Duration) -> Result {
     let mut ticks = tokio::time::interval(every);
     loop {
         ticks.tick().await;
-        let status = session.ask("reading the status", session.client.status()).await?;
+        let read = Read::ask(session).await?;
         if redraw {
             // Home and clear: the terminal shows one page that changes.
             out.raw(b"\x1b[H\x1b[2J")?;
         }
-        out.item("data", &status, || format!("{}\n{}", human::moment(status.time), page(&status, out)))?;
+        let time = read.status.time;
+        out.item("data", &read, || format!("{}\n{}", human::moment(time), page(&read, out)))?;
     }
 }
 
-fn page(status: &StatusDocument, out: &Output) -> String {
+fn page(read: &Read, out: &Output) -> String {
+    let Read { status, domains } = read;
     let mut text = String::new();
     for alarm in &status.alarms {
         let what = out.paint(clap::builder::styling::AnsiColor::Red, "alarm");
@@ -79,6 +101,9 @@ fn page(status: &StatusDocument, out: &Output) -> String {
             ]);
         }
         text.push_str(&format!("\n{}\n", table.render(out)));
+    }
+    if let Some(domains) = domains {
+        text.push_str(&domains.section(out));
     }
     for of in &status.moves {
         let totals = of.totals.as_ref().map_or_else(String::new, |totals| {
@@ -148,6 +173,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::cli::names::tests as names;
     use crate::cli::output::Surroundings;
 
     #[test]
@@ -165,12 +191,19 @@ mod tests {
             "moves": [render::tests::a_move("running")]
         }))
         .expect("a status");
-        let text = page(&status, &Output::new(&[], Surroundings::default()));
+        let domains = [names::domain("shop.example", "failed", None), names::domain("a.test", "valid", None)];
+        let read = Read { status, domains: Some(Names::of(&domains, names::now())) };
+        let text = page(&read, &Output::new(&[], Surroundings::default()));
         assert!(
             text.contains("shop\tmoving\t1\t2/1\thost-a 50 %, host-b 50 %\t6\t2,000\t0\tshop.example"),
             "{text}"
         );
         assert!(text.contains("host-a\tprocess\t127.0.0.1\t1"), "{text}");
         assert!(text.contains("watch it: peregrine moves watch mov_1"), "{text}");
+        assert!(text.contains("\ndomains: 1 failed, 1 valid\n"), "{text}");
+        assert!(text.contains("shop.example\tfailed\t-\tfailed: why"), "{text}");
+        let told = serde_json::to_value(&read).expect("a document");
+        assert_eq!((&told["install"], &told["domains"]["by_state"]["failed"]), (&json!("i"), &json!(1)));
+        assert_eq!(told["domains"]["concerns"][0]["domain"], "shop.example");
     }
 }
