@@ -60,10 +60,11 @@ impl AllCertificates {
         }
     }
 
-    /// Somebody shook hands for a name that has no certificate.
-    pub(crate) fn is_wanted(&self, name: &str) {
-        if let Some(kept) = self.kept.get() {
-            kept.wanted(name);
+    /// Somebody shakes hands for a name that has no certificate. Resolves to whether the table has one, when that is known.
+    pub(crate) fn is_wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        match self.kept.get() {
+            Some(kept) => kept.wanted(name),
+            None => std::future::ready(false).boxed(),
         }
     }
 }
@@ -77,8 +78,8 @@ impl CertificateSource for AllCertificates {
         self.find(id).boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.is_wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.is_wanted(name)
     }
 }
 

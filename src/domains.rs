@@ -30,7 +30,7 @@ use peregrine_routing::{
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// File of the key with which private keys are sealed, in the data folder.
 pub(crate) const KEY_FILE: &str = "certificates.key";
@@ -42,8 +42,12 @@ const POLICIES: &str = "front/";
 const ORDERS: certs::BudgetLimit = certs::BudgetLimit { orders: 150, window_ms: 3 * 3_600_000 };
 const ORDERS_PER_DOMAIN: certs::BudgetLimit =
     certs::BudgetLimit { orders: 25, window_ms: 7 * 24 * 3_600_000 };
-/// Names that edges were asked for, and that are decided on at a time. Whoever is beyond comes again.
+/// Names that edges are asked for, and that are decided on at a time. Whoever is beyond comes again.
 const MAX_WANTED: usize = 64;
+/// Names whose certificates edges wait for at a time.
+const MAX_AWAITED: usize = 1_024;
+/// Longest wait for one; edges wait no longer than this whatever their configuration says (`[edge.limits] certificate_wait`).
+const MAX_AWAITED_MS: u64 = 60_000;
 /// Authorities of clients for one domain.
 const MAX_CLIENT_AUTHORITIES: usize = 32;
 /// Largest file of a shared key.
@@ -131,6 +135,7 @@ pub(crate) struct Kept {
     /// For control work: edges ask from threads of their own.
     runtime: tokio::runtime::Handle,
     wanted: Arc<Semaphore>,
+    awaited: Arc<Semaphore>,
     vault: Arc<Records>,
 }
 
@@ -161,8 +166,10 @@ impl Kept {
         let manager =
             Manager::open(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system()).await?;
         let (orders, changing) = (acme.is_some(), tokio::sync::Mutex::default());
-        let wanted = Arc::new(Semaphore::new(MAX_WANTED));
-        let kept = Self { manager, edges, engine: engine.clone(), orders, changing, runtime, wanted, vault };
+        let (wanted, awaited) =
+            (Arc::new(Semaphore::new(MAX_WANTED)), Arc::new(Semaphore::new(MAX_AWAITED)));
+        let engine = engine.clone();
+        let kept = Self { manager, edges, engine, orders, changing, runtime, wanted, awaited, vault };
         kept.show();
         Ok(kept)
     }
@@ -214,17 +221,44 @@ impl Kept {
         self.manager.load(id).await
     }
 
-    /// An edge was asked for `name`, for which it has nothing: whether it may have one is decided here, and whoever asked comes
-    /// again.
-    pub(crate) fn wanted(self: &Arc<Self>, name: &str) {
-        let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return };
+    /// An edge is asked for `name`, for which it has nothing: whether it may have one is decided here. Resolves when the edges
+    /// have been told of its certificate (true), or when none comes soon.
+    pub(crate) fn wanted(self: &Arc<Self>, name: &str) -> BoxFuture<'static, bool> {
+        let no = || std::future::ready(false).boxed();
+        // Of most names that strangers make up that is known here: they cost no task.
+        if !self.manager.could_have(name) {
+            return no();
+        }
+        let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return no() };
         let (kept, name) = (Arc::clone(self), name.to_owned());
+        let (answer, answered) = oneshot::channel();
+        // A task of its own: what has begun goes on also when nobody waits for it.
         self.runtime.spawn(async move {
-            let _place = place;
-            if let Err(error) = kept.manager.obtain(&name, 0).await {
-                tracing::debug!(%name, %error, "no certificate on demand");
-            }
+            let has = kept.is_obtained(&name, place).await;
+            // Who asked may have left.
+            let _ = answer.send(has);
         });
+        async move { answered.await.unwrap_or(false) }.boxed()
+    }
+
+    /// Decides on a name, and then waits for its certificate.
+    async fn is_obtained(&self, name: &str, place: OwnedSemaphorePermit) -> bool {
+        let decided = self.manager.obtain(name, 0).await;
+        // A place is for a decision: those who wait keep nobody from his.
+        drop(place);
+        let awaited = match (decided, self.awaited.try_acquire()) {
+            (Err(ManagerError::NotYet { .. }), Ok(_place)) => {
+                self.manager.obtain(name, MAX_AWAITED_MS).await
+            }
+            (decided, _) => decided,
+        };
+        match awaited {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(%name, %error, "no certificate on demand");
+                false
+            }
+        }
     }
 
     fn told(&self, view: DomainView) -> Domain {

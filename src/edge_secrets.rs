@@ -294,8 +294,8 @@ impl CertificateSource for EdgeSecrets {
         .boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.engine.wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.engine.wanted(name)
     }
 }
 

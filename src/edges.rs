@@ -48,8 +48,8 @@ impl Secrets for Handed {
         .boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.certificates.is_wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.certificates.is_wanted(name)
     }
 
     fn ticket_keys(&self) -> watch::Receiver<Secret> {

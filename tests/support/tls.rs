@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::client::WantsClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -13,6 +12,8 @@ use rustls::{
     StreamOwned,
 };
 use sha2::{Digest, Sha256};
+
+use super::STATE_TIMEOUT;
 
 /// Takes every certificate: who signed it is not the question.
 #[derive(Debug)]
@@ -90,7 +91,8 @@ impl TlsClient {
     /// One request over a connection of its own; `None` if there is no answer.
     pub(crate) fn get(&self, address: SocketAddr, name: &str) -> Option<TlsAnswer> {
         let socket = TcpStream::connect(address).ok()?;
-        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
+        // A first handshake may wait for its certificate.
+        socket.set_read_timeout(Some(STATE_TIMEOUT)).expect("a time-out");
         let server = ServerName::try_from(name.to_owned()).expect("a name");
         let session = ClientConnection::new(Arc::clone(&self.0), server).ok()?;
         let mut stream = StreamOwned::new(session, socket);

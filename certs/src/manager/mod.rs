@@ -641,8 +641,17 @@ impl Manager {
         }
     }
 
+    /// Whether a name that somebody shakes hands for could have a certificate, as far as that is known without asking anybody:
+    /// it is a domain's, a service owns it, or there is somebody to ask.
+    #[must_use]
+    pub fn could_have(&self, name: &str) -> bool {
+        let Ok(name) = certifiable(name) else { return false };
+        let is_owned = || self.cx.config.on_demand.owned.as_ref().is_some_and(|owned| owned(&name));
+        self.cx.asker.is_some() || self.cx.index().domains.contains_key(&name) || is_owned()
+    }
+
     /// The certificate of a name that somebody shakes hands for. If it may have one and has none, it is ordered, and waited for
-    /// up to `wait_ms`.
+    /// up to `wait_ms`, but not if the next try comes later than that anyway.
     ///
     /// # Errors
     /// [`ManagerError::NotAllowed`], [`ManagerError::NotYet`], [`ManagerError::Busy`], [`ManagerError::Vault`].
@@ -676,10 +685,16 @@ impl Manager {
             let held = index.domains.get(&name).and_then(|tracked| tracked.domain.held.as_ref());
             held.filter(|held| held.published && held.not_after_ms > self.cx.now_ms()).map(|held| held.id)
         };
+        let until_ms = self.cx.now_ms().saturating_add(wait_ms);
+        // Gone, never due, or due too late; what is being worked on was due.
+        let is_vain = || self.cx.index().due_of.get(&name).is_none_or(|due_ms| *due_ms > until_ms);
         let waiting = async {
             loop {
                 if let Some(id) = published() {
                     return Some(id);
+                }
+                if is_vain() {
+                    return None;
                 }
                 match events.recv().await {
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}

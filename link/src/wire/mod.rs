@@ -10,7 +10,7 @@
 //!   Up::Acknowledged { version, open }               ─►
 //!   Up::Held, Up::Report { tallies, ended }          ─►    Down::Received
 //!                                                    ◄─    Down::Deadlines, Down::Beat
-//!   Up::Certificate, Up::Wanted                      ─►    Down::Certificate
+//!   Up::Certificate, Up::Wanted                      ─►    Down::Certificate, Down::Wanted
 //!                                                    ◄─    Down::TicketKeys
 //!   Up::Leaving                                      ─►
 //! ```
@@ -46,7 +46,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Version of everything below. Both sides have to speak the same one: an installation is one version, and an edge
 /// serves from its last table while it is being brought up to the engine's.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 /// Longest frame: four times the largest record that the engine's store takes.
 pub const MAX_FRAME_BYTES: u32 = 16 << 20;
 /// Longest first frame of somebody who has not said who he is.
@@ -170,6 +170,13 @@ pub enum Down {
     },
     /// The keys that session tickets are made and opened with from now on, at every edge of the installation.
     TicketKeys(Secret),
+    /// The answer to [`Up::Wanted`], as soon as it is known.
+    Wanted {
+        /// The name, as it was asked for.
+        name: String,
+        /// The table has a certificate for it. False: it has none soon.
+        has: bool,
+    },
 }
 
 /// What an edge says after [`Reply::Attached`].
@@ -221,7 +228,7 @@ pub enum Up {
         /// The domain that the table names it for.
         domain: String,
     },
-    /// Somebody shook hands for a name that has no certificate. There is no answer: who may have one gets it with the table.
+    /// Somebody shakes hands for a name that has no certificate. Who may have one gets it with the table.
     Wanted {
         /// The name, as the client said it.
         name: String,

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::places::Network;
 use super::settings::{Settings, SettingsKey};
 use super::source::{Certificate, CertificateSource, SourceError};
-use super::wanted::Wanted;
+use super::wanted::{Answer, Wanted};
 use crate::clock::now_ms;
 
 /// Certificates that are being loaded at a time. More would be a source that does not answer.
@@ -139,11 +139,10 @@ impl Certificates {
         }
     }
 
-    /// Tells the source of a name that somebody of a network wanted in vain, once in a while.
-    pub(crate) fn note_wanted(&self, name: &str, network: Network) {
-        if self.wanted.is_new(name, network, now_ms()) {
-            self.source.wanted(name);
-        }
+    /// Tells the source of a name without a certificate that somebody of a network wants, once in a while, and gives what it
+    /// answers, or has answered; `None` where too many such names are known.
+    pub(crate) fn want(&self, name: &str, network: Network) -> Option<Answer> {
+        self.wanted.ask(name, network, now_ms(), || self.source.wanted(name))
     }
 
     fn find(&self, id: CertificateId, domain: &HostPattern, key: &SettingsKey, waited: bool) -> Found {

@@ -42,9 +42,12 @@ pub trait CertificateSource: Send + Sync {
     ) -> BoxFuture<'a, Result<Certificate, SourceError>>;
 
     /// A handshake came for a name without a certificate: one that is in nobody's table, or whose domain waits for its
-    /// first. Told once in a while for each name; must return at once.
-    fn wanted(&self, name: &str) {
+    /// first. Told once in a while for each name; must return at once, with a future that resolves as soon as it is known
+    /// whether there is one: true when the table names it or is about to, false when none comes soon. Handshakes for the
+    /// name wait for it meanwhile, if they may.
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         let _ = name;
+        Box::pin(std::future::ready(false))
     }
 }
 

@@ -21,6 +21,7 @@ mod malformed;
 mod mirror;
 mod names;
 mod observe;
+mod on_demand;
 mod outage;
 mod paths;
 mod ready;

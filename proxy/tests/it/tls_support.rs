@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 use peregrine_proxy::{Certificate, CertificateSource, Config, SourceError};
 use peregrine_routing::{CertificateId, Change, DomainPolicy, DomainSpec, HostPattern, ServiceSpec};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
@@ -22,6 +23,8 @@ pub(crate) struct Authority {
     issued: Mutex<HashMap<CertificateId, Certificate>>,
     pub(crate) loads: AtomicUsize,
     pub(crate) wanted: Mutex<Vec<String>>,
+    /// What is said of names that are wanted: nothing yet, or whether a certificate comes.
+    says: watch::Sender<Option<bool>>,
 }
 
 impl Authority {
@@ -35,6 +38,7 @@ impl Authority {
             issued: Mutex::default(),
             loads: AtomicUsize::new(0),
             wanted: Mutex::default(),
+            says: watch::Sender::new(Some(false)),
         })
     }
 
@@ -70,6 +74,12 @@ impl Authority {
         self.issued.lock().expect("lock").remove(&id)
     }
 
+    /// From now on nobody knows yet whether what is wanted comes, until that is said here.
+    pub(crate) fn is_coming(&self) -> watch::Sender<Option<bool>> {
+        self.says.send_replace(None);
+        self.says.clone()
+    }
+
     pub(crate) fn loads(&self) -> usize {
         self.loads.load(Ordering::SeqCst)
     }
@@ -86,8 +96,10 @@ impl CertificateSource for Authority {
         Box::pin(std::future::ready(found.ok_or(SourceError::Unknown)))
     }
 
-    fn wanted(&self, name: &str) {
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         self.wanted.lock().expect("lock").push(name.to_owned());
+        let mut says = self.says.subscribe();
+        Box::pin(async move { says.wait_for(Option::is_some).await.is_ok_and(|said| *said == Some(true)) })
     }
 }
 
