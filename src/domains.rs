@@ -25,7 +25,8 @@ use peregrine_config::{AcmeAuthority, AcmeChallenge, AcmeExternalAccount, AcmeSe
 use peregrine_engine::vault::{VaultExpected, VaultWrite};
 use peregrine_engine::{DomainChange, EngineError, EngineHandle};
 use peregrine_routing::{
-    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, TableReader,
+    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, StapleId,
+    TableReader,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -118,7 +119,7 @@ struct Edges {
 #[derive(Default)]
 struct Shown {
     served: BTreeMap<String, Served>,
-    certificates: BTreeMap<String, CertificateId>,
+    certificates: BTreeMap<String, (CertificateId, Option<StapleId>)>,
     /// Names that the configuration file decides on.
     configured: BTreeSet<String>,
 }
@@ -166,8 +167,7 @@ impl Kept {
         let manager =
             Manager::open(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system()).await?;
         let (orders, changing) = (acme.is_some(), tokio::sync::Mutex::default());
-        let (wanted, awaited) =
-            (Arc::new(Semaphore::new(MAX_WANTED)), Arc::new(Semaphore::new(MAX_AWAITED)));
+        let (wanted, awaited) = (Arc::new(Semaphore::new(MAX_WANTED)), Arc::new(Semaphore::new(MAX_AWAITED)));
         let engine = engine.clone();
         let kept = Self { manager, edges, engine, orders, changing, runtime, wanted, awaited, vault };
         kept.show();
@@ -185,7 +185,7 @@ impl Kept {
         let mut shown = self.edges.shown();
         for view in views {
             if let Some(id) = view.certificate {
-                shown.certificates.insert(view.name, id);
+                shown.certificates.insert(view.name, (id, view.staple));
             }
         }
         let changes = shown.certificates.keys().filter_map(|name| shown.change(name)).collect();
@@ -221,6 +221,16 @@ impl Kept {
         self.manager.load(id).await
     }
 
+    /// What may be stapled to a certificate now, and until when (Unix time in milliseconds). That it cannot be read is told, and
+    /// is no reason not to serve.
+    pub(crate) async fn staple(&self, bundle: &certs::Bundle) -> Option<(Vec<u8>, u64)> {
+        let found = self.manager.staple(bundle).await;
+        found.unwrap_or_else(|error| {
+            tracing::error!(certificate = %bundle.leaf.id, %error, "what is stapled to a certificate cannot be read");
+            None
+        })
+    }
+
     /// An edge is asked for `name`, for which it has nothing: whether it may have one is decided here. Resolves when the edges
     /// have been told of its certificate (true), or when none comes soon.
     pub(crate) fn wanted(self: &Arc<Self>, name: &str) -> BoxFuture<'static, bool> {
@@ -247,9 +257,7 @@ impl Kept {
         // A place is for a decision: those who wait keep nobody from his.
         drop(place);
         let awaited = match (decided, self.awaited.try_acquire()) {
-            (Err(ManagerError::NotYet { .. }), Ok(_place)) => {
-                self.manager.obtain(name, MAX_AWAITED_MS).await
-            }
+            (Err(ManagerError::NotYet { .. }), Ok(_place)) => self.manager.obtain(name, MAX_AWAITED_MS).await,
             (decided, _) => decided,
         };
         match awaited {
@@ -271,6 +279,7 @@ impl Kept {
                 certs::DomainState::Ordering { .. } => DomainState::Ordering,
                 certs::DomainState::Valid { .. } => DomainState::Valid,
                 certs::DomainState::Expired { .. } => DomainState::Expired,
+                certs::DomainState::Revoked { .. } => DomainState::Revoked,
                 certs::DomainState::Failed { .. } => DomainState::Failed,
             },
             message: view.state.to_string(),
@@ -328,10 +337,10 @@ impl Shown {
         if self.configured.contains(name) {
             return None;
         }
-        let certificate = *self.certificates.get(name)?;
+        let (certificate, staple) = *self.certificates.get(name)?;
         let policy = self.served.get(name).cloned().unwrap_or_default().policy();
         let name = HostPattern::parse(name).ok()?;
-        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), policy }))
+        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), staple, policy }))
     }
 
     /// Whether there was something to forget.
@@ -378,10 +387,11 @@ impl certs::Front for Edges {
         &self,
         name: HostPattern,
         certificate: CertificateId,
+        staple: Option<StapleId>,
     ) -> BoxFuture<'_, Result<(), certs::FrontError>> {
         let name = name.to_string();
         let mut shown = self.shown();
-        shown.certificates.insert(name.clone(), certificate);
+        shown.certificates.insert(name.clone(), (certificate, staple));
         let change = shown.change(&name);
         drop(shown);
         async move {

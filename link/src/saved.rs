@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files;
-use crate::wire::{BadHost, KeptService, RulesOfForm3, WireDomain, WireRules};
+use crate::wire::{BadHost, DomainOfForm4, KeptService, RulesOfForm3, WireDomain, WireRules};
 
 const FILE: &str = "table";
 const FILE_BEFORE: &str = "table.before";
@@ -23,7 +23,9 @@ const FILE_BEFORE: &str = "table.before";
 const MAGIC: &[u8; 16] = b"peregrine table\x01";
 /// Form of the content: the number that the link had when the two were parted. It is raised when [`KeptService`] changes,
 /// and then the forms before it are read too: an edge that is brought up to another version begins with what it had.
-const FORM: u16 = 4;
+const FORM: u16 = 5;
+/// Nothing is stapled to certificates in it, nor in those before it.
+const FORM_4: u16 = 4;
 /// Rules say less in it.
 const FORM_3: u16 = 3;
 /// Without domains and rules.
@@ -94,8 +96,17 @@ struct ContentOfForm3 {
     form: u16,
     epoch: u64,
     services: Vec<KeptService>,
-    domains: Vec<WireDomain>,
+    domains: Vec<DomainOfForm4>,
     rules: Vec<(u32, RulesOfForm3)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ContentOfForm4 {
+    form: u16,
+    epoch: u64,
+    services: Vec<KeptService>,
+    domains: Vec<DomainOfForm4>,
+    rules: Vec<(u32, WireRules)>,
 }
 
 /// Reads what is there.
@@ -176,11 +187,16 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     let (form, _): (u16, _) = postcard::take_from_bytes(payload).map_err(|error| error.to_string())?;
     let content: Content = match form {
         FORM => postcard::from_bytes(payload).map_err(|error| error.to_string())?,
+        FORM_4 => {
+            let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
+            let ContentOfForm4 { form, epoch, services, domains, rules } = before;
+            Content { form, epoch, services, domains: stapled_to(domains), rules }
+        }
         FORM_3 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
             let ContentOfForm3 { form, epoch, services, domains, rules } = before;
             let rules = rules.into_iter().map(|(n, rules)| (n, rules.into())).collect();
-            Content { form, epoch, services, domains, rules }
+            Content { form, epoch, services, domains: stapled_to(domains), rules }
         }
         FORM_2 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
@@ -199,6 +215,11 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     let domains = content.domains.into_iter().map(|domain| domain.try_into());
     let domains = domains.collect::<Result<Vec<DomainSpec>, BadHost>>().map_err(|error| error.to_string())?;
     Ok(SavedTable { epoch: content.epoch, services, domains })
+}
+
+/// Domains of a form that knew nothing of staples.
+fn stapled_to(domains: Vec<DomainOfForm4>) -> Vec<WireDomain> {
+    domains.into_iter().map(WireDomain::from).collect()
 }
 
 #[cfg(test)]
@@ -332,6 +353,27 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_an_edge_wrote_before_anything_was_stapled_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut domain = domain_tests::domain("example.com");
+        let (by, mut services) = (peregrine_routing::RateKey::Cookie("c".into()), services(2));
+        services[1].policy.rules = Some(Box::new(rules_tests::rules(by)));
+        let kept: Vec<KeptService> = services.iter().map(KeptService::from).collect();
+        let content = ContentOfForm4 {
+            form: FORM_4,
+            epoch: 7,
+            domains: vec![domain_tests::of_form_4(&domain)],
+            rules: vec![(1, kept[1].rules.clone().expect("it has some"))],
+            services: kept,
+        };
+        let payload = postcard::to_stdvec(&content).expect("bytes");
+        std::fs::write(folder.path().join(FILE), signed(&payload)).expect("it is written");
+        domain.staple = None;
+        let table = SavedTable { epoch: 7, services, domains: vec![domain] };
+        assert_eq!(load(folder.path()), Saved::Last(table));
+    }
+
+    #[test]
     fn what_is_served_over_tls_is_on_the_disk() {
         let folder = tempfile::tempdir().expect("a folder");
         let domains = vec![domain_tests::domain("example.com"), domain_tests::domain("*.example.com")];
@@ -352,7 +394,7 @@ mod tests {
         };
         std::fs::write(folder.path().join(FILE), encode(&content)).expect("it is written");
         let Saved::Damaged(why) = load(folder.path()) else { panic!("it cannot be read") };
-        assert!(why.contains("it is of form 5, this edge reads forms 2 to 4"), "{why}");
+        assert!(why.contains("it is of form 6, this edge reads forms 2 to 5"), "{why}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use peregrine_link::{
     Before, EdgeLink, EdgeState, KeyedCertificate, Link, LinkConfig, LinkHandle, NotGiven, PlaceHandle,
-    Secret, Secrets, SecretsHandle, join,
+    Secret, Secrets, SecretsHandle, Staple, join,
 };
 use peregrine_routing::{
     Address, Balance, CertificateId, Change, DomainPolicy, DomainSpec, Enter, Generation, HoldSpec,
@@ -87,7 +87,8 @@ impl Store {
     }
 
     fn certificate(id: u8) -> KeyedCertificate {
-        KeyedCertificate { chain: vec![vec![id; 900]], key: Secret::new(vec![id; 40]) }
+        let staple = Some(Staple { response: vec![id; 7], until_ms: 5 });
+        KeyedCertificate { chain: vec![vec![id; 900]], key: Secret::new(vec![id; 40]), staple }
     }
 }
 
@@ -118,7 +119,7 @@ impl Secrets for Store {
 
 fn domain(name: &str, id: u8) -> Change {
     let (name, certificate) = (pattern(name), Some(CertificateId([id; 32])));
-    Change::PutDomain(DomainSpec { name, certificate, policy: DomainPolicy::default() })
+    Change::PutDomain(DomainSpec { name, certificate, staple: None, policy: DomainPolicy::default() })
 }
 
 fn pattern(name: &str) -> HostPattern {

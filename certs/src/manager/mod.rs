@@ -7,6 +7,7 @@
 mod attempt;
 mod counts;
 mod records;
+mod staple;
 mod views;
 mod window;
 
@@ -18,6 +19,7 @@ use counts::Counters;
 pub use counts::Counts;
 use peregrine_routing::{CertificateId, HostPattern};
 pub use records::{CertificateRecord, LoadError, load_certificate};
+use staple::Responders;
 use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinSet;
 use views::view;
@@ -29,7 +31,7 @@ use crate::acme::{Authorities, Authority};
 use crate::ask::Asker;
 use crate::config::{Config, Outside};
 use crate::dns::{Names, Pointing};
-use crate::domain::{Domain, Held, Origin, Source, Task};
+use crate::domain::{Domain, Held, Ocsp, Origin, Source, Task};
 use crate::front::Front;
 use crate::pem::{Bundle, key_pem};
 use crate::sealed::SealKey;
@@ -41,7 +43,7 @@ const MAX_SLEEP_MS: u64 = 60_000;
 const MAX_CHANGE_TRIES: u32 = 16;
 /// Events that a slow listener may be behind.
 const MAX_EVENTS: usize = 1024;
-/// Domains whose edges are told of a certificate at once.
+/// Domains whose edges are told of a certificate, or whose responder is asked, at once.
 const MAX_PUBLISHING: usize = 32;
 /// The vault is read again this often: somebody else may have written, or it may not have been readable.
 const READ_AGAIN_MS: u64 = 3_600_000;
@@ -122,6 +124,7 @@ pub(crate) struct Context {
     pub(crate) authorities: Authorities,
     pub(crate) names: Names,
     pub(crate) pointing: Pointing,
+    pub(crate) responders: Responders,
     asker: Option<Asker>,
     counters: Counters,
     index: Mutex<Index>,
@@ -277,6 +280,7 @@ impl Manager {
             authorities,
             names,
             pointing,
+            responders: Responders::new(),
             asker,
             counters: Counters::default(),
             index: Mutex::default(),
@@ -370,9 +374,9 @@ impl Manager {
             .filter_map(|(_, name)| index.domains.get(name))
             .map(|tracked| {
                 let task = tracked.domain.due(&self.cx.config.holder).map(|(_, task)| task);
-                // Telling the edges takes no authority's time, and waits for none.
-                let publishes = task == Some(Task::Publish);
-                (!publishes, tracked.domain.priority(), tracked.domain.name.clone())
+                // Telling the edges, and asking for a staple, takes none of an order's places, and waits for none.
+                let is_beside = matches!(task, Some(Task::Publish | Task::Staple));
+                (!is_beside, tracked.domain.priority(), tracked.domain.name.clone())
             })
             .collect();
         let next_ms = index.due.iter().map(|(due_ms, _)| *due_ms).find(|due_ms| *due_ms > now_ms);
@@ -572,6 +576,7 @@ impl Manager {
             ask_window_ms: None,
             window: None,
             published: false,
+            ocsp: Ocsp::default(),
         };
         let imported = self.change_with(&name, &writes, |found| {
             let mut domain = found.unwrap_or_else(|| Domain::new(name.clone(), Origin::Added, now_ms));
@@ -611,6 +616,15 @@ impl Manager {
     /// [`LoadError`].
     pub async fn load(&self, id: CertificateId) -> Result<Bundle, LoadError> {
         load_certificate(self.cx.vault.as_ref(), &self.cx.seal, id).await
+    }
+
+    /// What may be stapled to a certificate now: an OCSP response (DER), and until when, Unix time in milliseconds. None that is
+    /// over, not good, or not the issuer's.
+    ///
+    /// # Errors
+    /// [`LoadError`]: what lies there is not what was written.
+    pub async fn staple(&self, bundle: &Bundle) -> Result<Option<(Vec<u8>, u64)>, LoadError> {
+        staple::kept(&self.cx, bundle).await
     }
 
     /// Chain and key as PEM.
@@ -734,6 +748,7 @@ async fn work(cx: &Context, name: &str) {
         }
         Task::Publish => attempt::publish(cx, &mut tracked).await,
         Task::AskWindow => ask_window(cx, &mut tracked).await,
+        Task::Staple => staple::refresh(cx, &mut tracked).await,
     };
     let domain = &tracked.domain;
     let is_vain = domain.origin == Origin::OnDemand

@@ -23,6 +23,7 @@ mod secret;
 mod spec;
 mod tally;
 
+pub(crate) use domain::DomainOfForm4;
 #[cfg(test)]
 pub(crate) use domain::tests as domain_tests;
 pub use domain::{WireChallenge, WireChallengeId, WireDomain};
@@ -32,7 +33,7 @@ pub(crate) use mirror::tests as mirror_tests;
 #[cfg(test)]
 pub(crate) use rules::tests as rules_tests;
 pub(crate) use rules::{RulesOfForm3, WireRules};
-pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret};
+pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret, Staple};
 #[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
 pub use spec::{BadHost, KeptService, WireChange, WireService};

@@ -158,14 +158,13 @@ async fn shake_hands(core: &Rc<Core>, state: &ConnState, mut socket: TcpStream) 
         return Err(Fault::NoCertificate);
     };
     let _place = place(core, state).await;
-    let settings =
-        match core.tls.shared.certificates.get(id, &domain.name, &SettingsKey::of(&domain.policy)).await {
-            Ok(settings) => settings,
-            Err(Missing::Failed | Missing::Busy) => {
-                hello::refuse(&socket, Alert::InternalError);
-                return Err(Fault::NoCertificate);
-            }
-        };
+    let settings = match core.tls.shared.certificates.get(id, &domain, &SettingsKey::of(&domain)).await {
+        Ok(settings) => settings,
+        Err(Missing::Failed | Missing::Busy) => {
+            hello::refuse(&socket, Alert::InternalError);
+            return Err(Fault::NoCertificate);
+        }
+    };
     let stream = finish(socket, hello, settings).await?;
     Ok(Shaken::Session(stream, domain))
 }

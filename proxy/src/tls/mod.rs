@@ -38,9 +38,9 @@ use peregrine_routing::{DomainSpec, TableReader};
 
 pub(crate) use self::accept::accept;
 pub(crate) use self::authority::{Admitted, Verdict, admit, hsts};
-pub use self::certificates::certificate_id;
 use self::awaited::Waits;
 use self::certificates::{Certificates, Loader};
+pub use self::certificates::{certificate_id, staple_id};
 use self::client::ClientIdentity;
 pub(crate) use self::client::{CLIENT_CERT, CLIENT_CERT_CHAIN, CLIENT_CERT_SUBJECT};
 use self::metrics::TlsMetrics;
@@ -48,7 +48,7 @@ pub(crate) use self::metrics::describe;
 use self::places::Places;
 use self::settings::Settings;
 use self::source::NoCertificates;
-pub use self::source::{Certificate, CertificateSource, SourceError};
+pub use self::source::{Certificate, CertificateSource, SourceError, Staple};
 pub(crate) use self::stream::TlsStream;
 pub use self::tickets::{
     MAX_TICKET_KEYS, NoRandom, TICKET_KEY_LIFE_MS, TicketKeys, TicketKeysError, Tickets,

@@ -11,6 +11,17 @@ pub struct Certificate {
     pub chain: Vec<Vec<u8>>,
     /// DER of the private key: PKCS #8, SEC1 or PKCS #1.
     pub key: Vec<u8>,
+    /// What may be stapled to it.
+    pub staple: Option<Staple>,
+}
+
+/// What is stapled to a certificate (RFC 6066 §8).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Staple {
+    /// DER of an OCSP response, which was checked.
+    pub response: Vec<u8>,
+    /// Not to be stapled from then on, Unix time in milliseconds.
+    pub until_ms: u64,
 }
 
 impl std::fmt::Debug for Certificate {
@@ -34,7 +45,7 @@ pub enum SourceError {
 /// Hands out certificates. An edge asks for each one when it is needed for the first time, on its control thread,
 /// and again after it was not needed for long.
 pub trait CertificateSource: Send + Sync {
-    /// Chain and key of a certificate, which the table names for `domain`.
+    /// Chain and key of a certificate, which the table names for `domain`. Asked again when the table names another staple.
     fn load<'a>(
         &'a self,
         id: CertificateId,

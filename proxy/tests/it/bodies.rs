@@ -448,7 +448,7 @@ fn a_connection_that_falls_silent_with_a_stream_that_was_let_go_is_closed() {
 
 #[test]
 fn an_answer_of_one_piece_that_its_client_leaves_no_room_for_does_not_keep_its_connection() {
-    let (came, head_came) = std::sync::mpsc::channel();
+    let (came, head_came) = mpsc::channel();
     let head_came = std::sync::Mutex::new(head_came);
     let origin = Origin::scripted(move |conn| {
         conn.head().expect("a request");

@@ -30,6 +30,7 @@ mod rules;
 mod scripted;
 mod shutdown;
 mod stale;
+mod staples;
 mod support;
 mod tls;
 mod tls_policy;
