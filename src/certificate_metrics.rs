@@ -13,7 +13,8 @@ const MAX_DOMAINS: usize = 10_000;
 const NOT_AFTER: &str = "peregrine_certificate_not_after_seconds";
 
 /// States as metrics have them: every one is there, also where it is nobody's.
-const STATES: [&str; 7] = ["new", "waiting_for_dns", "waiting", "ordering", "valid", "expired", "failed"];
+const STATES: [&str; 8] =
+    ["new", "waiting_for_dns", "waiting", "ordering", "valid", "expired", "failed", "revoked"];
 
 /// Says what each is.
 pub(crate) fn describe() {
@@ -82,6 +83,7 @@ const fn state(state: &DomainState) -> &'static str {
         DomainState::Valid { .. } => STATES[4],
         DomainState::Expired { .. } => STATES[5],
         DomainState::Failed { .. } => STATES[6],
+        DomainState::Revoked { .. } => STATES[7],
     }
 }
 

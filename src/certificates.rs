@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use peregrine_config::{ClientAuthSettings, DomainEntry, DomainFiles, ServerConfig};
-use peregrine_proxy::{Certificate, CertificateSource, SourceError};
+use peregrine_proxy::{Certificate, CertificateSource, SourceError, Staple};
 use peregrine_routing::{
     CertificateId, ClientAuth, DomainPolicy, DomainSpec, Domains, HostPattern, Hsts, TableReader, TlsMode,
     TlsVersion,
@@ -54,16 +54,18 @@ impl AllCertificates {
             Ok(bundle) => Ok(Certificate {
                 chain: bundle.chain.iter().map(|der| der.to_vec()).collect(),
                 key: bundle.key.secret_der().to_vec(),
+                staple: kept.staple(&bundle).await.map(|(response, until_ms)| Staple { response, until_ms }),
             }),
             Err(peregrine_certs::LoadError::Absent(_)) => Err(SourceError::Unknown),
             Err(error) => Err(SourceError::Failed(error.to_string())),
         }
     }
 
-    /// Somebody shook hands for a name that has no certificate.
-    pub(crate) fn is_wanted(&self, name: &str) {
-        if let Some(kept) = self.kept.get() {
-            kept.wanted(name);
+    /// Somebody shakes hands for a name that has no certificate. Resolves to whether the table has one, when that is known.
+    pub(crate) fn is_wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        match self.kept.get() {
+            Some(kept) => kept.wanted(name),
+            None => std::future::ready(false).boxed(),
         }
     }
 }
@@ -77,8 +79,8 @@ impl CertificateSource for AllCertificates {
         self.find(id).boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.is_wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.is_wanted(name)
     }
 }
 
@@ -194,11 +196,11 @@ fn domain(entry: &DomainEntry) -> Result<(DomainSpec, Option<Certificate>)> {
     let name = HostPattern::parse(&entry.name)?;
     let policy = policy(entry)?;
     let DomainFiles::Certificate { chain, key } = &entry.files else {
-        return Ok((DomainSpec { name, certificate: None, policy }, None));
+        return Ok((DomainSpec { name, certificate: None, staple: None, policy }, None));
     };
     let certificate = certificate(chain, key)?;
     let id = peregrine_proxy::certificate_id(&certificate.chain[0]);
-    Ok((DomainSpec { name, certificate: Some(id), policy }, Some(certificate)))
+    Ok((DomainSpec { name, certificate: Some(id), staple: None, policy }, Some(certificate)))
 }
 
 fn policy(entry: &DomainEntry) -> Result<DomainPolicy> {
@@ -245,7 +247,8 @@ fn certificate(chain_file: &Path, key_file: &Path) -> Result<Certificate> {
         );
     }
     let chain = chain.into_iter().map(|certificate| certificate.to_vec()).collect();
-    Ok(Certificate { chain, key: key.secret_der().to_vec() })
+    // Who brings files staples nothing: nobody asks a responder for them.
+    Ok(Certificate { chain, key: key.secret_der().to_vec(), staple: None })
 }
 
 fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
@@ -271,7 +274,7 @@ mod tests {
     use super::*;
 
     fn read(number: u8) -> Loaded {
-        let certificate = Certificate { chain: vec![vec![number]], key: Vec::new() };
+        let certificate = Certificate { chain: vec![vec![number]], key: Vec::new(), staple: None };
         Loaded {
             certificates: HashMap::from([(CertificateId([number; 32]), certificate)]),
             ..Loaded::default()
@@ -285,6 +288,7 @@ mod tests {
             let domain = DomainSpec {
                 name: HostPattern::parse("a.test").expect("a name"),
                 certificate: Some(CertificateId([number; 32])),
+                staple: None,
                 policy: DomainPolicy::default(),
             };
             writer.apply(&[Change::PutDomain(domain)]).expect("is accepted");

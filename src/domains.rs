@@ -25,12 +25,13 @@ use peregrine_config::{AcmeAuthority, AcmeChallenge, AcmeExternalAccount, AcmeSe
 use peregrine_engine::vault::{VaultExpected, VaultWrite};
 use peregrine_engine::{DomainChange, EngineError, EngineHandle};
 use peregrine_routing::{
-    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, TableReader,
+    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, StapleId,
+    TableReader,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// File of the key with which private keys are sealed, in the data folder.
 pub(crate) const KEY_FILE: &str = "certificates.key";
@@ -42,8 +43,12 @@ const POLICIES: &str = "front/";
 const ORDERS: certs::BudgetLimit = certs::BudgetLimit { orders: 150, window_ms: 3 * 3_600_000 };
 const ORDERS_PER_DOMAIN: certs::BudgetLimit =
     certs::BudgetLimit { orders: 25, window_ms: 7 * 24 * 3_600_000 };
-/// Names that edges were asked for, and that are decided on at a time. Whoever is beyond comes again.
+/// Names that edges are asked for, and that are decided on at a time. Whoever is beyond comes again.
 const MAX_WANTED: usize = 64;
+/// Names whose certificates edges wait for at a time.
+const MAX_AWAITED: usize = 1_024;
+/// Longest wait for one; edges wait no longer than this whatever their configuration says (`[edge.limits] certificate_wait`).
+const MAX_AWAITED_MS: u64 = 60_000;
 /// Authorities of clients for one domain.
 const MAX_CLIENT_AUTHORITIES: usize = 32;
 /// Domains that are put into the table at once when the server starts: a change is held in memory twice.
@@ -116,7 +121,7 @@ struct Edges {
 #[derive(Default)]
 struct Shown {
     served: BTreeMap<String, Served>,
-    certificates: BTreeMap<String, CertificateId>,
+    certificates: BTreeMap<String, (CertificateId, Option<StapleId>)>,
     /// Names that the configuration file decides on.
     configured: BTreeSet<String>,
 }
@@ -133,6 +138,7 @@ pub(crate) struct Kept {
     /// For control work: edges ask from threads of their own.
     runtime: tokio::runtime::Handle,
     wanted: Arc<Semaphore>,
+    awaited: Arc<Semaphore>,
     vault: Arc<Records>,
 }
 
@@ -164,8 +170,9 @@ impl Kept {
         let manager =
             Manager::open(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system()).await?;
         let (orders, changing) = (acme.is_some(), tokio::sync::Mutex::default());
-        let wanted = Arc::new(Semaphore::new(MAX_WANTED));
-        let kept = Self { manager, edges, engine: engine.clone(), orders, changing, runtime, wanted, vault };
+        let (wanted, awaited) = (Arc::new(Semaphore::new(MAX_WANTED)), Arc::new(Semaphore::new(MAX_AWAITED)));
+        let engine = engine.clone();
+        let kept = Self { manager, edges, engine, orders, changing, runtime, wanted, awaited, vault };
         kept.show();
         Ok(kept)
     }
@@ -178,7 +185,9 @@ impl Kept {
     /// Puts what is known into the table: a table that is made anew has no domains.
     fn show(&self) {
         let mut shown = self.edges.shown();
-        self.manager.for_each_served(|name, id| drop(shown.certificates.insert(name.to_owned(), id)));
+        self.manager.for_each_served(|name, id, staple| {
+            shown.certificates.insert(name.to_owned(), (id, staple));
+        });
         let mut changes = shown.certificates.keys().filter_map(|name| shown.change(name));
         loop {
             let some: Vec<_> = changes.by_ref().take(MAX_SHOWN_AT_ONCE).collect();
@@ -217,17 +226,52 @@ impl Kept {
         self.manager.load(id).await
     }
 
-    /// An edge was asked for `name`, for which it has nothing: whether it may have one is decided here, and whoever asked comes
-    /// again.
-    pub(crate) fn wanted(self: &Arc<Self>, name: &str) {
-        let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return };
+    /// What may be stapled to a certificate now, and until when (Unix time in milliseconds). That it cannot be read is told, and
+    /// is no reason not to serve.
+    pub(crate) async fn staple(&self, bundle: &certs::Bundle) -> Option<(Vec<u8>, u64)> {
+        let found = self.manager.staple(bundle).await;
+        found.unwrap_or_else(|error| {
+            tracing::error!(certificate = %bundle.leaf.id, %error, "what is stapled to a certificate cannot be read");
+            None
+        })
+    }
+
+    /// An edge is asked for `name`, for which it has nothing: whether it may have one is decided here. Resolves when the edges
+    /// have been told of its certificate (true), or when none comes soon.
+    pub(crate) fn wanted(self: &Arc<Self>, name: &str) -> BoxFuture<'static, bool> {
+        let no = || std::future::ready(false).boxed();
+        // Of most names that strangers make up that is known here: they cost no task.
+        if !self.manager.could_have(name) {
+            return no();
+        }
+        let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return no() };
         let (kept, name) = (Arc::clone(self), name.to_owned());
+        let (answer, answered) = oneshot::channel();
+        // A task of its own: what has begun goes on also when nobody waits for it.
         self.runtime.spawn(async move {
-            let _place = place;
-            if let Err(error) = kept.manager.obtain(&name, 0).await {
-                tracing::debug!(%name, %error, "no certificate on demand");
-            }
+            let has = kept.is_obtained(&name, place).await;
+            // Who asked may have left.
+            let _ = answer.send(has);
         });
+        async move { answered.await.unwrap_or(false) }.boxed()
+    }
+
+    /// Decides on a name, and then waits for its certificate.
+    async fn is_obtained(&self, name: &str, place: OwnedSemaphorePermit) -> bool {
+        let decided = self.manager.obtain(name, 0).await;
+        // A place is for a decision: those who wait keep nobody from his.
+        drop(place);
+        let awaited = match (decided, self.awaited.try_acquire()) {
+            (Err(ManagerError::NotYet { .. }), Ok(_place)) => self.manager.obtain(name, MAX_AWAITED_MS).await,
+            (decided, _) => decided,
+        };
+        match awaited {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(%name, %error, "no certificate on demand");
+                false
+            }
+        }
     }
 
     fn told(&self, view: DomainView) -> Domain {
@@ -240,6 +284,7 @@ impl Kept {
                 certs::DomainState::Ordering { .. } => DomainState::Ordering,
                 certs::DomainState::Valid { .. } => DomainState::Valid,
                 certs::DomainState::Expired { .. } => DomainState::Expired,
+                certs::DomainState::Revoked { .. } => DomainState::Revoked,
                 certs::DomainState::Failed { .. } => DomainState::Failed,
             },
             message: view.state.to_string(),
@@ -297,10 +342,10 @@ impl Shown {
         if self.configured.contains(name) {
             return None;
         }
-        let certificate = *self.certificates.get(name)?;
+        let (certificate, staple) = *self.certificates.get(name)?;
         let policy = self.served.get(name).cloned().unwrap_or_default().policy();
         let name = HostPattern::parse(name).ok()?;
-        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), policy }))
+        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), staple, policy }))
     }
 
     /// Whether there was something to forget.
@@ -347,10 +392,11 @@ impl certs::Front for Edges {
         &self,
         name: HostPattern,
         certificate: CertificateId,
+        staple: Option<StapleId>,
     ) -> BoxFuture<'_, Result<(), certs::FrontError>> {
         let name = name.to_string();
         let mut shown = self.shown();
-        shown.certificates.insert(name.clone(), certificate);
+        shown.certificates.insert(name.clone(), (certificate, staple));
         let change = shown.change(&name);
         drop(shown);
         async move {

@@ -12,8 +12,8 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -21,8 +21,8 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _};
 use peregrine_certs::SealKey;
 use peregrine_link::{KeyedCertificate, PlaceHandle, SecretsHandle};
-use peregrine_proxy::{Certificate, CertificateSource, SourceError, TicketKeys, Tickets};
-use peregrine_routing::{CertificateId, HostPattern, TableReader, TlsMode};
+use peregrine_proxy::{Certificate, CertificateSource, SourceError, Staple, TicketKeys, Tickets};
+use peregrine_routing::{CertificateId, HostPattern, StapleId, TableReader, TlsMode};
 use tokio::sync::watch;
 
 use crate::certificates::FileCertificates;
@@ -61,6 +61,13 @@ pub(crate) struct EdgeSecrets {
     first_keys: TicketKeys,
     /// Certificates on the disk.
     kept: AtomicUsize,
+    /// What is stapled to those on the disk, as far as it is known.
+    staples: Mutex<HashMap<CertificateId, Option<StapleId>>>,
+}
+
+/// The name of what is stapled to a certificate.
+fn staple_of(certificate: &KeyedCertificate) -> Option<StapleId> {
+    certificate.staple.as_ref().map(|staple| peregrine_proxy::staple_id(&staple.response))
 }
 
 impl EdgeSecrets {
@@ -98,6 +105,7 @@ impl EdgeSecrets {
             tickets,
             first_keys,
             kept,
+            staples: Mutex::default(),
         }))
     }
 
@@ -184,6 +192,7 @@ impl EdgeSecrets {
         let mut kept = here.len();
         if self.place.owns_disk() {
             for id in here.difference(&named) {
+                self.staples().remove(id);
                 match std::fs::remove_file(self.path(*id)) {
                     Ok(()) => kept -= 1,
                     Err(error) => {
@@ -202,7 +211,7 @@ impl EdgeSecrets {
         fetched.fold(true, |all, one| std::future::ready(all && one)).await
     }
 
-    /// Which of those on the disk the table names, and what it names that is neither there nor in a file.
+    /// Which of those on the disk the table names, and what it names that is neither there, with its staple, nor in a file.
     fn compare(
         &self,
         here: &HashSet<CertificateId>,
@@ -214,6 +223,11 @@ impl EdgeSecrets {
             };
             if here.contains(&id) {
                 named.insert(id);
+            }
+            let is_here =
+                || here.contains(&id) && domain.staple.is_none_or(|staple| self.has_staple(id, staple));
+            if is_here() {
+                // As the table names it.
             } else if missing.len() < MAX_AHEAD && !self.files.has(id) {
                 missing.entry(id).or_insert_with(|| domain.name.clone());
             }
@@ -227,6 +241,21 @@ impl EdgeSecrets {
     }
 
     // --- a certificate
+
+    fn staples(&self) -> MutexGuard<'_, HashMap<CertificateId, Option<StapleId>>> {
+        self.staples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a certificate on the disk has this staple. It is opened once for that.
+    fn has_staple(&self, id: CertificateId, staple: StapleId) -> bool {
+        let known = self.staples().get(&id).copied();
+        let has = known.unwrap_or_else(|| {
+            let has = self.kept(id).as_ref().and_then(staple_of);
+            self.staples().insert(id, has);
+            has
+        });
+        has == Some(staple)
+    }
 
     fn path(&self, id: CertificateId) -> PathBuf {
         self.data.join(FOLDER).join(id.to_string())
@@ -258,6 +287,7 @@ impl EdgeSecrets {
         if given.chain.first().is_none_or(|first| peregrine_proxy::certificate_id(first) != id) {
             return Err(SourceError::Failed("the engine has given another certificate".to_owned()));
         }
+        self.staples().insert(id, staple_of(&given));
         if self.kept.fetch_add(1, Ordering::Relaxed) < MAX_KEPT {
             let bytes = given.to_bytes().map_err(anyhow::Error::from);
             let sealed = bytes.and_then(|bytes| Ok(self.seal.seal(&record(id), &bytes)?));
@@ -285,17 +315,26 @@ impl CertificateSource for EdgeSecrets {
             if let Some(found) = self.files.find(id) {
                 return Ok(found);
             }
-            let KeyedCertificate { chain, key } = match self.kept(id) {
-                Some(kept) => kept,
+            let wanted = self.reader.load().domains().of(domain).and_then(|domain| domain.staple);
+            let kept = self.kept(id);
+            let will_do = |kept: &KeyedCertificate| {
+                wanted.is_none() || staple_of(kept) == wanted || !self.engine.is_connected()
+            };
+            let found = match kept {
+                Some(kept) if will_do(&kept) => kept,
+                // What is here is presented, if there is nothing newer to be had.
+                Some(kept) => self.fetched(id, domain).await.unwrap_or(kept),
                 None => self.fetched(id, domain).await?,
             };
-            Ok(Certificate { chain, key: key.bytes().to_vec() })
+            let KeyedCertificate { chain, key, staple } = found;
+            let staple = staple.map(|given| Staple { response: given.response, until_ms: given.until_ms });
+            Ok(Certificate { chain, key: key.bytes().to_vec(), staple })
         }
         .boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.engine.wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.engine.wanted(name)
     }
 }
 

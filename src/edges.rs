@@ -8,8 +8,9 @@ use peregrine_api::types::{Edge, EdgeState, Invite, instant};
 use peregrine_api::{Edges, EdgesError};
 use peregrine_link::{
     EdgeState as Standing, EdgeView, KeyedCertificate, LinkHandle, RegistryError, Secret, Secrets,
+    Staple as Given,
 };
-use peregrine_proxy::SourceError;
+use peregrine_proxy::{Certificate, SourceError, Staple};
 use peregrine_routing::CertificateId;
 use tokio::sync::watch;
 
@@ -40,7 +41,10 @@ impl Secrets for Handed {
     fn certificate(&self, id: CertificateId) -> BoxFuture<'_, Result<Option<KeyedCertificate>, String>> {
         async move {
             match self.certificates.find(id).await {
-                Ok(found) => Ok(Some(KeyedCertificate { chain: found.chain, key: Secret::new(found.key) })),
+                Ok(Certificate { chain, key, staple }) => {
+                    let staple = staple.map(|Staple { response, until_ms }| Given { response, until_ms });
+                    Ok(Some(KeyedCertificate { chain, key: Secret::new(key), staple }))
+                }
                 Err(SourceError::Unknown) => Ok(None),
                 Err(error @ SourceError::Failed(_)) => Err(error.to_string()),
             }
@@ -48,8 +52,8 @@ impl Secrets for Handed {
         .boxed()
     }
 
-    fn wanted(&self, name: &str) {
-        self.certificates.is_wanted(name);
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
+        self.certificates.is_wanted(name)
     }
 
     fn ticket_keys(&self) -> watch::Receiver<Secret> {

@@ -11,7 +11,7 @@ use rustls::pki_types::pem::PemObject as _;
 
 use crate::support::apart::{Edge, LEASE_MS, files_below, wait_for_state};
 use crate::support::pebble::Pebble;
-use crate::support::server::{Peregrine, free_address};
+use crate::support::server::{Peregrine, free_address, http_get};
 use crate::support::tls::{TlsClient, over_tls};
 use crate::support::wait_for;
 
@@ -116,6 +116,28 @@ fn an_edge_apart_is_given_certificates_and_presents_them_without_an_engine_and_h
     server.ok(&["domains", "remove", NAME, "--yes"]);
     wait_for("it to be forgotten", || (certificates_of(&edge) == 1).then_some(()));
     assert!(over_tls(https, NAME).is_none() && over_tls(https, OTHER).is_some());
+}
+
+#[test]
+fn a_first_handshake_at_an_edge_apart_waits_for_a_certificate_on_demand_which_comes_over_the_link() {
+    let (_runtime, origin) = origin();
+    let (link, https) = (free_address(), free_address());
+    let edge = Edge::fresh("edge-1");
+    let Some(pebble) = Pebble::start(edge.http(), https) else { return };
+    let server = Peregrine::start_engine(&format!(
+        "[link]\nlisten = \"{link}\"\nlease = \"{LEASE_MS}ms\"\n\n{}on_demand = \"owned\"\n\n\
+         [service.shop]\nhosts = [\"{NAME}\", \"*\"]\nupstreams = [\"{}\"]\n",
+        pebble.configuration(),
+        origin.addr(),
+    ));
+    let edge = edge.join_with_https_and(&server, link, https, "[edge.limits]\ncertificate_wait = \"60s\"\n");
+    wait_for("the edge to serve", || http_get(edge.http(), "/"));
+    assert!(over_tls(https, OTHER).is_none(), "it is nobody's");
+    let (answer, presented) = over_tls(https, NAME).expect("the first handshake has it");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let domains = server.ok(&["domains", "list"]);
+    assert_eq!((&domains[0]["origin"], &domains[0]["certificate"]), (&"on_demand".into(), &presented.into()));
+    assert_eq!((domains.as_array().map(Vec::len), pebble.issued()), (Some(1), 1));
 }
 
 #[test]

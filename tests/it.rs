@@ -18,6 +18,7 @@ mod lived;
 mod malformed;
 mod mirror;
 mod moves;
+mod ocsp;
 mod partition;
 mod restart;
 mod serve;

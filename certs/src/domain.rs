@@ -4,7 +4,7 @@
 use std::fmt;
 
 use jiff::Timestamp;
-use peregrine_routing::CertificateId;
+use peregrine_routing::{CertificateId, StapleId};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::Limits;
@@ -35,6 +35,9 @@ pub(crate) struct Domain {
     /// An authority has asked for patience until then: nobody hurries it.
     #[serde(default)]
     pub(crate) not_before_ms: u64,
+    /// When an order was last begun because a certificate was revoked; 0: never.
+    #[serde(default)]
+    pub(crate) revoked_order_ms: u64,
 }
 
 /// How a domain came here.
@@ -73,6 +76,47 @@ pub(crate) struct Held {
     pub(crate) window: Option<Window>,
     /// The edges were told.
     pub(crate) published: bool,
+    /// What its authority's responder says.
+    #[serde(default)]
+    pub(crate) ocsp: Ocsp,
+}
+
+/// What the responder of a certificate's authority says of it (RFC 6960), and when it is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ocsp {
+    /// When it is asked (again), Unix time in milliseconds; `None`: there is nobody to ask.
+    pub(crate) ask_ms: Option<u64>,
+    /// When the edges are told of what has changed; `None`: they know it.
+    pub(crate) tell_ms: Option<u64>,
+    /// Failures in a row.
+    pub(crate) failures: u32,
+    /// What is stapled.
+    #[serde(with = "hex_staple")]
+    pub(crate) staple: Option<StapleId>,
+    /// Its end.
+    pub(crate) until_ms: u64,
+    /// Since when the certificate is revoked.
+    pub(crate) revoked_ms: Option<u64>,
+}
+
+impl Default for Ocsp {
+    /// Of a certificate of which nobody was asked yet, also one of a record that knew nothing of this.
+    fn default() -> Self {
+        Self { ask_ms: Some(0), tell_ms: None, failures: 0, staple: None, until_ms: 0, revoked_ms: None }
+    }
+}
+
+/// What came of asking a responder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StapleOutcome {
+    /// There is nobody to ask.
+    Nobody,
+    /// This may be stapled.
+    Good { staple: StapleId, this_update_ms: u64, next_update_ms: u64 },
+    /// The authority has revoked the certificate.
+    Revoked { since_ms: u64 },
+    /// No answer, or none that is of use.
+    Failed,
 }
 
 /// When the authority wants a certificate to be renewed (RFC 9773 §4.2).
@@ -123,6 +167,10 @@ const MIN_AGE_MS: u64 = 3_600_000;
 /// Nothing is put off for longer: seven days, as long as an authority's `Retry-After` is believed.
 const MAX_WAIT_MS: u64 = 7 * 24 * 3_600_000;
 
+/// A responder is asked again after this time at the earliest and at the latest.
+const STAPLE_MIN_MS: u64 = 60_000;
+const STAPLE_MAX_MS: u64 = 4 * 24 * 3_600_000;
+
 /// What is to be done for a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
@@ -132,6 +180,8 @@ pub(crate) enum Task {
     Order,
     /// Ask the authority when to renew.
     AskWindow,
+    /// Ask its responder for what is stapled, or tell the edges of it.
+    Staple,
 }
 
 /// How an attempt ended.
@@ -185,6 +235,15 @@ pub enum DomainState {
         /// Since when, Unix time in milliseconds.
         since_ms: u64,
     },
+    /// The authority has revoked the certificate, and there is no other one yet.
+    Revoked {
+        /// Since when, Unix time in milliseconds.
+        since_ms: u64,
+        /// A new one is ordered by itself; not if somebody brought it.
+        replaced: bool,
+        /// Why the last try to get a new one failed, and when the next one is.
+        trouble: Option<(String, u64)>,
+    },
     /// There is no certificate.
     Failed {
         /// Why.
@@ -208,6 +267,14 @@ impl fmt::Display for DomainState {
                     (Some((why, next)), _) => write!(f, "not renewed yet: {why}, next try {}", Utc(*next)),
                     (None, Some(at)) => write!(f, "renews {}", Utc(*at)),
                     (None, None) => f.write_str("imported, not renewed"),
+                }
+            }
+            Self::Revoked { since_ms, replaced, trouble } => {
+                write!(f, "revoked by its authority {}, ", Utc(*since_ms))?;
+                match (trouble, replaced) {
+                    (Some((why, next)), _) => write!(f, "not replaced yet: {why}, next try {}", Utc(*next)),
+                    (None, true) => f.write_str("a new one is ordered"),
+                    (None, false) => f.write_str("imported, not replaced"),
                 }
             }
             Self::Expired { since_ms } => write!(f, "expired {}, imported, not renewed", Utc(*since_ms)),
@@ -256,6 +323,7 @@ impl Domain {
             failures: 0,
             next_try_ms: 0,
             not_before_ms: 0,
+            revoked_order_ms: 0,
         }
     }
 
@@ -285,6 +353,9 @@ impl Domain {
                 }
                 _ => None,
             };
+            if let Some(since_ms) = held.ocsp.revoked_ms {
+                return DomainState::Revoked { since_ms, replaced: self.automatic, trouble: renewal_failed };
+            }
             return DomainState::Valid {
                 until_ms: held.not_after_ms,
                 renews_ms: self.automatic.then_some(held.renew_at_ms),
@@ -309,6 +380,19 @@ impl Domain {
 
     /// When there is something to do, and what; `None`: never, until somebody changes something.
     pub(crate) fn due(&self, holder: &str) -> Option<(u64, Task)> {
+        let certificate = self.certificate_due(holder);
+        let Some(held) = self.held.as_ref().filter(|held| held.published) else { return certificate };
+        let staple = held.ocsp.tell_ms.or(held.ocsp.ask_ms).map(|due_ms| (due_ms, Task::Staple));
+        match (certificate, staple) {
+            // An order that has begun, or is due, goes first.
+            (Some(certificate), Some(staple)) => {
+                Some(if staple.0 < certificate.0 { staple } else { certificate })
+            }
+            (certificate, staple) => certificate.or(staple),
+        }
+    }
+
+    fn certificate_due(&self, holder: &str) -> Option<(u64, Task)> {
         if let Some(order) = &self.order {
             // Another's order is another's until its lease is over.
             let free_ms = if order.holder == holder { 0 } else { order.lease_until_ms };
@@ -402,6 +486,56 @@ impl Domain {
         }
     }
 
+    /// What follows from asking a responder. `bits` are random.
+    pub(crate) fn settle_staple(&mut self, outcome: StapleOutcome, now_ms: u64, bits: u64, limits: &Limits) {
+        let automatic = self.automatic;
+        let Some(held) = &mut self.held else { return };
+        let ocsp = &mut held.ocsp;
+        let before = ocsp.staple;
+        let mut is_newly_revoked = false;
+        match outcome {
+            StapleOutcome::Nobody => *ocsp = Ocsp { ask_ms: None, ..Ocsp::default() },
+            StapleOutcome::Good { staple, this_update_ms, next_update_ms } => {
+                let ask_ms = staple_again_ms(this_update_ms, next_update_ms, now_ms, bits);
+                *ocsp = Ocsp {
+                    ask_ms: Some(ask_ms),
+                    staple: Some(staple),
+                    until_ms: next_update_ms,
+                    ..Ocsp::default()
+                };
+            }
+            StapleOutcome::Revoked { since_ms } => {
+                is_newly_revoked = ocsp.revoked_ms.is_none();
+                // It may have been on hold only.
+                let ask_ms = Some(now_ms + limits.staple_retry_max_ms);
+                *ocsp = Ocsp { ask_ms, revoked_ms: Some(since_ms), ..Ocsp::default() };
+            }
+            StapleOutcome::Failed => {
+                ocsp.failures = ocsp.failures.saturating_add(1);
+                let pause_ms =
+                    back_off(limits.staple_retry_ms, limits.staple_retry_max_ms, ocsp.failures, bits);
+                ocsp.ask_ms = Some(now_ms + pause_ms);
+                // What was good is good to its end.
+                if ocsp.until_ms <= now_ms {
+                    ocsp.staple = None;
+                }
+            }
+        }
+        if ocsp.staple != before {
+            ocsp.tell_ms = Some(now_ms);
+        }
+        if is_newly_revoked && automatic {
+            // At once; but an authority that revokes all that it has just issued gets one order an hour, not one a second.
+            let earliest_ms = match self.revoked_order_ms {
+                0 => now_ms,
+                last_ms => now_ms.max(last_ms + MIN_AGE_MS),
+            };
+            self.revoked_order_ms = earliest_ms;
+            held.renew_at_ms = held.renew_at_ms.min(earliest_ms);
+            self.hurry(now_ms);
+        }
+    }
+
     fn be_patient(&mut self, now_ms: u64, after_ms: Option<u64>) {
         self.not_before_ms = after_ms.map_or(0, |after_ms| now_ms + after_ms);
     }
@@ -421,6 +555,9 @@ impl Domain {
         }
         if let Some(held) = &mut self.held {
             held.ask_window_ms = held.ask_window_ms.map(|ask_ms| ask_ms.min(now_ms + MAX_WAIT_MS));
+            held.ocsp.ask_ms = held.ocsp.ask_ms.map(|ask_ms| ask_ms.min(now_ms + MAX_WAIT_MS));
+            held.ocsp.tell_ms = held.ocsp.tell_ms.map(|tell_ms| tell_ms.min(now_ms + limits.order_retry_ms));
+            self.revoked_order_ms = self.revoked_order_ms.min(now_ms + MIN_AGE_MS);
         }
     }
 
@@ -476,6 +613,16 @@ pub(crate) fn renew_at_ms(not_before_ms: u64, not_after_ms: u64, window: Option<
     (not_before_ms + life_ms / 3 * 2 + bits % spread_ms).min(latest_ms)
 }
 
+/// When a responder is asked again: at half of an answer's time, or up to a tenth of it earlier, so that what was answered
+/// together is not asked for together; never within a minute, and at the latest after four days, as it may have been revoked.
+fn staple_again_ms(this_update_ms: u64, next_update_ms: u64, now_ms: u64, bits: u64) -> u64 {
+    let life_ms = next_update_ms.saturating_sub(this_update_ms);
+    let at_ms = this_update_ms + life_ms / 2 - bits % (life_ms / 10).max(1);
+    // One that was made long ago: half of what is left.
+    let at_ms = if at_ms > now_ms { at_ms } else { now_ms + next_update_ms.saturating_sub(now_ms) / 2 };
+    at_ms.clamp(now_ms + STAPLE_MIN_MS, now_ms + STAPLE_MAX_MS)
+}
+
 /// Doubles with each failure up to `max_ms`, and is spread over a quarter to both sides.
 pub(crate) fn back_off(base_ms: u64, max_ms: u64, failures: u32, bits: u64) -> u64 {
     let doublings = failures.saturating_sub(1).min(32);
@@ -507,6 +654,25 @@ pub(crate) mod hex_id {
             *byte = u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).ok()?;
         }
         Some(CertificateId(id))
+    }
+}
+
+/// Names of staples, where there may be none.
+mod hex_staple {
+    use peregrine_routing::StapleId;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(id: &Option<StapleId>, to: S) -> Result<S::Ok, S::Error> {
+        id.map(|id| id.to_string()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<StapleId>, D::Error> {
+        let parse = |text: String| {
+            let id = super::hex_id::parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"))?;
+            Ok(StapleId(id.0))
+        };
+        Option::<String>::deserialize(from)?.map(parse).transpose()
     }
 }
 
@@ -553,6 +719,7 @@ mod tests {
             ask_window_ms: None,
             window: None,
             published: true,
+            ocsp: Ocsp { ask_ms: None, ..Ocsp::default() },
         }
     }
 
@@ -633,6 +800,114 @@ mod tests {
             Some((ADDED_MS + MIN_AGE_MS, Task::Order)),
             "revoked: soon, and not at once again"
         );
+    }
+
+    const LIFE_MS: u64 = 7 * DAY_MS;
+
+    fn good(id: u8, this_update_ms: u64) -> StapleOutcome {
+        let next_update_ms = this_update_ms + LIFE_MS;
+        StapleOutcome::Good { staple: StapleId([id; 32]), this_update_ms, next_update_ms }
+    }
+
+    fn stapled(domain: &Domain) -> Option<u8> {
+        domain.held.as_ref().and_then(|held| held.ocsp.staple).map(|id| id.0[0])
+    }
+
+    /// One whose responder is to be asked.
+    fn served() -> Domain {
+        let mut domain = domain();
+        domain.held = Some(Held { ocsp: Ocsp::default(), ..held(ADDED_MS, 90) });
+        domain
+    }
+
+    #[test]
+    fn a_staple_is_told_when_it_changes_and_asked_for_again_at_half_of_its_time() {
+        let limits = Limits::default();
+        let mut domain = served();
+        assert_eq!(domain.due("one"), Some((0, Task::Staple)));
+        for (bits, id) in [(0, 1), (LIFE_MS / 10 - 1, 2), (u64::MAX, 3)] {
+            domain.settle_staple(good(id, ADDED_MS), ADDED_MS, bits, &limits);
+            assert_eq!(domain.due("one"), Some((ADDED_MS, Task::Staple)), "the edges are told");
+            domain.held.as_mut().unwrap().ocsp.tell_ms = None;
+            let (ask_ms, task) = domain.due("one").unwrap();
+            assert_eq!((stapled(&domain), task), (Some(id), Task::Staple));
+            assert!(ask_ms <= ADDED_MS + LIFE_MS / 2 && ask_ms > ADDED_MS + LIFE_MS / 2 - LIFE_MS / 10);
+        }
+        domain.settle_staple(good(3, ADDED_MS), ADDED_MS, 0, &limits);
+        assert_eq!(domain.held.as_ref().unwrap().ocsp.tell_ms, None, "it is the same one");
+        // One that was made long ago, one for years, one for a second.
+        let again = |this_ms, next_ms| staple_again_ms(this_ms, next_ms, ADDED_MS, 0) - ADDED_MS;
+        assert_eq!(again(ADDED_MS - 6 * DAY_MS, ADDED_MS + DAY_MS), DAY_MS / 2);
+        assert_eq!(again(ADDED_MS, ADDED_MS + 365 * DAY_MS), STAPLE_MAX_MS);
+        assert_eq!(again(ADDED_MS, ADDED_MS + 1_000), STAPLE_MIN_MS);
+    }
+
+    #[test]
+    fn a_responder_that_fails_is_asked_later_and_later_and_what_was_good_is_stapled_to_its_end() {
+        let limits = Limits::default();
+        let mut domain = served();
+        domain.settle_staple(good(1, ADDED_MS), ADDED_MS, 0, &limits);
+        domain.held.as_mut().unwrap().ocsp.tell_ms = None;
+        let (mut now_ms, mut pause_ms) = (ADDED_MS + LIFE_MS / 2, 0);
+        while now_ms < ADDED_MS + LIFE_MS {
+            assert_eq!(stapled(&domain), Some(1));
+            domain.settle_staple(StapleOutcome::Failed, now_ms, 0, &limits);
+            let next_ms = domain.due("one").unwrap().0;
+            assert!(next_ms - now_ms >= pause_ms && next_ms - now_ms <= limits.staple_retry_max_ms);
+            (now_ms, pause_ms) = (next_ms, next_ms - now_ms);
+        }
+        domain.settle_staple(StapleOutcome::Failed, now_ms, 0, &limits);
+        assert_eq!((stapled(&domain), domain.due("one")), (None, Some((now_ms, Task::Staple))), "it is over");
+        domain.settle_staple(StapleOutcome::Nobody, now_ms, 0, &limits);
+        assert_eq!(domain.due("one").map(|(_, task)| task), Some(Task::Order), "nobody is asked any more");
+    }
+
+    #[test]
+    fn a_certificate_that_is_revoked_is_replaced_at_once_and_those_after_it_once_an_hour() {
+        let limits = Limits::default();
+        let mut domain = served();
+        domain.settle_staple(good(1, ADDED_MS), ADDED_MS, 0, &limits);
+        let revoked = StapleOutcome::Revoked { since_ms: ADDED_MS };
+        let now_ms = ADDED_MS + DAY_MS;
+        domain.settle_staple(revoked, now_ms, 0, &limits);
+        assert_eq!(stapled(&domain), None);
+        let words = "revoked by its authority 2027-01-15T08:00:00Z, a new one is ordered";
+        assert_eq!(domain.state(now_ms).to_string(), words);
+        // First the order, then the edges, which is of the same moment.
+        assert_eq!(domain.due("one"), Some((now_ms, Task::Order)));
+        let lost = Outcome::Lost { why: "it said no".into(), after_ms: None };
+        let words = settled(&mut domain, lost, now_ms);
+        assert!(words.contains("not replaced yet: it said no, next try 2027-01-16T08:00:45Z"), "{words}");
+        assert_eq!(domain.due("one"), Some((now_ms, Task::Staple)), "nobody waits with that for the order");
+        domain.held.as_mut().unwrap().ocsp.tell_ms = None;
+        // Said again it changes nothing.
+        let due = domain.certificate_due("one");
+        domain.settle_staple(revoked, now_ms, 0, &limits);
+        assert_eq!(domain.certificate_due("one"), due);
+        // Each new one is revoked as soon as it is there.
+        let fresh = |at_ms| Held { ocsp: Ocsp::default(), ..held(at_ms, 90) };
+        domain.settle(Outcome::Issued(fresh(now_ms)), now_ms, 0, &limits);
+        assert!(matches!(domain.state(now_ms), DomainState::Valid { .. }));
+        domain.settle_staple(revoked, now_ms + 1, 0, &limits);
+        assert_eq!(domain.certificate_due("one"), Some((now_ms + MIN_AGE_MS, Task::Order)));
+        // What somebody brought nobody replaces.
+        domain.import(fresh(now_ms));
+        domain.settle_staple(revoked, now_ms, 0, &limits);
+        assert!(domain.state(now_ms).to_string().ends_with("imported, not replaced"));
+        assert_eq!(domain.certificate_due("one"), None);
+    }
+
+    #[test]
+    fn a_record_that_knew_nothing_of_responders_is_read_and_its_responder_asked() {
+        let mut record = serde_json::to_value(served()).unwrap();
+        record.as_object_mut().unwrap().remove("revoked_order_ms");
+        record["held"].as_object_mut().unwrap().remove("ocsp");
+        let domain: Domain = serde_json::from_value(record).unwrap();
+        assert_eq!(domain, served());
+        let mut domain = served();
+        domain.settle_staple(good(1, ADDED_MS), ADDED_MS, 0, &Limits::default());
+        let read: Domain = serde_json::from_slice(&serde_json::to_vec(&domain).unwrap()).unwrap();
+        assert_eq!(read, domain);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The edges, as far as certificates are concerned.
 
 use futures_util::future::BoxFuture;
-use peregrine_routing::{CertificateId, ChallengeId, ChallengeSpec, HostPattern};
+use peregrine_routing::{CertificateId, ChallengeId, ChallengeSpec, HostPattern, StapleId};
 
 /// Why the edges did not do what they were told. A retry is safe.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -25,10 +25,15 @@ pub trait Front: Send + Sync + 'static {
     /// [`FrontError`].
     fn withdraw(&self, challenge: ChallengeId) -> BoxFuture<'_, Result<(), FrontError>>;
 
-    /// From now on `name` is served with `certificate`, which is in the vault.
+    /// From now on `name` is served with `certificate`, which is in the vault, and with `staple`, if there is one, which
+    /// lies beside it.
     ///
     /// # Errors
     /// [`FrontError`].
-    fn publish(&self, name: HostPattern, certificate: CertificateId)
-    -> BoxFuture<'_, Result<(), FrontError>>;
+    fn publish(
+        &self,
+        name: HostPattern,
+        certificate: CertificateId,
+        staple: Option<StapleId>,
+    ) -> BoxFuture<'_, Result<(), FrontError>>;
 }

@@ -23,6 +23,7 @@ mod front;
 pub mod fuzzing;
 mod limits;
 mod manager;
+mod ocsp;
 mod pem;
 mod sealed;
 mod vault;

@@ -28,6 +28,10 @@ pub struct Limits {
     pub dns_propagation_ms: u64,
     /// Orders under way at once.
     pub max_orders: usize,
+    /// First pause after a responder gave no staple; doubles with each further failure.
+    pub staple_retry_ms: u64,
+    /// Longest pause after a responder gave no staple, and between two questions for a certificate that was revoked.
+    pub staple_retry_max_ms: u64,
     /// First pause for an authority that does not answer; doubles with each further failure.
     pub ca_pause_ms: u64,
     /// Longest pause for an authority that does not answer.
@@ -50,6 +54,8 @@ impl Default for Limits {
             poll_patience_ms: 90_000,
             dns_propagation_ms: 120_000,
             max_orders: 8,
+            staple_retry_ms: 60_000,
+            staple_retry_max_ms: 3_600_000,
             ca_pause_ms: 10_000,
             ca_pause_max_ms: 600_000,
         }

@@ -9,6 +9,7 @@ use crate::raw::{Fields, Node, quoted};
 use crate::service::unlimited;
 
 const HOUR_MS: u64 = 3_600_000;
+const MINUTE_MS: u64 = 60_000;
 /// Where the edge listens unless told otherwise: on loopback, so that nothing is open that nobody opened, and
 /// on a port that needs no root.
 pub(crate) const DEFAULT_HTTP: &str = "127.0.0.1:8080";
@@ -100,6 +101,18 @@ fn set_limits(fields: &mut Fields<'_>, config: &mut Config) {
     fields.set_duration("handshake_timeout", &mut limits.handshake_timeout_ms, 1..=HOUR_MS);
     fields.set_integer("max_handshakes_per_core", &mut limits.max_handshakes_per_core, 1..=MAX_COUNT);
     fields.set_integer("max_handshakes_per_network", &mut limits.max_handshakes_per_network, 1..=MAX_COUNT);
+    fields.set_duration("certificate_wait", &mut limits.certificate_wait_ms, 0..=MINUTE_MS);
+    fields.set_integer("max_certificate_waits", &mut limits.max_certificate_waits, 0..=MAX_COUNT);
+    fields.set_integer(
+        "max_certificate_waits_per_core",
+        &mut limits.max_certificate_waits_per_core,
+        0..=MAX_COUNT,
+    );
+    fields.set_integer(
+        "max_certificate_waits_per_network",
+        &mut limits.max_certificate_waits_per_network,
+        0..=MAX_COUNT,
+    );
     fields.set_integer("max_certificates", &mut limits.max_certificates, 2..=100 * MAX_COUNT);
     fields.set_integer(
         "http2_max_local_error_resets",

@@ -61,7 +61,7 @@ impl Run {
         let number = number.map_or(0, |text| text.len() as u8);
         self.model.domains.insert(name.to_string(), number);
         let certificate = Some(CertificateId([number; 32]));
-        self.apply(Change::PutDomain(DomainSpec { name, certificate, policy: DomainPolicy::default() }));
+        self.apply(Change::PutDomain(DomainSpec { name, certificate, staple: None, policy: DomainPolicy::default() }));
     }
 
     fn no(&mut self, pattern: &str) {

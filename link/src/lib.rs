@@ -36,7 +36,7 @@ pub use saved::{Saved, SavedError, SavedTable};
 pub use secrets::Secrets;
 pub use server::{EdgeState, EdgeView, Link, LinkConfig, LinkError, LinkHandle, PATIENCE_LEASES};
 pub use token::{JoinToken, TokenError};
-pub use wire::{KeyedCertificate, Secret};
+pub use wire::{KeyedCertificate, Secret, Staple};
 
 /// How long an edge that is not heard of is waited for, unless the operator says otherwise: longer than a network
 /// takes to find another way, short enough that a move does not stand still for it.

@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files;
-use crate::wire::{BadHost, KeptService, RulesOfForm3, WireDomain, WireProxyProtocol, WireRules};
+use crate::wire::{
+    BadHost, DomainOfForm4, KeptService, RulesOfForm3, WireDomain, WireProxyProtocol, WireRules,
+};
 
 const FILE: &str = "table";
 const FILE_BEFORE: &str = "table.before";
@@ -24,7 +26,7 @@ const MAGIC: &[u8; 16] = b"peregrine table\x01";
 /// Form of the content: the number that the link had when the two were parted. It is raised when [`KeptService`] changes,
 /// and then the forms before it are read too: an edge that is brought up to another version begins with what it had.
 const FORM: u16 = 5;
-/// Nobody is told for whom a connection is.
+/// Nobody is told for whom a connection is, and nothing is stapled to certificates; nor in those before it.
 const FORM_4: u16 = 4;
 /// Rules say less in it.
 const FORM_3: u16 = 3;
@@ -98,7 +100,7 @@ struct ContentOfForm3 {
     form: u16,
     epoch: u64,
     services: Vec<KeptService>,
-    domains: Vec<WireDomain>,
+    domains: Vec<DomainOfForm4>,
     rules: Vec<(u32, RulesOfForm3)>,
 }
 
@@ -107,7 +109,7 @@ struct ContentOfForm4 {
     form: u16,
     epoch: u64,
     services: Vec<KeptService>,
-    domains: Vec<WireDomain>,
+    domains: Vec<DomainOfForm4>,
     rules: Vec<(u32, WireRules)>,
 }
 
@@ -194,13 +196,27 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
         FORM_4 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
             let ContentOfForm4 { form, epoch, services, domains, rules } = before;
-            Content { form, epoch, services, domains, rules, send_proxy_protocol: Vec::new() }
+            Content {
+                form,
+                epoch,
+                services,
+                domains: stapled_to(domains),
+                rules,
+                send_proxy_protocol: Vec::new(),
+            }
         }
         FORM_3 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
             let ContentOfForm3 { form, epoch, services, domains, rules } = before;
             let rules = rules.into_iter().map(|(n, rules)| (n, rules.into())).collect();
-            Content { form, epoch, services, domains, rules, send_proxy_protocol: Vec::new() }
+            Content {
+                form,
+                epoch,
+                services,
+                domains: stapled_to(domains),
+                rules,
+                send_proxy_protocol: Vec::new(),
+            }
         }
         FORM_2 => {
             let before = postcard::from_bytes(payload).map_err(|error| error.to_string())?;
@@ -224,6 +240,11 @@ fn decode(bytes: &[u8]) -> Result<SavedTable, String> {
     let domains = content.domains.into_iter().map(|domain| domain.try_into());
     let domains = domains.collect::<Result<Vec<DomainSpec>, BadHost>>().map_err(|error| error.to_string())?;
     Ok(SavedTable { epoch: content.epoch, services, domains })
+}
+
+/// Domains of a form that knew nothing of staples.
+fn stapled_to(domains: Vec<DomainOfForm4>) -> Vec<WireDomain> {
+    domains.into_iter().map(WireDomain::from).collect()
 }
 
 #[cfg(test)]
@@ -357,25 +378,6 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_an_edge_wrote_when_upstreams_were_not_told_for_whom_is_read() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut services = services(2);
-        let rules = rules_tests::rules(peregrine_routing::RateKey::ClientAddress);
-        services[1].policy.rules = Some(Box::new(rules.clone()));
-        let domains = vec![domain_tests::domain("example.com")];
-        let content = ContentOfForm4 {
-            form: FORM_4,
-            epoch: 7,
-            services: services.iter().map(KeptService::from).collect(),
-            domains: domains.iter().map(WireDomain::from).collect(),
-            rules: vec![(1, WireRules::from(&rules))],
-        };
-        let payload = postcard::to_stdvec(&content).expect("bytes");
-        std::fs::write(folder.path().join(FILE), signed(&payload)).expect("it is written");
-        assert_eq!(load(folder.path()), Saved::Last(SavedTable { epoch: 7, services, domains }));
-    }
-
-    #[test]
     fn for_whom_connections_are_is_told_from_the_disk_too() {
         use peregrine_routing::ProxyProtocol::{V1, V2};
         let folder = tempfile::tempdir().expect("a folder");
@@ -385,6 +387,27 @@ mod tests {
         save(folder.path(), 1, services.iter().map(KeptService::from).collect(), Vec::new())
             .expect("it is saved");
         let table = SavedTable { epoch: 1, services, domains: Vec::new() };
+        assert_eq!(load(folder.path()), Saved::Last(table));
+    }
+
+    #[test]
+    fn a_file_that_an_edge_wrote_before_anything_was_stapled_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut domain = domain_tests::domain("example.com");
+        let (by, mut services) = (peregrine_routing::RateKey::Cookie("c".into()), services(2));
+        services[1].policy.rules = Some(Box::new(rules_tests::rules(by)));
+        let kept: Vec<KeptService> = services.iter().map(KeptService::from).collect();
+        let content = ContentOfForm4 {
+            form: FORM_4,
+            epoch: 7,
+            domains: vec![domain_tests::of_form_4(&domain)],
+            rules: vec![(1, kept[1].rules.clone().expect("it has some"))],
+            services: kept,
+        };
+        let payload = postcard::to_stdvec(&content).expect("bytes");
+        std::fs::write(folder.path().join(FILE), signed(&payload)).expect("it is written");
+        domain.staple = None;
+        let table = SavedTable { epoch: 7, services, domains: vec![domain] };
         assert_eq!(load(folder.path()), Saved::Last(table));
     }
 

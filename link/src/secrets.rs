@@ -17,8 +17,9 @@ pub trait Secrets: Send + Sync {
     /// Why it cannot be had now, in words.
     fn certificate(&self, id: CertificateId) -> BoxFuture<'_, Result<Option<KeyedCertificate>, String>>;
 
-    /// An edge was asked for `name`, for which it has nothing. Must return at once.
-    fn wanted(&self, name: &str);
+    /// An edge is asked for `name`, for which it has nothing. Must return at once; the future resolves when the table has a
+    /// certificate for it (true), or when it is known that it has none soon.
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool>;
 
     /// The keys of session tickets, now and from now on.
     fn ticket_keys(&self) -> watch::Receiver<Secret>;

@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use peregrine_link::{
     Before, EdgeLink, EdgeState, KeyedCertificate, Link, LinkConfig, LinkHandle, NotGiven, PlaceHandle,
-    Secret, Secrets, SecretsHandle, join,
+    Secret, Secrets, SecretsHandle, Staple, join,
 };
 use peregrine_routing::{
     Address, Balance, CertificateId, Change, DomainPolicy, DomainSpec, Enter, Generation, HoldSpec,
@@ -87,7 +87,8 @@ impl Store {
     }
 
     fn certificate(id: u8) -> KeyedCertificate {
-        KeyedCertificate { chain: vec![vec![id; 900]], key: Secret::new(vec![id; 40]) }
+        let staple = Some(Staple { response: vec![id; 7], until_ms: 5 });
+        KeyedCertificate { chain: vec![vec![id; 900]], key: Secret::new(vec![id; 40]), staple }
     }
 }
 
@@ -102,8 +103,13 @@ impl Secrets for Store {
         std::future::ready(found).boxed()
     }
 
-    fn wanted(&self, name: &str) {
+    /// Who is called new has a certificate, who is called late never an answer.
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         self.wanted.lock().expect("a lock").push(name.to_owned());
+        match name.split('.').next() {
+            Some("late") => std::future::pending().boxed(),
+            first => std::future::ready(first == Some("new")).boxed(),
+        }
     }
 
     fn ticket_keys(&self) -> watch::Receiver<Secret> {
@@ -113,7 +119,7 @@ impl Secrets for Store {
 
 fn domain(name: &str, id: u8) -> Change {
     let (name, certificate) = (pattern(name), Some(CertificateId([id; 32])));
-    Change::PutDomain(DomainSpec { name, certificate, policy: DomainPolicy::default() })
+    Change::PutDomain(DomainSpec { name, certificate, staple: None, policy: DomainPolicy::default() })
 }
 
 fn pattern(name: &str) -> HostPattern {
@@ -817,10 +823,30 @@ async fn ticket_keys_reach_an_edge_and_wanted_names_the_engine() {
     told(vec![1]).await;
     engine.secrets.ticket_keys.send_replace(Secret::new(vec![2, 1]));
     told(vec![2, 1]).await;
-    secrets.wanted("new.test");
-    secrets.wanted("");
-    secrets.wanted(&"a".repeat(300));
-    secrets.wanted("last.test");
-    until("both names", || engine.secrets.wanted.lock().expect("a lock").len() == 2).await;
-    assert_eq!(*engine.secrets.wanted.lock().expect("a lock"), ["new.test", "last.test"]);
+    let wanted = |name: &str| within("an answer", secrets.wanted(name));
+    assert!(wanted("new.test").await);
+    assert!(!wanted("").await && !wanted(&"a".repeat(300)).await, "they are no names");
+    // Two that want the same wait for one answer.
+    let both = futures_util::future::join(wanted("other.test"), wanted("other.test"));
+    assert_eq!(both.await, (false, false));
+    drop(secrets.wanted("last.test"));
+    let names = || engine.secrets.wanted.lock().expect("a lock").clone();
+    until("all names", || names().last().is_some_and(|last| last == "last.test")).await;
+    let mut told = names();
+    told.dedup();
+    assert_eq!(told, ["new.test", "other.test", "last.test"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_a_name_hears_at_once_when_the_connection_ends_and_without_an_engine() {
+    let (_folder, engine, edge) = connected(&[service("a", &[1])]).await;
+    engine.acknowledged(1).await;
+    let secrets = edge.secrets.clone().expect("it was started");
+    let waiting = tokio::spawn(secrets.wanted("late.test"));
+    until("it is told", || !engine.secrets.wanted.lock().expect("a lock").is_empty()).await;
+    assert!(!waiting.is_finished());
+    engine.kill().await;
+    assert!(!within("an answer", waiting).await.expect("it ends"), "nobody knows");
+    until("it is alone", || !secrets.is_connected()).await;
+    assert!(!within("an answer", secrets.wanted("new.test")).await);
 }

@@ -46,6 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         writer.apply(&[Change::PutDomain(DomainSpec {
             name: HostPattern::Any,
             certificate: Some(certificate_id(&own.0.chain[0])),
+            staple: None,
             policy: DomainPolicy::default(),
         })])?;
         edge = edge.with_certificates(Arc::new(own));
@@ -66,7 +67,7 @@ impl OwnCertificate {
     fn make() -> Result<Self, rcgen::Error> {
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
         let chain = vec![made.cert.der().to_vec()];
-        Ok(Self(Certificate { chain, key: made.signing_key.serialize_der() }))
+        Ok(Self(Certificate { chain, key: made.signing_key.serialize_der(), staple: None }))
     }
 }
 

@@ -134,6 +134,15 @@ pub struct Limits {
     pub max_handshakes_per_core: u32,
     /// Of these from one network (/24 of IPv4, /48 of IPv6): one of many must not keep the others out. 128: a quarter.
     pub max_handshakes_per_network: u32,
+    /// Longest time that a handshake waits for a certificate that is being ordered, from its whole hello on; then it has the
+    /// time of any other. 20 s: an authority takes 3 to 15, and browsers wait for longer. 0: it is refused at once.
+    pub certificate_wait_ms: u32,
+    /// Handshakes over all cores that wait so; further ones are refused. 256: each holds its hello, 32 MiB at the most.
+    pub max_certificate_waits: u32,
+    /// Of these on one core. 64: they cost a core nothing but a look at each new table.
+    pub max_certificate_waits_per_core: u32,
+    /// Of these from one network (/24 of IPv4, /48 of IPv6). 32: one that makes names up leaves room for others.
+    pub max_certificate_waits_per_network: u32,
     /// Certificates with their keys that an edge keeps in memory, those used last. 10,000: some 100 MB with what is made
     /// of them.
     pub max_certificates: u32,
@@ -161,6 +170,10 @@ impl Default for Limits {
             handshake_timeout_ms: 10_000,
             max_handshakes_per_core: 512,
             max_handshakes_per_network: 128,
+            certificate_wait_ms: 20_000,
+            max_certificate_waits: 256,
+            max_certificate_waits_per_core: 64,
+            max_certificate_waits_per_network: 32,
             max_certificates: 10_000,
         }
     }

@@ -66,6 +66,8 @@ pub(crate) struct ConnState {
     pub(crate) session: OnceCell<Box<Session>>,
     /// The handshake is not over.
     pub(crate) handshaking: Cell<bool>,
+    /// It waits for a certificate, which has a limit of its own.
+    pub(crate) awaits_certificate: Cell<bool>,
     /// The host that was found to be served here last, where domains have a say in it.
     pub(crate) admitted: RefCell<Option<Box<Admitted>>>,
     pub(crate) draining: Cell<bool>,
@@ -118,6 +120,7 @@ impl ConnState {
             http2: Cell::new(false),
             session: OnceCell::new(),
             handshaking: Cell::new(false),
+            awaits_certificate: Cell::new(false),
             admitted: RefCell::new(None),
             draining: Cell::new(false),
             is_last: Cell::new(false),

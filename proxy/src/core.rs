@@ -454,7 +454,7 @@ fn due(conn: &ConnState, now_ms: u64, limits: &crate::config::Limits) -> Option<
     let head_since_ms = conn.head_since_ms.get();
     if conn.handshaking.get() {
         let over = now_ms.saturating_sub(head_since_ms) >= u64::from(limits.handshake_timeout_ms);
-        return over.then_some(Kill::Abort);
+        return (over && !conn.awaits_certificate.get()).then_some(Kill::Abort);
     }
     if head_since_ms != 0 && now_ms.saturating_sub(head_since_ms) >= u64::from(limits.head_timeout_ms) {
         return Some(Kill::HeadTimeout);

@@ -209,8 +209,7 @@ impl Edge {
         let (stop, stopped) = watch::channel(Ending::No);
         let (control_stop, control_stopped) = oneshot::channel();
         let guards = Guards::new(&self.config.limits);
-        let max = self.config.limits.max_certificates as usize;
-        let (tls, tls_work) = EdgeTls::new(self.certificates, self.tickets, max)?;
+        let (tls, tls_work) = EdgeTls::new(self.certificates, self.tickets, &self.config.limits)?;
         let work = ControlWork {
             table: self.table.clone(),
             resolver: resolver.clone(),
@@ -336,7 +335,7 @@ fn runtime() -> Option<LocalRuntime> {
 async fn run_core(own: CoreStart, acknowledger: peregrine_routing::Acknowledger) {
     let mut stopped = own.stopped;
     let core_log = own.log.map(|log| log.core());
-    let tls = CoreTls::new(own.tls, &own.config.limits);
+    let tls = CoreTls::new(own.tls, &own.config.limits, own.table.clone());
     let core = Core::new(Arc::clone(&own.config), &own.table, own.resolver, core_log, own.guards, tls);
     let crew = Crew::new(Rc::clone(&core), Servers::new(&own.config.limits));
     let stop = Rc::new(Stop::new(own.orphans));

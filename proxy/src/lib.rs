@@ -79,6 +79,6 @@ pub use listen::{Orphans, Speaks};
 pub use metrics::describe;
 pub use sockets::{Group, Sockets};
 pub use tls::{
-    Certificate, CertificateSource, MAX_TICKET_KEYS, NoRandom, SourceError, TICKET_KEY_LIFE_MS, TicketKeys,
-    TicketKeysError, Tickets, certificate_id,
+    Certificate, CertificateSource, MAX_TICKET_KEYS, NoRandom, SourceError, Staple, TICKET_KEY_LIFE_MS,
+    TicketKeys, TicketKeysError, Tickets, certificate_id, staple_id,
 };

@@ -1,7 +1,7 @@
 //! Domains: what an edge presents to a TLS handshake for a name, and how it answers who validates it.
 //!
 //! They travel with the table, so that a challenge has reached every edge when its version is acknowledged. The
-//! table names a certificate and holds nothing of it: chains and private keys go another way.
+//! table names a certificate and what is stapled to it, and holds nothing of them: chains, private keys and staples go another way.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,6 +27,22 @@ impl std::fmt::Debug for CertificateId {
     }
 }
 
+/// Name of what is stapled to a certificate: SHA-256 of an OCSP response (DER).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StapleId(pub [u8; 32]);
+
+impl std::fmt::Display for StapleId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for StapleId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
 /// A name that is served over TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainSpec {
@@ -35,6 +51,8 @@ pub struct DomainSpec {
     pub name: HostPattern,
     /// What is presented; `None` while there is none yet.
     pub certificate: Option<CertificateId>,
+    /// What is stapled to it (RFC 6066 §8); `None`: nothing, whatever was before.
+    pub staple: Option<StapleId>,
     /// The rest.
     pub policy: DomainPolicy,
 }
@@ -264,6 +282,7 @@ mod tests {
         Change::PutDomain(DomainSpec {
             name: HostPattern::parse(name).unwrap(),
             certificate: Some(CertificateId([id; 32])),
+            staple: None,
             policy: DomainPolicy::default(),
         })
     }

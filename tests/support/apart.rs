@@ -125,10 +125,22 @@ impl Edge {
 
     /// Joins and starts an edge that speaks TLS there too, and waits until the engine sees it.
     #[track_caller]
-    pub(crate) fn join_with_https(mut self, server: &Peregrine, link: SocketAddr, https: SocketAddr) -> Self {
+    pub(crate) fn join_with_https(self, server: &Peregrine, link: SocketAddr, https: SocketAddr) -> Self {
+        self.join_with_https_and(server, link, https, "")
+    }
+
+    /// As [`Self::join_with_https`], with more in its configuration.
+    #[track_caller]
+    pub(crate) fn join_with_https_and(
+        mut self,
+        server: &Peregrine,
+        link: SocketAddr,
+        https: SocketAddr,
+        more: &str,
+    ) -> Self {
         let joined = self.try_join(&invite(server, &self.name), link);
         assert!(joined.status.success(), "{joined:?}");
-        let config = format!("[edge]\nhttps = [\"{https}\"]\n");
+        let config = format!("[edge]\nhttps = [\"{https}\"]\n\n{more}");
         std::fs::write(self.dir.path().join("edge.toml"), config).expect("a file");
         self.start_with_https();
         wait_for_state(server, &self.name, "connected");

@@ -4,6 +4,7 @@ pub(crate) mod apart;
 pub(crate) mod bad_disk;
 pub(crate) mod docker;
 pub(crate) mod knot;
+pub(crate) mod ocsp;
 pub(crate) mod pebble;
 pub(crate) mod ports;
 pub(crate) mod server;

@@ -2,8 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
 use rustls::client::WantsClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -14,9 +13,13 @@ use rustls::{
 };
 use sha2::{Digest, Sha256};
 
-/// Takes every certificate: who signed it is not the question.
-#[derive(Debug)]
-struct TakesAll;
+use super::STATE_TIMEOUT;
+
+/// Takes every certificate: who signed it is not the question. Remembers what was stapled to the last one.
+#[derive(Debug, Default)]
+struct TakesAll {
+    staple: Mutex<Vec<u8>>,
+}
 
 impl ServerCertVerifier for TakesAll {
     fn verify_server_cert(
@@ -24,9 +27,10 @@ impl ServerCertVerifier for TakesAll {
         _end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _name: &ServerName<'_>,
-        _ocsp: &[u8],
+        ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        *self.staple.lock().expect("a lock") = ocsp.to_vec();
         Ok(ServerCertVerified::assertion())
     }
 
@@ -54,7 +58,7 @@ impl ServerCertVerifier for TakesAll {
 }
 
 /// One client: it keeps the sessions that it was given.
-pub(crate) struct TlsClient(Arc<ClientConfig>);
+pub(crate) struct TlsClient(Arc<ClientConfig>, Arc<TakesAll>);
 
 /// What a client was answered.
 pub(crate) struct TlsAnswer {
@@ -62,6 +66,8 @@ pub(crate) struct TlsAnswer {
     /// SHA-256 of the certificate, in hexadecimal digits.
     pub(crate) certificate: String,
     pub(crate) resumed: bool,
+    /// The OCSP response that was stapled to it; empty if there was none.
+    pub(crate) staple: Vec<u8>,
 }
 
 impl TlsClient {
@@ -78,19 +84,21 @@ impl TlsClient {
     }
 
     fn made(finish: impl FnOnce(ConfigBuilder<ClientConfig, WantsClientCert>) -> ClientConfig) -> Self {
+        let verifier = Arc::<TakesAll>::default();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .expect("versions")
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(TakesAll));
-        Self(Arc::new(finish(config)))
+            .with_custom_certificate_verifier(Arc::clone(&verifier) as _);
+        Self(Arc::new(finish(config)), verifier)
     }
 
     /// One request over a connection of its own; `None` if there is no answer.
     pub(crate) fn get(&self, address: SocketAddr, name: &str) -> Option<TlsAnswer> {
         let socket = TcpStream::connect(address).ok()?;
-        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a time-out");
+        // A first handshake may wait for its certificate.
+        socket.set_read_timeout(Some(STATE_TIMEOUT)).expect("a time-out");
         let server = ServerName::try_from(name.to_owned()).expect("a name");
         let session = ClientConnection::new(Arc::clone(&self.0), server).ok()?;
         let mut stream = StreamOwned::new(session, socket);
@@ -103,6 +111,7 @@ impl TlsClient {
             text: String::from_utf8_lossy(&answer).into_owned(),
             certificate: Sha256::digest(presented).iter().map(|byte| format!("{byte:02x}")).collect(),
             resumed: stream.conn.handshake_kind() == Some(HandshakeKind::Resumed),
+            staple: std::mem::take(&mut *self.1.staple.lock().expect("a lock")),
         })
     }
 }

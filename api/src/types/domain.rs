@@ -20,6 +20,8 @@ pub enum DomainState {
     Valid,
     /// Its certificate is over, and nothing renews it.
     Expired,
+    /// The authority has revoked its certificate, and it has no other one yet.
+    Revoked,
     /// The last try failed; it is tried again.
     Failed,
     /// A state of a later server.

@@ -18,7 +18,7 @@ use crate::acme::{
     AcmeError, AcmeErrorKind, Authority, Authorized, Challenge, ChallengeKind, Running, Session, Status,
 };
 use crate::budget::{Budget, BudgetLimit, registered_domain};
-use crate::domain::{Held, Outcome, Presented, Source, renew_at_ms};
+use crate::domain::{Held, Ocsp, Outcome, Presented, Source, renew_at_ms};
 use crate::pem::{Bundle, PemError, read_chain};
 use crate::vault::{Expected, VaultError, Write};
 
@@ -641,6 +641,7 @@ async fn store(
         ask_window_ms: Some(now_ms),
         window: None,
         published: false,
+        ocsp: Ocsp::default(),
     }))
 }
 
@@ -648,12 +649,13 @@ async fn store(
 pub(super) async fn publish(cx: &Context, tracked: &mut Tracked) -> Result<(), VaultError> {
     let Some(held) = &mut tracked.domain.held else { return Ok(()) };
     let Ok(name) = HostPattern::parse(&tracked.domain.name) else { return Ok(()) };
-    if let Err(e) = cx.front.publish(name, held.id).await {
+    if let Err(e) = cx.front.publish(name, held.id, held.ocsp.staple).await {
         tracing::warn!(domain = tracked.domain.name, error = %e, "the edges do not know the new certificate yet");
         tracked.domain.next_try_ms = cx.now_ms() + cx.config.limits.order_retry_ms;
         return Ok(());
     }
     held.published = true;
+    held.ocsp.tell_ms = None;
     tracked.domain.next_try_ms = 0;
     if tracked.domain.order.is_none() {
         // Of an order that was given up for what somebody brought.

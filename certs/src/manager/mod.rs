@@ -7,6 +7,7 @@
 mod attempt;
 mod counts;
 mod records;
+mod staple;
 mod views;
 mod window;
 
@@ -16,8 +17,9 @@ use std::time::Duration;
 
 use counts::Counters;
 pub use counts::Counts;
-use peregrine_routing::{CertificateId, HostPattern};
+use peregrine_routing::{CertificateId, HostPattern, StapleId};
 pub use records::{CertificateRecord, LoadError, load_certificate};
+use staple::Responders;
 use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinSet;
 use views::view;
@@ -29,7 +31,7 @@ use crate::acme::{Authorities, Authority};
 use crate::ask::Asker;
 use crate::config::{Config, Outside};
 use crate::dns::{Names, Pointing};
-use crate::domain::{Domain, Held, Origin, Source, Task};
+use crate::domain::{Domain, Held, Ocsp, Origin, Source, Task};
 use crate::front::Front;
 use crate::pem::{Bundle, key_pem};
 use crate::sealed::SealKey;
@@ -41,7 +43,7 @@ const MAX_SLEEP_MS: u64 = 60_000;
 const MAX_CHANGE_TRIES: u32 = 16;
 /// Events that a slow listener may be behind.
 const MAX_EVENTS: usize = 1024;
-/// Domains whose edges are told of a certificate at once.
+/// Domains whose edges are told of a certificate, or whose responder is asked, at once.
 const MAX_PUBLISHING: usize = 32;
 /// The vault is read again this often: somebody else may have written, or it may not have been readable.
 const READ_AGAIN_MS: u64 = 3_600_000;
@@ -122,6 +124,7 @@ pub(crate) struct Context {
     pub(crate) authorities: Authorities,
     pub(crate) names: Names,
     pub(crate) pointing: Pointing,
+    pub(crate) responders: Responders,
     asker: Option<Asker>,
     counters: Counters,
     index: Mutex<Index>,
@@ -277,6 +280,7 @@ impl Manager {
             authorities,
             names,
             pointing,
+            responders: Responders::new(),
             asker,
             counters: Counters::default(),
             index: Mutex::default(),
@@ -368,9 +372,9 @@ impl Manager {
             .filter_map(|(_, name)| index.domains.get(name))
             .map(|tracked| {
                 let task = tracked.domain.due(&self.cx.config.holder).map(|(_, task)| task);
-                // Telling the edges takes no authority's time, and waits for none.
-                let publishes = task == Some(Task::Publish);
-                (!publishes, tracked.domain.priority(), tracked.domain.name.clone())
+                // Telling the edges, and asking for a staple, takes none of an order's places, and waits for none.
+                let is_beside = matches!(task, Some(Task::Publish | Task::Staple));
+                (!is_beside, tracked.domain.priority(), tracked.domain.name.clone())
             })
             .collect();
         let next_ms = index.due.iter().map(|(due_ms, _)| *due_ms).find(|due_ms| *due_ms > now_ms);
@@ -483,10 +487,10 @@ impl Manager {
         all
     }
 
-    /// Calls `visit` with every domain that is served, in no order, and with what it is served.
-    pub fn for_each_served(&self, mut visit: impl FnMut(&str, CertificateId)) {
+    /// Calls `visit` with every domain that is served, in no order, with what it is served and what is stapled to that.
+    pub fn for_each_served(&self, mut visit: impl FnMut(&str, CertificateId, Option<StapleId>)) {
         for (name, tracked) in &self.cx.index().domains {
-            tracked.domain.held.iter().for_each(|held| visit(name, held.id));
+            tracked.domain.held.iter().for_each(|held| visit(name, held.id, held.ocsp.staple));
         }
     }
 
@@ -577,6 +581,7 @@ impl Manager {
             ask_window_ms: None,
             window: None,
             published: false,
+            ocsp: Ocsp::default(),
         };
         let imported = self.change_with(&name, &writes, |found| {
             let mut domain = found.unwrap_or_else(|| Domain::new(name.clone(), Origin::Added, now_ms));
@@ -618,6 +623,15 @@ impl Manager {
         load_certificate(self.cx.vault.as_ref(), &self.cx.seal, id).await
     }
 
+    /// What may be stapled to a certificate now: an OCSP response (DER), and until when, Unix time in milliseconds. None that is
+    /// over, not good, or not the issuer's.
+    ///
+    /// # Errors
+    /// [`LoadError`]: what lies there is not what was written.
+    pub async fn staple(&self, bundle: &Bundle) -> Result<Option<(Vec<u8>, u64)>, LoadError> {
+        staple::kept(&self.cx, bundle).await
+    }
+
     /// Chain and key as PEM.
     ///
     /// # Errors
@@ -646,8 +660,17 @@ impl Manager {
         }
     }
 
+    /// Whether a name that somebody shakes hands for could have a certificate, as far as that is known without asking anybody:
+    /// it is a domain's, a service owns it, or there is somebody to ask.
+    #[must_use]
+    pub fn could_have(&self, name: &str) -> bool {
+        let Ok(name) = certifiable(name) else { return false };
+        let is_owned = || self.cx.config.on_demand.owned.as_ref().is_some_and(|owned| owned(&name));
+        self.cx.asker.is_some() || self.cx.index().domains.contains_key(&name) || is_owned()
+    }
+
     /// The certificate of a name that somebody shakes hands for. If it may have one and has none, it is ordered, and waited for
-    /// up to `wait_ms`.
+    /// up to `wait_ms`, but not if the next try comes later than that anyway.
     ///
     /// # Errors
     /// [`ManagerError::NotAllowed`], [`ManagerError::NotYet`], [`ManagerError::Busy`], [`ManagerError::Vault`].
@@ -681,10 +704,16 @@ impl Manager {
             let held = index.domains.get(&name).and_then(|tracked| tracked.domain.held.as_ref());
             held.filter(|held| held.published && held.not_after_ms > self.cx.now_ms()).map(|held| held.id)
         };
+        let until_ms = self.cx.now_ms().saturating_add(wait_ms);
+        // Gone, never due, or due too late; what is being worked on was due.
+        let is_vain = || self.cx.index().due_of.get(&name).is_none_or(|due_ms| *due_ms > until_ms);
         let waiting = async {
             loop {
                 if let Some(id) = published() {
                     return Some(id);
+                }
+                if is_vain() {
+                    return None;
                 }
                 match events.recv().await {
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
@@ -724,6 +753,7 @@ async fn work(cx: &Context, name: &str) {
         }
         Task::Publish => attempt::publish(cx, &mut tracked).await,
         Task::AskWindow => ask_window(cx, &mut tracked).await,
+        Task::Staple => staple::refresh(cx, &mut tracked).await,
     };
     let domain = &tracked.domain;
     let is_vain = domain.origin == Origin::OnDemand

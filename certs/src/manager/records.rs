@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `domain/NAME` | the domain's state and its order |
 //! | `certificate/ID` | names, times, source, and the chain as PEM |
+//! | `staple/ID` | what is stapled to it: an OCSP response (DER) |
 //! | `sealed/certificate/ID` | its private key (DER), sealed |
 //! | `sealed/order/NAME` | the private key of an order under way, sealed |
 //! | `sealed/account/CA` | the account and its key, sealed |
@@ -133,8 +134,8 @@ pub(crate) fn certificate_writes(
     ])
 }
 
-pub(crate) fn certificate_deletes(id: CertificateId) -> [Write; 2] {
-    [Write::delete(certificate_key(id), Expected::Anything), Write::delete(key_key(id), Expected::Anything)]
+pub(crate) fn certificate_deletes(id: CertificateId) -> [Write; 3] {
+    [certificate_key(id), key_key(id), staple_key(id)].map(|key| Write::delete(key, Expected::Anything))
 }
 
 /// One byte for the encoding, then the key.
@@ -168,6 +169,10 @@ pub(crate) const CERTIFICATES: &str = "certificate/";
 
 pub(crate) fn certificate_key(id: CertificateId) -> String {
     format!("{CERTIFICATES}{id}")
+}
+
+pub(crate) fn staple_key(id: CertificateId) -> String {
+    format!("staple/{id}")
 }
 
 fn key_key(id: CertificateId) -> String {

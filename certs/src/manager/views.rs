@@ -1,6 +1,6 @@
 //! What the manager tells of its domains, and why it does not do what it is asked.
 
-use peregrine_routing::CertificateId;
+use peregrine_routing::{CertificateId, StapleId};
 
 use super::records::LoadError;
 use crate::domain::{Domain, DomainState, Origin};
@@ -40,7 +40,9 @@ pub struct DomainView {
     pub state: DomainState,
     /// What it is served with.
     pub certificate: Option<CertificateId>,
-    /// The end of that, Unix time in milliseconds.
+    /// What is stapled to it.
+    pub staple: Option<StapleId>,
+    /// The end of the certificate, Unix time in milliseconds.
     pub not_after_ms: Option<u64>,
     /// Failures in a row.
     pub failures: u32,
@@ -107,6 +109,7 @@ pub(super) fn view(domain: &Domain, now_ms: u64) -> DomainView {
         automatic: domain.automatic,
         state: domain.state(now_ms),
         certificate: domain.held.as_ref().map(|held| held.id),
+        staple: domain.held.as_ref().and_then(|held| held.ocsp.staple),
         not_after_ms: domain.held.as_ref().map(|held| held.not_after_ms),
         failures: domain.failures,
     }

@@ -5,4 +5,5 @@ mod crash;
 mod dns;
 mod issue;
 mod life;
+mod ocsp;
 mod support;

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use peregrine_routing::{CertificateId, HostPattern};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -31,7 +33,7 @@ pub enum NotGiven {
 /// A question.
 pub(super) enum Ask {
     Certificate { id: CertificateId, domain: HostPattern, answer: oneshot::Sender<Arc<Given>> },
-    Wanted(String),
+    Wanted { name: String, answer: oneshot::Sender<bool> },
 }
 
 /// The way to ask an engine. Cheap to clone.
@@ -85,15 +87,19 @@ impl SecretsHandle {
         }
     }
 
-    /// Tells the engine of a name without a certificate that somebody shook hands for. Without an engine, or with too much
-    /// to say, it is not told: whoever wants it comes again.
-    pub fn wanted(&self, name: &str) {
+    /// Tells the engine of a name without a certificate that somebody shakes hands for; resolves to whether the table has one,
+    /// when that is known. Without an engine, or with too much to say, it is not told: whoever wants it comes again.
+    #[must_use = "it resolves to the answer; what is told is told also if nobody waits for that"]
+    pub fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         if name.is_empty() || name.len() > MAX_NAME_BYTES || !self.is_connected() {
-            return;
+            return std::future::ready(false).boxed();
         }
-        if self.asks.try_send(Ask::Wanted(name.to_owned())).is_err() {
+        let (answer, answered) = oneshot::channel();
+        if self.asks.try_send(Ask::Wanted { name: name.to_owned(), answer }).is_err() {
             tracing::debug!(%name, "too much to say: that a name is wanted is not told");
         }
+        // An error: it was not told, or the connection has ended before the answer.
+        async move { answered.await.unwrap_or(false) }.boxed()
     }
 
     /// Whether there is an engine to ask now.

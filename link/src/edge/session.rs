@@ -33,6 +33,8 @@ const MAX_QUEUED_FRAMES: usize = 256;
 
 /// Questions for certificates that are under way at a time.
 const MAX_ASKED: usize = 64;
+/// Names without a certificate that the engine is asked for at a time; of more it is told, and nobody waits.
+const MAX_WANTED: usize = 256;
 
 /// The outcome of using a publication.
 struct Used {
@@ -73,6 +75,8 @@ pub(super) struct Session<'e> {
     asked: &'e mut Asked,
     /// Who waits for which certificate.
     asking: HashMap<CertificateId, Vec<oneshot::Sender<Arc<Given>>>>,
+    /// Who waits for which name.
+    wanting: HashMap<String, Vec<oneshot::Sender<bool>>>,
     told: Told<'e>,
     clock: Arc<dyn Fn() -> u64 + Send + Sync>,
     patience: Patience,
@@ -124,6 +128,7 @@ impl<'e> Session<'e> {
             table,
             asked,
             asking: HashMap::new(),
+            wanting: HashMap::new(),
             told,
             clock,
             patience,
@@ -230,6 +235,12 @@ impl<'e> Session<'e> {
                     drop(waiting.send(Arc::clone(&given)));
                 }
             }
+            Down::Wanted { name, has } => {
+                for waiting in self.wanting.remove(&name).unwrap_or_default() {
+                    // Who has given up does not wait.
+                    let _ = waiting.send(has);
+                }
+            }
             Down::TicketKeys(keys) => drop(self.asked.ticket_keys.send_replace(Some(keys))),
             Down::Beat => {}
         }
@@ -247,13 +258,26 @@ impl<'e> Session<'e> {
                 }
                 self.say(&Up::Certificate { id: id.0, domain: domain.to_string() }).await
             }
-            Ask::Wanted(name) => self.say(&Up::Wanted { name }).await,
+            Ask::Wanted { name, answer } => {
+                if let Some(waiting) = self.wanting.get_mut(&name) {
+                    waiting.push(answer);
+                    return Ok(());
+                }
+                if self.wanting.len() < MAX_WANTED {
+                    self.wanting.insert(name.clone(), vec![answer]);
+                }
+                self.say(&Up::Wanted { name }).await
+            }
         }
     }
 
     /// Makes room of those who have given up.
     fn forget_unanswered(&mut self) {
         self.asking.retain(|_, waiting| {
+            waiting.retain(|answer| !answer.is_closed());
+            !waiting.is_empty()
+        });
+        self.wanting.retain(|_, waiting| {
             waiting.retain(|answer| !answer.is_closed());
             !waiting.is_empty()
         });

@@ -32,6 +32,8 @@ const MAX_QUEUED_FRAMES: usize = 256;
 const MAX_ANSWERING: usize = 128;
 /// How long it may take to find one.
 const ANSWER_TIMEOUT_MS: u64 = 3_000;
+/// Names without a certificate that an edge waits for at a time: twice what it has under way, as above.
+const MAX_WANTED: usize = 512;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -269,9 +271,10 @@ impl Session {
         let keys = self.clone();
         parts.spawn(async move { keys.tell_ticket_keys().await });
         let heard = async {
-            let mut answers = JoinSet::new();
+            let (mut answers, mut wanted) = (JoinSet::new(), JoinSet::new());
             loop {
                 while answers.try_join_next().is_some() {} // given
+                while wanted.try_join_next().is_some() {} // told
                 let up: Up = wire::read(&mut incoming, MAX_FRAME_BYTES).await?;
                 self.shared.with_process(&self.name, &self.end, |process| process.seen = Instant::now());
                 match up {
@@ -280,6 +283,11 @@ impl Session {
                     Up::Certificate { id, domain } => {
                         let session = self.clone();
                         answers.spawn(async move { session.answer(CertificateId(id), &domain).await });
+                    }
+                    Up::Wanted { name } if wanted.len() >= MAX_WANTED => self.tell_none(name)?,
+                    Up::Wanted { name } => {
+                        let session = self.clone();
+                        wanted.spawn(async move { session.tell_wanted(name).await });
                     }
                     up => self.hear(up)?,
                 }
@@ -323,11 +331,8 @@ impl Session {
     fn hear(&self, up: Up) -> Result<(), Ended> {
         match up {
             Up::Known(tallies) => self.take(tallies, true),
-            Up::Ready | Up::Certificate { .. } => return Err(Ended::OutOfPlace("a question")),
-            Up::Wanted { name } => {
-                if let Some(secrets) = self.shared.secrets.get() {
-                    secrets.wanted(&name);
-                }
+            Up::Ready | Up::Certificate { .. } | Up::Wanted { .. } => {
+                return Err(Ended::OutOfPlace("a question"));
             }
             Up::Acknowledged { version, open, saved } => {
                 let open: Vec<_> = open.into_iter().map(Generation).collect();
@@ -394,6 +399,25 @@ impl Session {
             tracing::debug!(edge = %self.name, "there is no room to say that a certificate is not given");
         }
         Ok(())
+    }
+
+    /// Too many are waited for: it is decided on, and nobody waits. Must not wait itself, see [`Self::put_off`].
+    fn tell_none(&self, name: String) -> Result<(), Ended> {
+        if let Some(secrets) = self.shared.secrets.get() {
+            drop(secrets.wanted(&name));
+        }
+        if self.down.try_send(wire::frame(&Down::Wanted { name, has: false })?).is_err() {
+            tracing::debug!(edge = %self.name, "there is no room to say that a name has no certificate");
+        }
+        Ok(())
+    }
+
+    async fn tell_wanted(&self, name: String) -> Result<(), Ended> {
+        let has = match self.shared.secrets.get() {
+            Some(secrets) => secrets.wanted(&name).await,
+            None => false,
+        };
+        self.say(&Down::Wanted { name, has }).await
     }
 
     async fn answer(&self, id: CertificateId, domain: &str) -> Result<(), Ended> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use peregrine_routing as routing;
-use routing::{CertificateId, ChallengeAnswer, ChallengeId, HostPattern, TlsMode, TlsVersion};
+use routing::{CertificateId, ChallengeAnswer, ChallengeId, HostPattern, StapleId, TlsMode, TlsVersion};
 use serde::{Deserialize, Serialize};
 
 use super::spec::BadHost;
@@ -20,6 +20,35 @@ pub struct WireDomain {
     /// Authorities, and whether a certificate of theirs is demanded.
     client_auth: Option<(Vec<Vec<u8>>, bool)>,
     tls13_only: bool,
+    staple: Option<[u8; 32]>,
+}
+
+/// As it lay on an edge's disk before anything was stapled.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct DomainOfForm4 {
+    name: String,
+    certificate: Option<[u8; 32]>,
+    pass_through: bool,
+    redirect_to_https: bool,
+    hsts: Option<(u32, bool, bool)>,
+    client_auth: Option<(Vec<Vec<u8>>, bool)>,
+    tls13_only: bool,
+}
+
+impl From<DomainOfForm4> for WireDomain {
+    fn from(before: DomainOfForm4) -> Self {
+        let DomainOfForm4 {
+            name,
+            certificate,
+            pass_through,
+            redirect_to_https,
+            hsts,
+            client_auth,
+            tls13_only,
+        } = before;
+        let staple = None;
+        Self { name, certificate, pass_through, redirect_to_https, hsts, client_auth, tls13_only, staple }
+    }
 }
 
 /// A [`routing::ChallengeSpec`] on its way.
@@ -46,7 +75,7 @@ pub enum WireChallengeId {
 
 impl From<&routing::DomainSpec> for WireDomain {
     fn from(spec: &routing::DomainSpec) -> Self {
-        let routing::DomainSpec { name, certificate, policy } = spec;
+        let routing::DomainSpec { name, certificate, staple, policy } = spec;
         let routing::DomainPolicy { mode, redirect_to_https, hsts, client_auth, min_version } = policy;
         let hsts = hsts.map(|routing::Hsts { max_age_seconds, include_subdomains, preload }| {
             (max_age_seconds, include_subdomains, preload)
@@ -62,6 +91,7 @@ impl From<&routing::DomainSpec> for WireDomain {
             hsts,
             client_auth,
             tls13_only: *min_version == TlsVersion::Tls13,
+            staple: staple.map(|id| id.0),
         }
     }
 }
@@ -82,6 +112,7 @@ impl TryFrom<WireDomain> for routing::DomainSpec {
         Ok(Self {
             name: pattern(domain.name)?,
             certificate: domain.certificate.map(CertificateId),
+            staple: domain.staple.map(StapleId),
             policy: routing::DomainPolicy {
                 mode: if domain.pass_through { TlsMode::PassThrough } else { TlsMode::Terminate },
                 redirect_to_https: domain.redirect_to_https,
@@ -147,11 +178,27 @@ pub(crate) mod tests {
     use super::*;
     use crate::wire::WireChange;
 
+    /// As an edge wrote it before anything was stapled.
+    pub(crate) fn of_form_4(spec: &DomainSpec) -> DomainOfForm4 {
+        let WireDomain {
+            name,
+            certificate,
+            pass_through,
+            redirect_to_https,
+            hsts,
+            client_auth,
+            tls13_only,
+            staple: _,
+        } = spec.into();
+        DomainOfForm4 { name, certificate, pass_through, redirect_to_https, hsts, client_auth, tls13_only }
+    }
+
     /// One with everything that a domain can have.
     pub(crate) fn domain(name: &str) -> DomainSpec {
         DomainSpec {
             name: HostPattern::parse(name).expect("a name"),
             certificate: Some(CertificateId([5; 32])),
+            staple: Some(StapleId([6; 32])),
             policy: DomainPolicy {
                 mode: TlsMode::PassThrough,
                 redirect_to_https: true,
@@ -167,7 +214,8 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_said_of_domains_arrives_as_it_was() {
-        let plain = DomainSpec { name: HostPattern::Any, certificate: None, policy: DomainPolicy::default() };
+        let (name, policy) = (HostPattern::Any, DomainPolicy::default());
+        let plain = DomainSpec { name, certificate: None, staple: None, policy };
         let http = ChallengeAnswer::Http01 { token: "t".into(), key_authorization: "t.k".into() };
         let challenges = [http, ChallengeAnswer::TlsAlpn01 { digest: [9; 32] }]
             .map(|answer| ChallengeSpec { name: "example.com".into(), answer });

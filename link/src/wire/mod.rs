@@ -10,7 +10,7 @@
 //!   Up::Acknowledged { version, open }               ─►
 //!   Up::Held, Up::Report { tallies, ended }          ─►    Down::Received
 //!                                                    ◄─    Down::Deadlines, Down::Beat
-//!   Up::Certificate, Up::Wanted                      ─►    Down::Certificate
+//!   Up::Certificate, Up::Wanted                      ─►    Down::Certificate, Down::Wanted
 //!                                                    ◄─    Down::TicketKeys
 //!   Up::Leaving                                      ─►
 //! ```
@@ -23,6 +23,7 @@ mod secret;
 mod spec;
 mod tally;
 
+pub(crate) use domain::DomainOfForm4;
 #[cfg(test)]
 pub(crate) use domain::tests as domain_tests;
 pub use domain::{WireChallenge, WireChallengeId, WireDomain};
@@ -32,7 +33,7 @@ pub(crate) use mirror::tests as mirror_tests;
 #[cfg(test)]
 pub(crate) use rules::tests as rules_tests;
 pub(crate) use rules::{RulesOfForm3, WireRules};
-pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret};
+pub use secret::{Given, KeyedCertificate, MAX_CERTIFICATE_BYTES, Secret, Staple};
 pub(crate) use spec::WireProxyProtocol;
 #[cfg(test)]
 pub(crate) use spec::tests as spec_tests;
@@ -171,6 +172,13 @@ pub enum Down {
     },
     /// The keys that session tickets are made and opened with from now on, at every edge of the installation.
     TicketKeys(Secret),
+    /// The answer to [`Up::Wanted`], as soon as it is known.
+    Wanted {
+        /// The name, as it was asked for.
+        name: String,
+        /// The table has a certificate for it. False: it has none soon.
+        has: bool,
+    },
 }
 
 /// What an edge says after [`Reply::Attached`].
@@ -222,7 +230,7 @@ pub enum Up {
         /// The domain that the table names it for.
         domain: String,
     },
-    /// Somebody shook hands for a name that has no certificate. There is no answer: who may have one gets it with the table.
+    /// Somebody shakes hands for a name that has no certificate. Who may have one gets it with the table.
     Wanted {
         /// The name, as the client said it.
         name: String,

@@ -38,6 +38,24 @@ pub struct KeyedCertificate {
     pub chain: Vec<Vec<u8>>,
     /// DER of the private key.
     pub key: Secret,
+    /// What is stapled to it.
+    pub staple: Option<Staple>,
+}
+
+/// What is stapled to a certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Staple {
+    /// DER of an OCSP response.
+    pub response: Vec<u8>,
+    /// Not to be stapled from then on, Unix time in milliseconds.
+    pub until_ms: u64,
+}
+
+/// As it was stored before anything was stapled.
+#[derive(Serialize, Deserialize)]
+struct WithoutStaple {
+    chain: Vec<Vec<u8>>,
+    key: Secret,
 }
 
 impl KeyedCertificate {
@@ -54,7 +72,7 @@ impl KeyedCertificate {
         Ok(bytes)
     }
 
-    /// From what [`Self::to_bytes`] gave.
+    /// From what [`Self::to_bytes`] gave, also before anything was stapled.
     ///
     /// # Errors
     /// [`FrameError`]: these bytes are something else.
@@ -63,7 +81,12 @@ impl KeyedCertificate {
         if length != u32::try_from(content.len()).unwrap_or(u32::MAX).to_be_bytes() {
             return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
         }
-        Ok(postcard::from_bytes(content)?)
+        // What was stored before ends where it would have to be said whether there is a staple.
+        postcard::from_bytes(content).or_else(|error| {
+            let (before, rest) = postcard::take_from_bytes::<WithoutStaple>(content)?;
+            let WithoutStaple { chain, key } = before;
+            if rest.is_empty() { Ok(Self { chain, key, staple: None }) } else { Err(error.into()) }
+        })
     }
 }
 
@@ -83,9 +106,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_was_stored_before_anything_was_stapled_is_read() {
+        let before = WithoutStaple { chain: vec![vec![1; 900]], key: Secret::new(vec![171; 40]) };
+        let bytes = frame(&before).expect("it is short");
+        let read = KeyedCertificate::from_bytes(&bytes).expect("it is read");
+        assert_eq!((read.chain, read.key, read.staple), (before.chain, before.key, None));
+    }
+
+    #[test]
     fn a_certificate_survives_as_bytes_is_bounded_and_does_not_show_its_key() {
-        let certificate =
-            KeyedCertificate { chain: vec![vec![1; 900], vec![2]], key: Secret::new(vec![171; 40]) };
+        let certificate = KeyedCertificate {
+            chain: vec![vec![1; 900], vec![2]],
+            key: Secret::new(vec![171; 40]),
+            staple: Some(Staple { response: vec![3; 7], until_ms: 5 }),
+        };
         let bytes = certificate.to_bytes().expect("it is short");
         assert_eq!(KeyedCertificate::from_bytes(&bytes).expect("the same"), certificate);
         for cut in 0..bytes.len() {

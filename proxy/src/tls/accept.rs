@@ -19,7 +19,7 @@ use super::passthrough::Passed;
 use super::places::{Network, Place};
 use super::settings::{H2, SettingsKey};
 use super::stream::TlsStream;
-use super::{Session, challenge, passthrough};
+use super::{Session, awaited, challenge, passthrough};
 use crate::conn::{ConnState, Kill};
 use crate::core::Core;
 use crate::detect::Detected;
@@ -127,9 +127,9 @@ async fn unless_cut<T>(state: &ConnState, drains: &mut bool, work: impl Future<O
 }
 
 async fn shake_hands(core: &Rc<Core>, state: &ConnState, mut socket: TcpStream) -> Result<Shaken, Fault> {
-    let hello = hello::read(&mut socket).await?;
+    let mut hello = hello::read(&mut socket).await?;
     let name = hello.name();
-    let domain = domain_of(core, name.as_deref());
+    let mut domain = domain_of(core, name.as_deref());
     if hello.is_validation() {
         let digest = digest_of(core, name.as_deref());
         // A service that speaks TLS itself may have asked for it.
@@ -138,8 +138,14 @@ async fn shake_hands(core: &Rc<Core>, state: &ConnState, mut socket: TcpStream) 
             return validated(core, state, socket, hello, name.as_deref().zip(digest)).await;
         }
     }
+    if domain.as_deref().is_none_or(awaited::lacks_certificate)
+        && let Some(name) = &name
+    {
+        // Rare, and the future of every handshake would be larger for it.
+        let found = Box::pin(awaited::wait(core, state, &mut socket, &mut hello, name)).await?;
+        domain = found.or(domain);
+    }
     let Some(domain) = domain else {
-        note_wanted(core, state, name.as_deref());
         hello::refuse(&socket, Alert::UnrecognizedName);
         return Err(Fault::UnknownName);
     };
@@ -148,28 +154,19 @@ async fn shake_hands(core: &Rc<Core>, state: &ConnState, mut socket: TcpStream) 
         return Ok(Shaken::PassThrough(Passed { socket, name, early: hello.raw }));
     }
     let Some(id) = domain.certificate else {
-        note_wanted(core, state, name.as_deref());
         hello::refuse(&socket, Alert::UnrecognizedName);
         return Err(Fault::NoCertificate);
     };
     let _place = place(core, state).await;
-    let settings =
-        match core.tls.shared.certificates.get(id, &domain.name, &SettingsKey::of(&domain.policy)).await {
-            Ok(settings) => settings,
-            Err(Missing::Failed | Missing::Busy) => {
-                hello::refuse(&socket, Alert::InternalError);
-                return Err(Fault::NoCertificate);
-            }
-        };
+    let settings = match core.tls.shared.certificates.get(id, &domain, &SettingsKey::of(&domain)).await {
+        Ok(settings) => settings,
+        Err(Missing::Failed | Missing::Busy) => {
+            hello::refuse(&socket, Alert::InternalError);
+            return Err(Fault::NoCertificate);
+        }
+    };
     let stream = finish(socket, hello, settings).await?;
     Ok(Shaken::Session(stream, domain))
-}
-
-/// Somebody may order a certificate for it.
-fn note_wanted(core: &Core, state: &ConnState, name: Option<&str>) {
-    if let Some(name) = name {
-        core.tls.shared.certificates.note_wanted(name, Network::of(state.peer.ip()));
-    }
 }
 
 async fn place(core: &Core, state: &ConnState) -> Place {
@@ -224,7 +221,7 @@ fn digest_of(core: &Core, name: Option<&str>) -> Option<[u8; 32]> {
 }
 
 /// Whose name it is: a domain's, or that of those who are nobody's.
-fn domain_of(core: &Core, name: Option<&str>) -> Option<Arc<DomainSpec>> {
+pub(crate) fn domain_of(core: &Core, name: Option<&str>) -> Option<Arc<DomainSpec>> {
     let mut reader = core.reader.borrow_mut();
     let domains = reader.load().domains();
     name.and_then(|name| domains.get(name)).or_else(|| domains.fallback()).map(Arc::clone)

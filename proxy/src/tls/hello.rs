@@ -8,7 +8,7 @@ use std::task::{Poll, ready};
 
 use peregrine_routing::canonical_host;
 use rustls::server::{Accepted, Acceptor};
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 use rustix::net::RecvFlags;
@@ -20,6 +20,8 @@ const READ_BYTES: usize = 4 * 1024;
 /// Bytes on the wire until a hello has to be whole. A hello is 64 KiB at most; in small records it has more wrapping than
 /// content.
 const MAX_HELLO_BYTES: usize = 128 * 1024;
+/// What a client may send behind its hello before it is answered: data that it hopes we take early, which we never do.
+const MAX_BEYOND_BYTES: usize = 16 * 1024;
 /// The protocol of a validation by a certificate authority (RFC 8737 §6.2).
 pub(crate) const ACME_TLS: &[u8] = b"acme-tls/1";
 
@@ -91,6 +93,25 @@ pub(crate) async fn read(socket: &mut TcpStream) -> Result<Hello, Fault> {
         .map_err(Fault::Broke)?;
         if raw.len() == before {
             return Err(Fault::Left);
+        }
+    }
+}
+
+/// Resolves when there is no use in an answer to this hello any more. What else comes meanwhile is kept for the handshake.
+pub(crate) async fn until_gone(socket: &TcpStream, hello: &mut Hello) -> Fault {
+    loop {
+        if let Err(error) = socket.ready(Interest::READABLE).await {
+            return Fault::Broke(error);
+        }
+        let before = hello.raw.len();
+        match socket.try_read_buf(&mut hello.raw) {
+            Ok(0) => return Fault::Left,
+            Ok(_) => hello.beyond += hello.raw.len() - before,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Fault::Broke(error),
+        }
+        if hello.beyond > MAX_BEYOND_BYTES {
+            return Fault::TooLong;
         }
     }
 }

@@ -70,6 +70,10 @@ pub(crate) fn describe() {
         "TLS handshakes that had to wait because their core or their network had enough of them"
     );
     describe_gauge!("peregrine_edge_tls_handshakes_in_progress", "TLS handshakes that are not over yet");
+    describe_gauge!(
+        "peregrine_edge_tls_handshakes_awaiting_certificate",
+        "TLS handshakes that wait for a certificate that is being ordered"
+    );
 }
 
 /// One core's counts.
@@ -78,6 +82,7 @@ pub(crate) struct TlsMetrics {
     delayed: Count,
     open: Cell<usize>,
     in_progress: Level,
+    awaiting: Level,
 }
 
 impl TlsMetrics {
@@ -92,6 +97,7 @@ impl TlsMetrics {
             delayed: Count::new(counter!("peregrine_edge_tls_handshakes_delayed_total")),
             open: Cell::new(0),
             in_progress: Level::new(gauge!("peregrine_edge_tls_handshakes_in_progress")),
+            awaiting: Level::new(gauge!("peregrine_edge_tls_handshakes_awaiting_certificate")),
         }
     }
 
@@ -112,9 +118,10 @@ impl TlsMetrics {
         self.delayed.add(1);
     }
 
-    pub(crate) fn flush(&self) {
+    pub(crate) fn flush(&self, awaiting: u32) {
         self.delayed.flush();
         self.results.iter().for_each(Count::flush);
         self.in_progress.tell(self.open.get());
+        self.awaiting.tell(awaiting as usize);
     }
 }

@@ -4,6 +4,7 @@
 //! ```text
 //!   accepted ─► hello ─► domain ──► place ──► certificate ──► handshake ─► h1 or h2, as ALPN says
 //!                 │        │ unknown: an alert, nothing else      (control thread loads, nobody else waits)
+//!                 │        │ its certificate is on its way: waits for it   (`awaited`, bounded)
 //!                 │        └ passed through: a tunnel to its service
 //!                 └ acme-tls/1 alone: the answer to a validation, and no more
 //! ```
@@ -14,6 +15,7 @@
 
 mod accept;
 mod authority;
+mod awaited;
 mod certificates;
 mod challenge;
 mod client;
@@ -27,16 +29,18 @@ mod stream;
 mod tickets;
 mod wanted;
 
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use peregrine_routing::DomainSpec;
+use peregrine_routing::{DomainSpec, TableReader};
 
 pub(crate) use self::accept::accept;
 pub(crate) use self::authority::{Admitted, Verdict, admit, hsts};
-pub use self::certificates::certificate_id;
+use self::awaited::Waits;
 use self::certificates::{Certificates, Loader};
+pub use self::certificates::{certificate_id, staple_id};
 use self::client::ClientIdentity;
 pub(crate) use self::client::{CLIENT_CERT, CLIENT_CERT_CHAIN, CLIENT_CERT_SUBJECT};
 use self::metrics::TlsMetrics;
@@ -44,7 +48,7 @@ pub(crate) use self::metrics::describe;
 use self::places::Places;
 use self::settings::Settings;
 use self::source::NoCertificates;
-pub use self::source::{Certificate, CertificateSource, SourceError};
+pub use self::source::{Certificate, CertificateSource, SourceError, Staple};
 pub(crate) use self::stream::TlsStream;
 pub use self::tickets::{
     MAX_TICKET_KEYS, NoRandom, TICKET_KEY_LIFE_MS, TicketKeys, TicketKeysError, Tickets,
@@ -63,6 +67,7 @@ pub(crate) struct Session {
 /// What the cores of an edge share.
 pub(crate) struct EdgeTls {
     certificates: Arc<Certificates>,
+    waits: Arc<Waits>,
 }
 
 /// What is done for them on the control thread.
@@ -77,13 +82,16 @@ pub(crate) struct CoreTls {
     shared: Arc<EdgeTls>,
     places: Rc<Places>,
     metrics: TlsMetrics,
+    table: TableReader,
+    /// Handshakes of this core that wait for a certificate.
+    waiting: Rc<Cell<u32>>,
 }
 
 impl EdgeTls {
     pub(crate) fn new(
         source: Option<Arc<dyn CertificateSource>>,
         tickets: Option<Tickets>,
-        max_certificates: usize,
+        limits: &Limits,
     ) -> io::Result<(Arc<Self>, Work)> {
         let (tickets, own_keys) = match tickets {
             Some(tickets) => (tickets, None),
@@ -93,9 +101,11 @@ impl EdgeTls {
                 (tickets.clone(), Some((keys, tickets)))
             }
         };
+        let max = limits.max_certificates as usize;
         let source = source.unwrap_or_else(|| Arc::new(NoCertificates));
-        let (certificates, loader) = Certificates::new(source, Settings::new(tickets), max_certificates);
-        Ok((Arc::new(Self { certificates }), Work { loader, own_keys }))
+        let (certificates, loader) = Certificates::new(source, Settings::new(tickets), max);
+        let waits = Waits::new(limits);
+        Ok((Arc::new(Self { certificates, waits }), Work { loader, own_keys }))
     }
 }
 
@@ -125,13 +135,13 @@ async fn rotate(mut keys: TicketKeys, tickets: Tickets) {
 }
 
 impl CoreTls {
-    pub(crate) fn new(shared: Arc<EdgeTls>, limits: &Limits) -> Self {
+    pub(crate) fn new(shared: Arc<EdgeTls>, limits: &Limits, table: TableReader) -> Self {
         let places = Places::new(limits.max_handshakes_per_core, limits.max_handshakes_per_network);
-        Self { shared, places, metrics: TlsMetrics::new() }
+        Self { shared, places, metrics: TlsMetrics::new(), table, waiting: Rc::default() }
     }
 
     /// Hands the counts to the metrics.
     pub(crate) fn flush(&self) {
-        self.metrics.flush();
+        self.metrics.flush(self.waiting.get());
     }
 }

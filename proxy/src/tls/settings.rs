@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use peregrine_routing::{ClientAuth, DomainPolicy, TlsVersion};
+use peregrine_routing::{ClientAuth, DomainPolicy, DomainSpec, TlsVersion};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
@@ -10,6 +10,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion, version};
 
 use super::tickets::Tickets;
+use crate::clock::now_ms;
 
 /// ALPN of HTTP/2 and HTTP/1.1 (RFC 7301 §6, RFC 9113 §3.2).
 pub(crate) const H2: &[u8] = b"h2";
@@ -20,11 +21,18 @@ const HTTP11: &[u8] = b"http/1.1";
 pub(crate) struct SettingsKey {
     min_version: TlsVersion,
     client_auth: Option<Arc<ClientAuth>>,
+    /// Something is to be stapled.
+    pub(crate) is_stapled: bool,
 }
 
 impl SettingsKey {
-    pub(crate) fn of(policy: &DomainPolicy) -> Self {
-        Self { min_version: policy.min_version, client_auth: policy.client_auth.clone() }
+    pub(crate) fn of(domain: &DomainSpec) -> Self {
+        let DomainPolicy { min_version, client_auth, .. } = &domain.policy;
+        Self {
+            min_version: *min_version,
+            client_auth: client_auth.clone(),
+            is_stapled: domain.staple.is_some(),
+        }
     }
 }
 
@@ -54,7 +62,7 @@ impl Settings {
 
     pub(crate) fn make(
         &self,
-        certified: Arc<CertifiedKey>,
+        resolver: Arc<dyn ResolvesServerCert>,
         key: &SettingsKey,
     ) -> Result<Arc<ServerConfig>, rustls::Error> {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -63,7 +71,7 @@ impl Settings {
             None => builder.with_no_client_auth(),
             Some(auth) => builder.with_client_cert_verifier(self.verifier(auth)?),
         };
-        let mut config = builder.with_cert_resolver(Arc::new(Only(certified)));
+        let mut config = builder.with_cert_resolver(resolver);
         config.alpn_protocols = vec![H2.to_vec(), HTTP11.to_vec()];
         // Sessions are in their tickets: nothing is kept here for them.
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -105,6 +113,21 @@ fn versions(least: TlsVersion) -> &'static [&'static SupportedProtocolVersion] {
 /// The one certificate that was chosen by the name.
 #[derive(Debug)]
 pub(crate) struct Only(pub(crate) Arc<CertifiedKey>);
+
+/// The one certificate that was chosen by the name, with what is stapled to it as long as that holds.
+#[derive(Debug)]
+pub(crate) struct Stapled {
+    pub(crate) bare: Arc<CertifiedKey>,
+    pub(crate) stapled: Arc<CertifiedKey>,
+    pub(crate) until_ms: u64,
+}
+
+impl ResolvesServerCert for Stapled {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let is_over = now_ms() >= self.until_ms;
+        Some(Arc::clone(if is_over { &self.bare } else { &self.stapled }))
+    }
+}
 
 impl ResolvesServerCert for Only {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {

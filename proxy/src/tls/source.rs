@@ -11,6 +11,17 @@ pub struct Certificate {
     pub chain: Vec<Vec<u8>>,
     /// DER of the private key: PKCS #8, SEC1 or PKCS #1.
     pub key: Vec<u8>,
+    /// What may be stapled to it.
+    pub staple: Option<Staple>,
+}
+
+/// What is stapled to a certificate (RFC 6066 §8).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Staple {
+    /// DER of an OCSP response, which was checked.
+    pub response: Vec<u8>,
+    /// Not to be stapled from then on, Unix time in milliseconds.
+    pub until_ms: u64,
 }
 
 impl std::fmt::Debug for Certificate {
@@ -34,7 +45,7 @@ pub enum SourceError {
 /// Hands out certificates. An edge asks for each one when it is needed for the first time, on its control thread,
 /// and again after it was not needed for long.
 pub trait CertificateSource: Send + Sync {
-    /// Chain and key of a certificate, which the table names for `domain`.
+    /// Chain and key of a certificate, which the table names for `domain`. Asked again when the table names another staple.
     fn load<'a>(
         &'a self,
         id: CertificateId,
@@ -42,9 +53,12 @@ pub trait CertificateSource: Send + Sync {
     ) -> BoxFuture<'a, Result<Certificate, SourceError>>;
 
     /// A handshake came for a name without a certificate: one that is in nobody's table, or whose domain waits for its
-    /// first. Told once in a while for each name; must return at once.
-    fn wanted(&self, name: &str) {
+    /// first. Told once in a while for each name; must return at once, with a future that resolves as soon as it is known
+    /// whether there is one: true when the table names it or is about to, false when none comes soon. Handshakes for the
+    /// name wait for it meanwhile, if they may.
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         let _ = name;
+        Box::pin(std::future::ready(false))
     }
 }
 

@@ -1,4 +1,5 @@
-//! Names that somebody wanted and that have no certificate, so that each is told once in a while and not at every hello.
+//! Names that somebody wanted and that have no certificate, so that each is told once in a while and not at every hello; with
+//! what the source says of them, which all who want the same name wait for, and which is remembered as long.
 //!
 //! Strangers say what these names are. So they have a lock of their own, which no handshake that succeeds takes; they are
 //! bounded, for all and for each network, so that one that makes names up takes nobody else's room; and what is over is
@@ -7,7 +8,13 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Shared};
+
 use super::places::Network;
+
+/// Whether a certificate comes.
+pub(crate) type Answer = Shared<BoxFuture<'static, bool>>;
 
 /// Names that are remembered.
 const MAX_NAMES: usize = 4_096;
@@ -22,6 +29,7 @@ const CLEAR_INTERVAL_MS: u64 = 1_000;
 struct Told {
     until_ms: u64,
     network: Network,
+    answer: Answer,
 }
 
 #[derive(Default)]
@@ -36,23 +44,33 @@ struct Inner {
 pub(crate) struct Wanted(Mutex<Inner>);
 
 impl Wanted {
-    /// Whether a name that somebody of a network wants is to be told. If so it was: it is not again for a while.
-    pub(crate) fn is_new(&self, name: &str, network: Network, now_ms: u64) -> bool {
+    /// What is said of a name that somebody of a network wants. It is told with `tell`, and then not again for a while;
+    /// `None` if there is no room for it.
+    pub(crate) fn ask(
+        &self,
+        name: &str,
+        network: Network,
+        now_ms: u64,
+        tell: impl FnOnce() -> BoxFuture<'static, bool>,
+    ) -> Option<Answer> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match inner.names.get(name) {
-            Some(told) if told.until_ms > now_ms => return false,
+            Some(told) if told.until_ms > now_ms => return Some(told.answer.clone()),
             Some(_) => inner.forget(name),
             None => {}
         }
         if !inner.has_room(network) {
             inner.clear(now_ms);
             if !inner.has_room(network) {
-                return false;
+                return None;
             }
         }
-        inner.names.insert(name.into(), Told { until_ms: now_ms + AGAIN_MS, network });
+        // Under the lock, so that it is told once; it returns at once.
+        let answer = tell().shared();
+        let told = Told { until_ms: now_ms + AGAIN_MS, network, answer: answer.clone() };
+        inner.names.insert(name.into(), told);
         *inner.networks.entry(network).or_default() += 1;
-        true
+        Some(answer)
     }
 }
 
@@ -91,6 +109,31 @@ mod tests {
 
     fn network(number: u8) -> Network {
         Network::of([10, 0, number, 1].into())
+    }
+
+    impl Wanted {
+        /// Whether it was told.
+        fn is_new(&self, name: &str, network: Network, now_ms: u64) -> bool {
+            let mut told = false;
+            let no = || {
+                told = true;
+                std::future::ready(false).boxed()
+            };
+            drop(self.ask(name, network, now_ms, no));
+            told
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_a_name_is_remembered_as_long_as_it_is_not_told_again() {
+        let wanted = Wanted::default();
+        let ask = |now_ms, says| {
+            let answer = wanted.ask("a.test", network(1), now_ms, || std::future::ready(says).boxed());
+            answer.and_then(|answer| answer.now_or_never())
+        };
+        assert_eq!(ask(1_000, false), Some(false));
+        assert_eq!(ask(1_000 + AGAIN_MS - 1, true), Some(false), "nobody was asked");
+        assert_eq!(ask(1_000 + AGAIN_MS, true), Some(true));
     }
 
     #[test]

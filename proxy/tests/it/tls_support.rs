@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use futures_util::future::BoxFuture;
-use peregrine_proxy::{Certificate, CertificateSource, Config, SourceError};
+use peregrine_proxy::{Certificate, CertificateSource, Config, SourceError, Staple};
 use peregrine_routing::{CertificateId, Change, DomainPolicy, DomainSpec, HostPattern, ServiceSpec};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, StreamOwned};
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
 
 use crate::support::{Client, PATIENCE, TestEdge};
 
@@ -22,6 +23,8 @@ pub(crate) struct Authority {
     issued: Mutex<HashMap<CertificateId, Certificate>>,
     pub(crate) loads: AtomicUsize,
     pub(crate) wanted: Mutex<Vec<String>>,
+    /// What is said of names that are wanted: nothing yet, or whether a certificate comes.
+    says: watch::Sender<Option<bool>>,
 }
 
 impl Authority {
@@ -35,6 +38,7 @@ impl Authority {
             issued: Mutex::default(),
             loads: AtomicUsize::new(0),
             wanted: Mutex::default(),
+            says: watch::Sender::new(Some(false)),
         })
     }
 
@@ -49,7 +53,8 @@ impl Authority {
         let key = KeyPair::generate().expect("key");
         let made = params.signed_by(&key, &self.issuer).expect("is signed");
         let id = CertificateId(Sha256::digest(made.der()).into());
-        let certificate = Certificate { chain: vec![made.der().to_vec()], key: key.serialize_der() };
+        let certificate =
+            Certificate { chain: vec![made.der().to_vec()], key: key.serialize_der(), staple: None };
         self.issued.lock().expect("lock").insert(id, certificate);
         id
     }
@@ -66,8 +71,19 @@ impl Authority {
         (vec![made.der().clone()], PrivatePkcs8KeyDer::from(key.serialize_der()).into())
     }
 
+    /// From now on this is stapled to a certificate.
+    pub(crate) fn staple(&self, id: CertificateId, staple: Option<Staple>) {
+        self.issued.lock().expect("lock").get_mut(&id).expect("was issued").staple = staple;
+    }
+
     pub(crate) fn forget(&self, id: CertificateId) -> Option<Certificate> {
         self.issued.lock().expect("lock").remove(&id)
+    }
+
+    /// From now on nobody knows yet whether what is wanted comes, until that is said here.
+    pub(crate) fn is_coming(&self) -> watch::Sender<Option<bool>> {
+        self.says.send_replace(None);
+        self.says.clone()
     }
 
     pub(crate) fn loads(&self) -> usize {
@@ -86,8 +102,10 @@ impl CertificateSource for Authority {
         Box::pin(std::future::ready(found.ok_or(SourceError::Unknown)))
     }
 
-    fn wanted(&self, name: &str) {
+    fn wanted(&self, name: &str) -> BoxFuture<'static, bool> {
         self.wanted.lock().expect("lock").push(name.to_owned());
+        let mut says = self.says.subscribe();
+        Box::pin(async move { says.wait_for(Option::is_some).await.is_ok_and(|said| *said == Some(true)) })
     }
 }
 
@@ -102,7 +120,8 @@ pub(crate) fn domain_with(ca: &Authority, name: &str, policy: DomainPolicy) -> C
 }
 
 pub(crate) fn put(name: &str, certificate: Option<CertificateId>, policy: DomainPolicy) -> Change {
-    Change::PutDomain(DomainSpec { name: HostPattern::parse(name).expect("pattern"), certificate, policy })
+    let name = HostPattern::parse(name).expect("pattern");
+    Change::PutDomain(DomainSpec { name, certificate, staple: None, policy })
 }
 
 /// An edge that speaks TLS too.
@@ -153,17 +172,33 @@ pub(crate) fn client_of(ca: &Authority, version: &'static rustls::SupportedProto
 
 /// A client that believes everybody.
 pub(crate) fn blind_client() -> ClientConfig {
+    blind().0
+}
+
+/// What is stapled to the certificate that is presented there.
+pub(crate) fn stapled(addr: SocketAddr, name: &str) -> Vec<u8> {
+    let (config, blind) = blind();
+    drop(connect(addr, name, config));
+    std::mem::take(&mut *blind.staple.lock().expect("lock"))
+}
+
+fn blind() -> (ClientConfig, Arc<Blind>) {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    ClientConfig::builder_with_provider(Arc::clone(&provider))
+    let blind = Arc::new(Blind { provider: Arc::clone(&provider), staple: Mutex::default() });
+    let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("versions")
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Blind(provider)))
-        .with_no_client_auth()
+        .with_custom_certificate_verifier(Arc::clone(&blind) as _)
+        .with_no_client_auth();
+    (config, blind)
 }
 
 #[derive(Debug)]
-struct Blind(Arc<rustls::crypto::CryptoProvider>);
+struct Blind {
+    provider: Arc<rustls::crypto::CryptoProvider>,
+    staple: Mutex<Vec<u8>>,
+}
 
 impl ServerCertVerifier for Blind {
     fn verify_server_cert(
@@ -171,9 +206,10 @@ impl ServerCertVerifier for Blind {
         _end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _name: &ServerName<'_>,
-        _ocsp: &[u8],
+        ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        *self.staple.lock().expect("lock") = ocsp.to_vec();
         Ok(ServerCertVerified::assertion())
     }
 
@@ -196,7 +232,7 @@ impl ServerCertVerifier for Blind {
     }
 
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

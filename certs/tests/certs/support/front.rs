@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use peregrine_certs::{Front, FrontError};
-use peregrine_routing::{CertificateId, ChallengeAnswer, ChallengeId, ChallengeSpec, HostPattern};
+use peregrine_routing::{CertificateId, ChallengeAnswer, ChallengeId, ChallengeSpec, HostPattern, StapleId};
 use rustls::server::{Acceptor, ServerConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -18,6 +18,7 @@ use tokio_rustls::LazyConfigAcceptor;
 struct Told {
     challenges: HashMap<ChallengeId, ChallengeSpec>,
     published: HashMap<String, CertificateId>,
+    staples: HashMap<String, Option<StapleId>>,
     answered: usize,
     broken: Option<String>,
 }
@@ -62,6 +63,11 @@ impl TestFront {
 
     pub(crate) fn published(&self, name: &str) -> Option<CertificateId> {
         self.told.lock().unwrap().published.get(name).copied()
+    }
+
+    /// What is stapled.
+    pub(crate) fn stapled(&self, name: &str) -> Option<StapleId> {
+        self.told.lock().unwrap().staples.get(name).copied().flatten()
     }
 
     /// Challenges that are answered now.
@@ -109,8 +115,10 @@ impl Front for TestFront {
         &self,
         name: HostPattern,
         certificate: CertificateId,
+        staple: Option<StapleId>,
     ) -> BoxFuture<'_, Result<(), FrontError>> {
         self.with(|told| {
+            told.staples.insert(name.to_string(), staple);
             told.published.insert(name.to_string(), certificate);
         })
     }

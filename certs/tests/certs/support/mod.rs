@@ -4,6 +4,8 @@ pub(crate) mod badca;
 pub(crate) mod dns;
 pub(crate) mod front;
 pub(crate) mod knot;
+#[path = "../../../../tests/support/ocsp.rs"]
+pub(crate) mod ocsp;
 pub(crate) mod pebble;
 #[path = "../../../../tests/support/ports.rs"]
 pub(crate) mod ports;

@@ -4,9 +4,13 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use peregrine_certs::{BudgetLimit, CaConfig, ExternalAccount};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::ports::free_port;
 
@@ -14,6 +18,7 @@ use super::ports::free_port;
 pub(crate) struct Pebble {
     child: Child,
     pub(crate) address: SocketAddr,
+    management: SocketAddr,
     pub(crate) root_pem: String,
     folder: tempfile::TempDir,
 }
@@ -28,6 +33,8 @@ impl Drop for Pebble {
 pub(crate) struct PebbleOptions {
     pub(crate) refused_nonces_percent: u8,
     pub(crate) external_account: Option<(String, String)>,
+    /// The responder that its certificates name.
+    pub(crate) responder: String,
 }
 
 /// Whether there is one; `None` is told, and is a failure where `PEREGRINE_REQUIRE_PEBBLE=1` says so.
@@ -70,7 +77,7 @@ impl Pebble {
             "privateKey": key,
             "httpPort": http.port(),
             "tlsPort": tls.port(),
-            "ocspResponderURL": "",
+            "ocspResponderURL": options.responder,
             "externalAccountBindingRequired": options.external_account.is_some(),
         });
         if let Some((id, key)) = &options.external_account {
@@ -91,7 +98,7 @@ impl Pebble {
             .stderr(log)
             .spawn()
             .expect("pebble starts");
-        let mut started = Self { child, address, root_pem, folder };
+        let mut started = Self { child, address, management, root_pem, folder };
         started.wait();
         started
     }
@@ -129,6 +136,34 @@ impl Pebble {
 
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// The authority that signs certificates, with its key: what a responder of its has to sign with.
+    pub(crate) async fn issuer(&self) -> (String, String) {
+        (self.managed("/intermediates/0").await, self.managed("/intermediate-keys/0").await)
+    }
+
+    async fn managed(&self, path: &str) -> String {
+        let mut roots = rustls::RootCertStore::empty();
+        let root = CertificateDer::from_pem_slice(self.root_pem.as_bytes()).expect("a certificate");
+        roots.add(root).expect("an authority");
+        let config = rustls::ClientConfig::builder_with_provider(Arc::new(
+            rustls::crypto::aws_lc_rs::default_provider(),
+        ))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+        let socket = tokio::net::TcpStream::connect(self.management).await.expect("it listens");
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut stream = connector.connect(name, socket).await.expect("it shakes hands");
+        let question = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+        stream.write_all(question.as_bytes()).await.expect("is taken");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("it answers");
+        let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+        body.to_owned()
     }
 
     pub(crate) fn directory(&self) -> String {
