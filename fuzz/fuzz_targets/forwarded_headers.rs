@@ -117,10 +117,20 @@ impl Sent {
         tokens.map(|token| String::from_utf8_lossy(&token).into_owned()).collect()
     }
 
-    /// The host that counts.
+    /// The host that counts, as it goes on: in another script by its A-labels, with its port.
     fn host(&self) -> Option<Vec<u8>> {
         let authority = self.uri.authority().map(|authority| authority.as_str().as_bytes().to_vec());
-        authority.or_else(|| self.all("host").first().map(|host| host.to_vec()))
+        authority.or_else(|| {
+            let sent = *self.all("host").first()?;
+            let text = text(sent).filter(|text| !text.is_ascii());
+            let Some(Ok(labels)) = text.map(peregrine_routing::canonical_host) else {
+                return Some(sent.to_vec());
+            };
+            let port = text
+                .and_then(|text| text.rsplit_once(':'))
+                .map_or(String::new(), |(_, port)| format!(":{port}"));
+            Some(format!("{labels}{port}").into_bytes())
+        })
     }
 
     /// The same request to another spelling of its host.
