@@ -1,7 +1,6 @@
 //! A responder for certificates: `openssl ocsp`, as a peer that is not ours.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use super::ports::free_port;
@@ -45,11 +44,17 @@ impl Responder {
         // Another file: that is how it notices.
         std::fs::rename(beside, index).expect("is put in its place");
         if self.child.is_some() {
-            // It looks before it waits for the next question, so that one is still answered out of the list before: this one.
-            let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("it listens");
-            stream.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("is taken");
-            // Whatever it says to that.
-            drop(stream.read_to_end(&mut Vec::new()));
+            // It looks before it waits for the next question, so that one is still answered out of the list before: this one. It has to
+            // be a proper one, or the responder ends.
+            let asked = Command::new("openssl")
+                .args(["ocsp", "-noverify", "-url", &self.url(), "-issuer"])
+                .arg(self.folder.path().join("ca.pem"))
+                .args(["-serial", "1"])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            assert!(asked.is_ok_and(|asked| asked.success()), "it answers");
         }
     }
 
