@@ -155,7 +155,8 @@ impl Kept {
         table: TableReader,
     ) -> anyhow::Result<Self> {
         let mut shown = Shown { configured: configured.into_iter().collect(), ..Shown::default() };
-        let read = engine.vault().for_each(POLICIES, |record| {
+        let vault = engine.vault();
+        let read = vault.for_each(POLICIES, |record| {
             let name = record.key.strip_prefix(POLICIES).unwrap_or_default().to_owned();
             let served = Served::read(&name, &record.bytes);
             shown.served.insert(name, served);
@@ -424,8 +425,8 @@ impl certs::Vault for Records {
         visit: &'a mut (dyn FnMut(certs::Record) + Send),
     ) -> BoxFuture<'a, Result<(), certs::VaultError>> {
         async move {
-            let visited =
-                self.0.vault().for_each(&format!("{MANAGER}{prefix}"), |found| visit(record(found)));
+            let (vault, prefix) = (self.0.vault(), format!("{MANAGER}{prefix}"));
+            let visited = vault.for_each(&prefix, |found| visit(record(found)));
             visited.await.map_err(unavailable)
         }
         .boxed()

@@ -183,10 +183,9 @@ impl Certificates {
             if domain.staple.is_some() && domain.staple != staple && entry.again_ms <= now_ms() {
                 entry.again_ms = now_ms() + FAILED_FOR_MS;
                 // Nobody waits for it. Without room it is the next handshake's turn, after a while.
-                if inner.loading.len() < MAX_LOADING && !inner.loading.contains_key(&id) {
-                    if self.asks.send((id, domain.name.clone())).is_ok() {
-                        inner.loading.insert(id, Vec::new());
-                    }
+                let has_room = inner.loading.len() < MAX_LOADING && !inner.loading.contains_key(&id);
+                if has_room && self.asks.send((id, domain.name.clone())).is_ok() {
+                    inner.loading.insert(id, Vec::new());
                 }
             }
             return found;

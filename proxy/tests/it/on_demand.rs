@@ -48,7 +48,10 @@ fn one_handshake_waits_for_the_certificate_and_is_asked_for_no_retry() {
     let coming = ca.is_coming();
     let address = edge.https();
     std::thread::scope(|scope| {
-        let visit = || tls::connect(address, "new.test", tls::client(&ca, HTTP11)).get("/").status;
+        let visit = || {
+            let mut client = tls::connect(address, "new.test", tls::client(&ca, HTTP11));
+            client.send("GET / HTTP/1.1\r\nHost: new.test\r\n\r\n").answer().status
+        };
         let visits: Vec<_> = (0..3).map(|_| scope.spawn(visit)).collect();
         until("the source was told", || *ca.wanted.lock().unwrap() == ["new.test"]);
         // Longer than a hello that stalls has.
