@@ -21,7 +21,8 @@ fn serial_of(bundle: &Bundle) -> String {
     digits.strip_prefix("00").unwrap_or(&digits).to_owned()
 }
 
-#[tokio::test]
+// The manager has a thread of its own: the list of the responder is changed while ours waits, and it answers one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_staple_is_fetched_told_and_fetched_again_and_a_revoked_certificate_is_replaced_at_once() {
     let mut responder = Responder::new();
     let options = PebbleOptions { responder: responder.url(), ..PebbleOptions::default() };
