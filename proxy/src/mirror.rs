@@ -229,8 +229,9 @@ impl Copy {
                 poll_fn(|cx| conn.poll_head(cx, (&self.method, &mut headers), limits, |_, _| {})).await;
             match answered {
                 Ok(answer) => break (conn, begun_us, answer),
-                // The target had closed the idle connection: no fault of anybody, take the next.
-                Err(_) if conn.reused && (!conn.wrote() || conn.has_missed()) => {}
+                // The target has closed the idle connection, before or just now: no fault of anybody, take the next. It may have
+                // the request already; only safe ones are copied, and a new connection has the last word.
+                Err(_) if conn.reused => {}
                 Err(_) => return Err(NoAnswer),
             }
         };

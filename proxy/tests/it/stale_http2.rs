@@ -39,7 +39,8 @@ struct Impatient {
 #[derive(Clone, Copy)]
 struct Use {
     in_flight: usize,
-    ended: Instant,
+    /// Not before the first request: who closes a connection before anything has come on it fails what is on its way, whoever asks.
+    ended: Option<Instant>,
 }
 
 impl Impatient {
@@ -75,7 +76,7 @@ impl Impatient {
 
 /// Serves a connection until it has been idle for so long. What it is drops it, and nobody is told.
 async fn serve(socket: TcpStream, executed: Arc<Vec<AtomicUsize>>, idle: Duration) {
-    let usage = Arc::new(std::sync::Mutex::new(Use { in_flight: 0, ended: Instant::now() }));
+    let usage = Arc::new(std::sync::Mutex::new(Use { in_flight: 0, ended: None }));
     let shared = Arc::clone(&usage);
     let answer = service_fn(move |request: Request<Incoming>| {
         let (executed, usage) = (Arc::clone(&executed), Arc::clone(&shared));
@@ -85,7 +86,7 @@ async fn serve(socket: TcpStream, executed: Arc<Vec<AtomicUsize>>, idle: Duratio
             drop(request.into_body().collect().await);
             executed[id].fetch_add(1, Ordering::SeqCst);
             let mut usage = usage.lock().expect("lock");
-            *usage = Use { in_flight: usage.in_flight - 1, ended: Instant::now() };
+            *usage = Use { in_flight: usage.in_flight - 1, ended: Some(Instant::now()) };
             Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"ok"))))
         }
     });
@@ -93,8 +94,9 @@ async fn serve(socket: TcpStream, executed: Arc<Vec<AtomicUsize>>, idle: Duratio
     let mut http = std::pin::pin!(http);
     loop {
         let Use { in_flight, ended } = *usage.lock().expect("lock");
-        let until = if in_flight > 0 { Instant::now() + idle } else { ended + idle };
-        if in_flight == 0 && until <= Instant::now() {
+        let idle_since = ended.filter(|_| in_flight == 0);
+        let until = idle_since.unwrap_or_else(Instant::now) + idle;
+        if idle_since.is_some() && until <= Instant::now() {
             return;
         }
         tokio::select! {
