@@ -65,7 +65,12 @@ pub struct Said {
 ///
 /// # Errors
 /// Why it must not be used, in words.
-pub fn responder_answer(certificate: &[u8], issuer: &[u8], answer: &[u8], now_ms: u64) -> Result<Said, String> {
+pub fn responder_answer(
+    certificate: &[u8],
+    issuer: &[u8],
+    answer: &[u8],
+    now_ms: u64,
+) -> Result<Said, String> {
     let checked = Subject::of(certificate, issuer).and_then(|subject| subject.check(answer, now_ms));
     let checked = checked.map_err(|error| error.to_string())?;
     Ok(Said {
