@@ -1,11 +1,12 @@
-//! What comes from certificate authorities, for fuzz targets: an answer of theirs, and a chain. It is compiled for fuzzing only,
-//! adds no rule of its own, and needs no socket and no runtime.
+//! What comes from certificate authorities, for fuzz targets: an answer of theirs, a chain, and what a responder says. It is
+//! compiled for fuzzing only, adds no rule of its own, and needs no socket and no runtime.
 
 use bytes::Bytes;
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderValue, LOCATION, RETRY_AFTER};
 
 use crate::acme::judge;
+use crate::ocsp::{self, Status, Subject};
 use crate::pem::{self, Leaf, PemError};
 
 /// What is said of an answer that the library does not get to see.
@@ -47,4 +48,40 @@ pub fn chain(text: &str) -> Result<(usize, Leaf), PemError> {
     let chain = pem::read_chain(text)?;
     let leaf = pem::read_leaf(chain.first().ok_or(PemError::NoCertificate)?)?;
     Ok((chain.len(), leaf))
+}
+
+/// What a responder says of a certificate, checked. Times are Unix times in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// It may be stapled.
+    pub is_good: bool,
+    /// Its beginning.
+    pub this_update_ms: u64,
+    /// Its end.
+    pub next_update_ms: u64,
+}
+
+/// Checks what a responder has answered for a certificate of an issuer.
+///
+/// # Errors
+/// Why it must not be used, in words.
+pub fn responder_answer(
+    certificate: &[u8],
+    issuer: &[u8],
+    answer: &[u8],
+    now_ms: u64,
+) -> Result<Said, String> {
+    let checked = Subject::of(certificate, issuer).and_then(|subject| subject.check(answer, now_ms));
+    let checked = checked.map_err(|error| error.to_string())?;
+    Ok(Said {
+        is_good: checked.status == Status::Good,
+        this_update_ms: checked.this_update_ms,
+        next_update_ms: checked.next_update_ms,
+    })
+}
+
+/// The responder that a certificate names.
+#[must_use]
+pub fn responder(certificate: &[u8]) -> Option<String> {
+    ocsp::responder(certificate)
 }
