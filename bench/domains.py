@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """What many domains cost: a server with COUNT domains, each with a certificate of its own, on 127.0.0.1.
 
-usage: bench/domains.py PEREGRINE PEREGRINE-BENCH PEREGRINE-SCALE [COUNT] [PEER_HOSTS]
+usage: bench/domains.py PEREGRINE PEREGRINE-BENCH PEREGRINE-SCALE [COUNT] [PEER_HOSTS] [KEPT_FOLDER]
+
+In KEPT_FOLDER the filled store stays, and is used again the next time.
 
 Prints the time from the start of the process to the first handshake for a domain that nobody has asked for, what the process
 then has in memory, how long a change (a certificate that is imported) takes from the request to the handshake that shows it,
 and the slowest requests while nothing and while ten certificates a second change. Beside it, if PEER_HOSTS is not 0: how long
 nginx and haproxy take to load a configuration of so many hosts anew until a new one is served.
 """
-import http.client, json, os, shutil, signal, socket, ssl, statistics, subprocess, sys, tempfile, time
+import http.client, json, os, shutil, signal, socket, ssl, statistics, subprocess, sys, tempfile, time, uuid
 
 HTTPS, HTTP, API, ORIGIN, PEER = 19443, 19480, 19470, 19411, 19444
 PATIENCE_S = 300
@@ -58,6 +60,9 @@ def memory_mib(pid, field):
 
 def change(token, body):
     connection = http.client.HTTPConnection("127.0.0.1", API, timeout=60)
+    connection.connect()
+    # Head and body are two writes: without this the second one waits for the answer to the first.
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.request("POST", "/api/v1/certificates", body,
                        {"authorization": "Bearer " + token, "content-type": "application/json"})
     answer = connection.getresponse()
@@ -74,7 +79,7 @@ def begin(words, **more):
 
 def load(bench):
     return begin([bench, "load", "--target", f"127.0.0.1:{HTTP}", "--host", "web.test", "--path", "/bytes/100",
-                             "--rate", "2000", "--seconds", "10", "--json"], stdout=subprocess.PIPE, text=True)
+                             "--rate", "2000", "--seconds", "10", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def peregrine(folder, binary, bench, scale, count):
@@ -85,31 +90,34 @@ def peregrine(folder, binary, bench, scale, count):
     log = open(os.path.join(folder, "server.log"), "a")
     start = lambda: begin([binary, "serve", "--config", config, "--data", data], stdout=log, stderr=log)
 
-    server = start()
-    wait_port(API, server)
+    if not os.path.exists(os.path.join(data, "api-token")):
+        server = start()
+        wait_port(API, server)
+        token = open(os.path.join(data, "api-token")).read().strip()
+        chain, key = certificate(folder, "template.test")
+        change(token, json.dumps({"domain": "template.test", "chain": chain, "key": key}))
+        wait_presented(HTTPS, "template.test", server)
+        stop(server)
+        begun = time.monotonic()
+        subprocess.run([scale, data, "template.test", str(count)], check=True, stdout=subprocess.DEVNULL)
+        print(f"{count} domains were written in {time.monotonic() - begun:.1f} s", flush=True)
     token = open(os.path.join(data, "api-token")).read().strip()
-    chain, key = certificate(folder, "template.test")
-    change(token, json.dumps({"domain": "template.test", "chain": chain, "key": key}))
-    wait_presented(HTTPS, "template.test", server)
-    stop(server)
-    begun = time.monotonic()
-    subprocess.run([scale, data, "template.test", str(count)], check=True, stdout=subprocess.DEVNULL)
-    print(f"{count} domains were written in {time.monotonic() - begun:.1f} s", flush=True)
 
     begun = time.monotonic()
     server = start()
     name = f"d{count * 2 // 3:07}.scale.test"
     first = wait_presented(HTTPS, name, server) - begun
     print(f"start to the first handshake for {name}: {first:.2f} s", flush=True)
-    wait_port(API, server)
+    wait_ready(server)
     print(f"start to the API: {time.monotonic() - begun:.2f} s")
     last = wait_presented(HTTPS, f"d{count - 1:07}.scale.test", server) - begun
     print(f"start to a handshake for the last domain: {last:.2f} s")
     print(f"memory: {memory_mib(server.pid, 'VmRSS'):.0f} MiB, at most {memory_mib(server.pid, 'VmHWM'):.0f} MiB", flush=True)
 
     bodies = []
+    run = uuid.uuid4().hex[:8]
     for number in range(CHANGES * 4):
-        name = f"new{number}.test"
+        name = f"new{number}-{run}.test"
         chain, key = certificate(folder, name)
         bodies.append((name, json.dumps({"domain": name, "chain": chain, "key": key})))
     took = []
@@ -130,8 +138,8 @@ def peregrine(folder, binary, bench, scale, count):
             if changes == CHANGES * 3 // 2:
                 break
         summary = json.loads(loading.communicate()[0])
-        figures = {field: summary.get(field) for field in ("ok", "sent", "p50_us", "p99_us", "p99_9_us", "max_us") if field in summary}
-        print(f"while {kind} changes ({changes} changes): {json.dumps(figures or summary)[:400]}", flush=True)
+        figures = {field: summary[field] for field in ("ok", "sent", "latency_us")}
+        print(f"while {kind} changes ({changes} changes): {json.dumps(figures)}", flush=True)
     print(f"memory at the end: {memory_mib(server.pid, 'VmRSS'):.0f} MiB")
     stop(server)
 
@@ -141,7 +149,7 @@ def peers(folder, hosts):
     names = [f"h{number:05}.peer.test" for number in range(hosts)] + ["added.peer.test"]
     chain, key = certificate(folder, "h.peer.test")
     together = os.path.join(folder, "together")
-    os.makedirs(together)
+    os.makedirs(together, exist_ok=True)
     # One certificate for all of them but the new one: what is measured is the configuration.
     with open(os.path.join(together, "many.pem"), "w") as file:
         file.write(chain + key)
@@ -186,6 +194,22 @@ def peers(folder, hosts):
     stop(process)
 
 
+def wait_ready(process):
+    begun = time.monotonic()
+    while time.monotonic() - begun < PATIENCE_S:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", API, timeout=PATIENCE_S)
+            connection.request("GET", "/readyz")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        if process.poll() is not None:
+            sys.exit(f"the server has ended with {process.returncode}")
+        time.sleep(0.005)
+    sys.exit("the API does not answer")
+
+
 def wait_port(port, process=None):
     begun = time.monotonic()
     while time.monotonic() - begun < PATIENCE_S:
@@ -210,7 +234,9 @@ def main():
     binary, bench, scale = sys.argv[1:4]
     count = int(sys.argv[4]) if len(sys.argv) > 4 else 1_000_000
     hosts = int(sys.argv[5]) if len(sys.argv) > 5 else 10_000
-    folder = tempfile.mkdtemp(prefix="peregrine-domains-")
+    kept = sys.argv[6] if len(sys.argv) > 6 else None
+    folder = kept or tempfile.mkdtemp(prefix="peregrine-domains-")
+    os.makedirs(folder, exist_ok=True)
     try:
         begin([bench, "origin", "--host", "127.0.0.1", "--port", str(ORIGIN)], stdout=subprocess.DEVNULL)
         peregrine(folder, binary, bench, scale, count)
@@ -219,7 +245,8 @@ def main():
     finally:
         for process in STARTED:
             stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 main()

@@ -25,20 +25,22 @@ use peregrine_config::{AcmeAuthority, AcmeChallenge, AcmeExternalAccount, AcmeSe
 use peregrine_engine::vault::{VaultExpected, VaultWrite};
 use peregrine_engine::{DomainChange, EngineError, EngineHandle};
 use peregrine_routing::{
-    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, StapleId,
-    TableReader,
+    CertificateId, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec, HostPattern, NotAnId,
+    StapleId, TableReader,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 /// File of the key with which private keys are sealed, in the data folder.
 pub(crate) const KEY_FILE: &str = "certificates.key";
 /// Records of the vault that are the manager's.
 const MANAGER: &str = "certs/";
-/// Records that say how a domain is served.
-const POLICIES: &str = "front/";
+/// Records that say what a domain is served with, and how.
+const FRONT: &str = "front/";
+/// Every domain that has a certificate has a record there that names it. Written by the first start of a version that has them.
+const FRONT_IS_WHOLE: &str = "front-is-whole";
 /// Orders in all, and for one registered domain, in the window: half of what Let's Encrypt gives, as others may use its account.
 const ORDERS: certs::BudgetLimit = certs::BudgetLimit { orders: 150, window_ms: 3 * 3_600_000 };
 const ORDERS_PER_DOMAIN: certs::BudgetLimit =
@@ -53,12 +55,16 @@ const MAX_AWAITED_MS: u64 = 60_000;
 const MAX_CLIENT_AUTHORITIES: usize = 32;
 /// Domains that are put into the table at once when the server starts: a change is held in memory twice.
 const MAX_SHOWN_AT_ONCE: usize = 20_000;
+/// Such parts that wait for the table.
+const MAX_UNSHOWN: usize = 4;
+/// Records that are written at once when a server starts.
+const MAX_WRITTEN_AT_ONCE: usize = 250;
 /// Largest file of a shared key.
 const MAX_SECRET_BYTES: u64 = 16 << 10;
 /// Largest file of authorities to trust.
 const MAX_TRUST_BYTES: u64 = 1 << 20;
 
-/// How a domain is served. Its record.
+/// How a domain is served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Served {
     redirect: bool,
@@ -88,13 +94,6 @@ impl Served {
         Self { client_auth: Some(nobody), ..Self::default() }
     }
 
-    fn read(name: &str, bytes: &[u8]) -> Self {
-        serde_json::from_slice(bytes).unwrap_or_else(|error| {
-            tracing::error!(%name, %error, "how a domain is served cannot be read, so it is not: say it again with `peregrine domains add`");
-            Self::closed()
-        })
-    }
-
     fn policy(&self) -> DomainPolicy {
         let hsts = self.hsts.map(|hsts| peregrine_routing::Hsts {
             max_age_seconds: hsts.max_age_seconds,
@@ -108,6 +107,70 @@ impl Served {
     }
 }
 
+/// What a domain is served with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Presented {
+    certificate: CertificateId,
+    staple: Option<StapleId>,
+}
+
+/// What is kept of a domain beside the manager's record.
+///
+/// What it is served with is in that record, too: here it is for a server that starts, which so serves a million domains before
+/// it has read what there is to know of each.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    redirect: bool,
+    hsts: Option<Hsts>,
+    #[serde(default)]
+    client_auth: Option<ServedClientAuth>,
+    #[serde(default)]
+    certificate: Option<String>,
+    #[serde(default)]
+    staple: Option<String>,
+}
+
+/// What is known of a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Told {
+    /// Most domains are served alike, and share it.
+    served: Arc<Served>,
+    presented: Option<Presented>,
+}
+
+impl Told {
+    fn read(name: &str, bytes: &[u8]) -> Self {
+        let read = || -> anyhow::Result<Self> {
+            let Record { redirect, hsts, client_auth, certificate, staple } = serde_json::from_slice(bytes)?;
+            let staple = staple.map(|id| id.parse()).transpose()?;
+            let presented =
+                certificate.map(|id| Ok::<_, NotAnId>(Presented { certificate: id.parse()?, staple }));
+            let served = Arc::new(Served { redirect, hsts, client_auth });
+            Ok(Self { served, presented: presented.transpose()? })
+        };
+        read().unwrap_or_else(|error| {
+            tracing::error!(%name, %error, "how a domain is served cannot be read, so it is not: say it again with `peregrine domains add`");
+            Self { served: Arc::new(Served::closed()), presented: None }
+        })
+    }
+
+    fn record(&self) -> Record {
+        let Served { redirect, hsts, client_auth } = (*self.served).clone();
+        let certificate = self.presented.map(|presented| presented.certificate.to_string());
+        let staple = self.presented.and_then(|presented| presented.staple).map(|id| id.to_string());
+        Record { redirect, hsts, client_auth, certificate, staple }
+    }
+
+    fn write(&self, name: &str) -> Result<VaultWrite, serde_json::Error> {
+        let bytes = serde_json::to_vec(&self.record())?;
+        Ok(VaultWrite {
+            key: format!("{FRONT}{name}"),
+            bytes: Some(bytes.into()),
+            expected: VaultExpected::Anything,
+        })
+    }
+}
+
 /// The engine's store, as the manager writes into it.
 struct Records(EngineHandle);
 
@@ -115,13 +178,14 @@ struct Records(EngineHandle);
 struct Edges {
     engine: EngineHandle,
     shown: Mutex<Shown>,
+    /// One record after the other: each is made of the one before.
+    writing: tokio::sync::Mutex<()>,
 }
 
 /// What the edges are told.
 #[derive(Default)]
 struct Shown {
-    served: BTreeMap<String, Served>,
-    certificates: BTreeMap<String, (CertificateId, Option<StapleId>)>,
+    names: BTreeMap<Arc<str>, Told>,
     /// Names that the configuration file decides on.
     configured: BTreeSet<String>,
 }
@@ -140,10 +204,13 @@ pub(crate) struct Kept {
     wanted: Arc<Semaphore>,
     awaited: Arc<Semaphore>,
     vault: Arc<Records>,
+    /// The manager knows every domain.
+    is_read: watch::Sender<bool>,
 }
 
 impl Kept {
-    /// Opens what is in the engine's store. Nothing is ordered before [`Self::run`].
+    /// Opens what is in the engine's store, and puts it into the table: a table that is made anew has no domains. Nothing is
+    /// ordered before [`Self::run`], and little can be asked before [`Self::read`].
     ///
     /// # Errors
     /// Why it cannot be used, in words.
@@ -154,49 +221,63 @@ impl Kept {
         configured: impl IntoIterator<Item = String>,
         table: TableReader,
     ) -> anyhow::Result<Self> {
-        let mut shown = Shown { configured: configured.into_iter().collect(), ..Shown::default() };
-        let vault = engine.vault();
-        let read = vault.for_each(POLICIES, |record| {
-            let name = record.key.strip_prefix(POLICIES).unwrap_or_default().to_owned();
-            let served = Served::read(&name, &record.bytes);
-            shown.served.insert(name, served);
-        });
-        read.await?;
-        let edges = Arc::new(Edges { engine: engine.clone(), shown: Mutex::new(shown) });
+        let shown = Shown { configured: configured.into_iter().collect(), ..Shown::default() };
+        let edges = Edges { engine: engine.clone(), shown: Mutex::new(shown), writing: Default::default() };
+        edges.read().await?;
+        let edges = Arc::new(edges);
         let seal = certs::SealKey::open_or_create(&data.join(KEY_FILE))?;
         let config = configuration(engine, acme, table)?;
         let runtime = tokio::runtime::Handle::current();
         let vault = Arc::new(Records(engine.clone()));
         let front = Arc::clone(&edges) as _;
         let manager =
-            Manager::open(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system()).await?;
+            Manager::closed(config, Arc::clone(&vault) as _, front, seal, certs::Outside::system())?;
         let (orders, changing) = (acme.is_some(), tokio::sync::Mutex::default());
         let (wanted, awaited) = (Arc::new(Semaphore::new(MAX_WANTED)), Arc::new(Semaphore::new(MAX_AWAITED)));
-        let engine = engine.clone();
-        let kept = Self { manager, edges, engine, orders, changing, runtime, wanted, awaited, vault };
-        kept.show();
+        let (is_read, engine) = (watch::Sender::new(false), engine.clone());
+        let kept =
+            Self { manager, edges, engine, orders, changing, runtime, wanted, awaited, vault, is_read };
+        if kept.engine.vault().get(FRONT_IS_WHOLE).await?.is_none() {
+            kept.read().await?;
+            let bytes = Some(Default::default());
+            let whole = VaultWrite { key: FRONT_IS_WHOLE.into(), bytes, expected: VaultExpected::Anything };
+            kept.engine.vault().commit(vec![whole]).await?;
+        }
         Ok(kept)
+    }
+
+    /// Has the manager read its domains, unless it has. The edges are told where their records say something else: a server may
+    /// end between two writes.
+    ///
+    /// # Errors
+    /// The store cannot be read or written.
+    pub(crate) async fn read(&self) -> anyhow::Result<()> {
+        if *self.is_read.borrow() {
+            return Ok(());
+        }
+        let mut seen = BTreeSet::new();
+        let mut others = Vec::new();
+        let visit = |name: &str, held: Option<(CertificateId, Option<StapleId>)>| {
+            let presented = held.map(|(certificate, staple)| Presented { certificate, staple });
+            let shown = self.edges.shown();
+            let known = shown.names.get_key_value(name);
+            if presented != known.and_then(|(_, told)| told.presented) {
+                others.push((Arc::from(name), presented));
+            }
+            seen.extend(known.map(|(name, _)| Arc::clone(name)));
+        };
+        self.manager.refresh_with(visit).await?;
+        // Of a domain that went, and whose record did not.
+        others.extend(self.edges.presented_but(&seen).into_iter().map(|name| (name, None)));
+        drop(seen);
+        self.edges.correct(&others).await?;
+        self.is_read.send_replace(true);
+        Ok(())
     }
 
     /// Orders and renews, for ever.
     pub(crate) async fn run(&self) {
         self.manager.run().await;
-    }
-
-    /// Puts what is known into the table: a table that is made anew has no domains.
-    fn show(&self) {
-        let mut shown = self.edges.shown();
-        self.manager.for_each_served(|name, id, staple| {
-            shown.certificates.insert(name.to_owned(), (id, staple));
-        });
-        let mut changes = shown.certificates.keys().filter_map(|name| shown.change(name));
-        loop {
-            let some: Vec<_> = changes.by_ref().take(MAX_SHOWN_AT_ONCE).collect();
-            if some.is_empty() {
-                return;
-            }
-            self.edges.publish_now(some);
-        }
     }
 
     /// The configuration file names these from now on: others are served as they were added.
@@ -242,7 +323,7 @@ impl Kept {
     pub(crate) fn wanted(self: &Arc<Self>, name: &str) -> BoxFuture<'static, bool> {
         let no = || std::future::ready(false).boxed();
         // Of most names that strangers make up that is known here: they cost no task.
-        if !self.manager.could_have(name) {
+        if *self.is_read.borrow() && !self.manager.could_have(name) {
             return no();
         }
         let Ok(place) = Arc::clone(&self.wanted).try_acquire_owned() else { return no() };
@@ -259,6 +340,10 @@ impl Kept {
 
     /// Decides on a name, and then waits for its certificate.
     async fn is_obtained(&self, name: &str, place: OwnedSemaphorePermit) -> bool {
+        // It ends with the server, and with it who asks.
+        if self.is_read.subscribe().wait_for(|is_read| *is_read).await.is_err() {
+            return false;
+        }
         let decided = self.manager.obtain(name, 0).await;
         // A place is for a decision: those who wait keep nobody from his.
         drop(place);
@@ -276,7 +361,8 @@ impl Kept {
     }
 
     fn told(&self, view: DomainView) -> Domain {
-        let served = self.edges.shown().served.get(&view.name).cloned().unwrap_or_default();
+        let served = self.edges.shown().names.get(&*view.name).map(|told| Served::clone(&told.served));
+        let served = served.unwrap_or_default();
         Domain {
             state: match &view.state {
                 certs::DomainState::New => DomainState::New,
@@ -317,23 +403,8 @@ impl Kept {
 
     /// Keeps how a domain is served, and has the edges serve it so.
     async fn serve(&self, name: &str, served: Served) -> Result<(), DomainsError> {
-        let bytes = serde_json::to_vec(&served).map_err(|error| DomainsError::Failed(error.to_string()))?;
-        let write = VaultWrite {
-            key: format!("{POLICIES}{name}"),
-            bytes: Some(bytes.into()),
-            expected: VaultExpected::Anything,
-        };
-        self.engine
-            .vault()
-            .commit(vec![write])
-            .await
-            .map_err(|error| DomainsError::Failed(error.to_string()))?;
-        let mut shown = self.edges.shown();
-        shown.served.insert(name.to_owned(), served);
-        let change = shown.change(name);
-        drop(shown);
-        self.edges.publish_now(change.into_iter().collect());
-        Ok(())
+        let changed = self.edges.change(name, |told| told.served = Arc::new(served)).await;
+        changed.map(drop).map_err(|error| DomainsError::Failed(error.to_string()))
     }
 }
 
@@ -343,16 +414,15 @@ impl Shown {
         if self.configured.contains(name) {
             return None;
         }
-        let (certificate, staple) = *self.certificates.get(name)?;
-        let policy = self.served.get(name).cloned().unwrap_or_default().policy();
-        let name = HostPattern::parse(name).ok()?;
-        Some(DomainChange::Put(DomainSpec { name, certificate: Some(certificate), staple, policy }))
-    }
-
-    /// Whether there was something to forget.
-    fn forget(&mut self, name: &str) -> bool {
-        let served = self.served.remove(name).is_some();
-        self.certificates.remove(name).is_some() || served
+        let (name, told) = self.names.get_key_value(name)?;
+        let Presented { certificate, staple } = told.presented?;
+        let pattern = match HostPattern::parse(name).ok()? {
+            // The same in the table and here.
+            HostPattern::Exact(host) if host == *name => HostPattern::Exact(Arc::clone(name)),
+            pattern => pattern,
+        };
+        let policy = told.served.policy();
+        Some(DomainChange::Put(DomainSpec { name: pattern, certificate: Some(certificate), staple, policy }))
     }
 
     fn unless_configured(&self, name: &str) -> Option<HostPattern> {
@@ -365,18 +435,139 @@ impl Edges {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Reads what domains are served with, and puts it into the table on the way.
+    async fn read(&self) -> anyhow::Result<()> {
+        let mut names: Vec<(Arc<str>, Told)> = Vec::new();
+        let mut like = Arc::<Served>::default();
+        let mut unshown = 0;
+        // The table takes as long for a domain as the reading does: it has a thread of its own.
+        let (show, shown) = mpsc::channel(MAX_UNSHOWN);
+        let showing = tokio::task::spawn_blocking(self.showing(shown));
+        let vault = self.engine.vault();
+        let read = vault.for_each(FRONT, |record| {
+            let name = record.key.strip_prefix(FRONT).unwrap_or_default();
+            let mut told = Told::read(name, &record.bytes);
+            if told.served == like {
+                told.served = Arc::clone(&like);
+            } else {
+                like = Arc::clone(&told.served);
+            }
+            names.push((name.into(), told));
+            unshown += 1;
+            if unshown >= MAX_SHOWN_AT_ONCE {
+                // What finds no room goes with the next ones.
+                let last = || names[names.len() - unshown..].to_vec();
+                unshown = show.try_reserve().map_or(unshown, |place| {
+                    place.send(last());
+                    0
+                });
+            }
+        });
+        read.await?;
+        let last = names[names.len() - unshown..].to_vec();
+        anyhow::ensure!(show.send(last).await.is_ok(), "the table takes no domains");
+        drop(show);
+        showing.await?;
+        // They come in their order, and of those the map is made without a gap.
+        self.shown().names = names.into_iter().collect();
+        Ok(())
+    }
+
+    /// Puts into the table what comes, until nothing more does.
+    fn showing(&self, mut shown: mpsc::Receiver<Vec<(Arc<str>, Told)>>) -> impl FnOnce() + Send + use<> {
+        let (engine, configured) = (self.engine.clone(), self.shown().configured.clone());
+        move || {
+            let mut part = Shown { configured, ..Shown::default() };
+            while let Some(names) = shown.blocking_recv() {
+                part.names = names.into_iter().collect();
+                publish(&engine, part.names.keys().filter_map(|name| part.change(name)).collect());
+            }
+        }
+    }
+
+    /// Names that are served and are not among these.
+    fn presented_but(&self, names: &BTreeSet<Arc<str>>) -> Vec<Arc<str>> {
+        let shown = self.shown();
+        let others =
+            shown.names.iter().filter(|(name, told)| told.presented.is_some() && !names.contains(*name));
+        others.map(|(name, _)| Arc::clone(name)).collect()
+    }
+
+    /// Brings what the edges are told to what the manager knows: what a domain is served with, or nothing.
+    async fn correct(&self, others: &[(Arc<str>, Option<Presented>)]) -> anyhow::Result<()> {
+        let _one = self.writing.lock().await;
+        for some in others.chunks(MAX_WRITTEN_AT_ONCE) {
+            let mut corrected = Vec::with_capacity(some.len());
+            for (name, presented) in some {
+                let told = self.shown().names.get(name).cloned().unwrap_or_default();
+                corrected.push((Arc::clone(name), Told { presented: *presented, ..told }));
+            }
+            let writes = corrected.iter().map(|(name, told)| told.write(name)).collect::<Result<_, _>>()?;
+            self.engine.vault().commit(writes).await?;
+            let mut shown = self.shown();
+            let mut changes = Vec::with_capacity(some.len());
+            for (name, told) in corrected {
+                let is_served = told.presented.is_some();
+                shown.names.insert(Arc::clone(&name), told);
+                changes.extend(if is_served {
+                    shown.change(&name)
+                } else {
+                    shown.unless_configured(&name).map(DomainChange::Remove)
+                });
+            }
+            self.publish_now(changes);
+        }
+        Ok(())
+    }
+
+    /// Changes what is known of a name: on the disk, and then in the table. Returns the version that the edges have to have.
+    async fn change(&self, name: &str, change: impl FnOnce(&mut Told) + Send) -> anyhow::Result<Option<u64>> {
+        let _one = self.writing.lock().await;
+        let before = self.shown().names.get(name).cloned();
+        let mut after = before.clone().unwrap_or_default();
+        change(&mut after);
+        if before.as_ref() != Some(&after) {
+            self.engine.vault().commit(vec![after.write(name)?]).await?;
+        }
+        let mut shown = self.shown();
+        shown.names.insert(name.into(), after);
+        let Some(change) = shown.change(name) else { return Ok(None) };
+        Ok(Some(self.engine.publish_domains(vec![change])?))
+    }
+
+    /// Serves a name no longer. Says whether there was something to forget.
+    async fn forget(&self, name: &str, is_served: bool) -> Result<bool, EngineError> {
+        let _one = self.writing.lock().await;
+        let (left, pattern) = {
+            let mut shown = self.shown();
+            (shown.names.remove(name).is_some(), shown.unless_configured(name))
+        };
+        // The edges first, and also if the record went and something failed behind it: a repetition gets to the end.
+        if is_served || left {
+            self.publish_now(pattern.map(DomainChange::Remove).into_iter().collect());
+        }
+        let key = format!("{FRONT}{name}");
+        let gone = VaultWrite { key, bytes: None, expected: VaultExpected::Anything };
+        self.engine.vault().commit(vec![gone]).await?;
+        Ok(left)
+    }
+
     fn publish_now(&self, changes: Vec<DomainChange>) {
-        if changes.is_empty() {
-            return;
-        }
-        if let Err(error) = self.engine.publish_domains(changes) {
-            tracing::error!(%error, "domains were not published");
-        }
+        publish(&self.engine, changes);
     }
 
     async fn apply(&self, changes: Vec<DomainChange>) -> Result<(), certs::FrontError> {
         let told = self.engine.apply_domains(changes).await;
         told.map(drop).map_err(|error| certs::FrontError { cause: error.to_string() })
+    }
+}
+
+fn publish(engine: &EngineHandle, changes: Vec<DomainChange>) {
+    if changes.is_empty() {
+        return;
+    }
+    if let Err(error) = engine.publish_domains(changes) {
+        tracing::error!(%error, "domains were not published");
     }
 }
 
@@ -395,16 +586,14 @@ impl certs::Front for Edges {
         certificate: CertificateId,
         staple: Option<StapleId>,
     ) -> BoxFuture<'_, Result<(), certs::FrontError>> {
-        let name = name.to_string();
-        let mut shown = self.shown();
-        shown.certificates.insert(name.clone(), (certificate, staple));
-        let change = shown.change(&name);
-        drop(shown);
         async move {
-            match change {
-                Some(change) => self.apply(vec![change]).await,
-                None => Ok(()),
+            let presented = Some(Presented { certificate, staple });
+            let changed = self.change(&name.to_string(), |told| told.presented = presented).await;
+            let version = changed.map_err(|error| certs::FrontError { cause: error.to_string() })?;
+            if let Some(version) = version {
+                self.engine.domains_acknowledged(version).await;
             }
+            Ok(())
         }
         .boxed()
     }
@@ -534,19 +723,8 @@ impl Domains for Kept {
             let name = &*canonical(name)?;
             let _one = self.changing.lock().await;
             let known = self.manager.get(name).is_some();
-            let left = self.edges.shown().forget(name);
-            let is_served = known || left;
-            // The edges first, and also if the record went and something failed behind it: a repetition gets to the end.
-            if let (true, Some(name)) = (is_served, self.edges.shown().unless_configured(name)) {
-                self.edges.publish_now(vec![DomainChange::Remove(name)]);
-            }
-            let gone = VaultWrite {
-                key: format!("{POLICIES}{name}"),
-                bytes: None,
-                expected: VaultExpected::Anything,
-            };
-            let done = self.engine.vault().commit(vec![gone]).await;
-            done.map_err(|error| DomainsError::Failed(error.to_string()))?;
+            let forgotten = self.edges.forget(name, known).await;
+            let left = forgotten.map_err(|error| DomainsError::Failed(error.to_string()))?;
             match self.manager.remove(name).await {
                 Err(ManagerError::NoDomain(_)) if left => Ok(()),
                 removed => removed.map_err(|error| refused(&error)),

@@ -177,6 +177,16 @@ impl Server {
         // Before anybody is answered: a ready server has the routes of its configuration.
         server.publish_domains(loaded);
         server.apply(config.machines, config.services).await;
+        if let Some(edge) = edge {
+            let edge_stop = ended(&stopped);
+            server.part("edge", async move {
+                edge.run(edge_stop)
+                    .await
+                    .map_err(|error| Failure::new(Exit::Failed, "edge.failed", error.to_string()))
+            });
+        }
+        // The edge serves already; whoever asks for domains waits for them.
+        kept.read().await.map_err(|error| internal("server.domains", &error))?;
         let kept_stop = ended(&stopped);
         server.part("certificates", async move {
             tokio::select! {
@@ -202,14 +212,6 @@ impl Server {
             server.part("link", async move {
                 link.run(link_stop).await;
                 Ok(())
-            });
-        }
-        if let Some(edge) = edge {
-            let edge_stop = ended(&stopped);
-            server.part("edge", async move {
-                edge.run(edge_stop)
-                    .await
-                    .map_err(|error| Failure::new(Exit::Failed, "edge.failed", error.to_string()))
             });
         }
         let api_stop = ended(&stopped);

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 
 use peregrine_bench::origin::{Origin, OriginOptions};
+use peregrine_engine::store::{Batch, SqliteStore, Store as _, Write};
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject as _;
 
@@ -313,4 +314,54 @@ fn clients_of_an_added_domain_need_the_certificate_that_it_asks_for_also_after_a
     let added = server.ok(&["domains", "add", NAME]);
     assert!(added["client_auth"].is_null(), "{added:#}");
     wait_for("everybody to be let in", || answers(&stranger).then_some(()));
+}
+
+#[test]
+fn a_server_that_starts_serves_by_its_short_records_and_corrects_those_that_are_wrong() {
+    const STALE: &str = "stale.test";
+    const GONE: &str = "gone.test";
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    let origin = runtime.block_on(Origin::bind(OriginOptions::default())).expect("an origin");
+    let mut server = Peregrine::start("");
+    server.stop();
+    let https = free_address();
+    let config = shop(&server, https, origin.addr(), "");
+    server.file("server.toml", &config);
+    server.start_again();
+    let presented = |name: &str| over_tls(https, name).map(|(_, id)| id);
+    for name in [NAME, STALE] {
+        let made = rcgen::generate_simple_self_signed([name.to_owned()]).expect("a certificate");
+        let chain = server.file("chain.pem", &made.cert.pem());
+        let key = server.file("key.pem", &made.signing_key.serialize_pem());
+        server.ok(&["certs", "import", name, "--chain", &chain, "--key", &key]);
+    }
+    let [first, second] = [NAME, STALE].map(|name| presented(name).expect("it is presented"));
+    assert_ne!(first, second);
+    let record = |name: &str| format!("vault/front/{name}");
+    let write = |server: &Peregrine, writes: Vec<Write>| {
+        let store = SqliteStore::open(&server.data()).expect("nobody else has it");
+        let done = runtime.block_on(store.commit(Batch { preconditions: Vec::new(), writes }));
+        done.expect("is written");
+    };
+
+    // As a version left it that knew nothing of these records: they are made at the first start.
+    server.stop();
+    let gone = [record(NAME), record(STALE), "vault/front-is-whole".to_owned()];
+    write(&server, gone.into_iter().map(Write::Delete).collect());
+    server.start_again();
+    assert_eq!([NAME, STALE].map(presented), [Some(first.clone()), Some(second.clone())]);
+
+    // As a process leaves it that is killed between two writes.
+    server.stop();
+    let other = format!(r#"{{"redirect":true,"hsts":null,"certificate":"{first}"}}"#);
+    write(&server, [STALE, GONE].map(|name| Write::Put(record(name), other.clone().into())).into());
+    server.start_again();
+    wait_for("the certificate that the manager knows", || (presented(STALE)? == second).then_some(()));
+    assert_eq!((presented(NAME), presented(GONE)), (Some(first), None), "nobody has added it");
+    server.stop();
+    let store = SqliteStore::open(&server.data()).expect("nobody else has it");
+    let (_, kept) = runtime.block_on(store.range("vault/front/")).expect("is read");
+    let kept = kept.iter().find(|entry| entry.key == record(STALE)).expect("it is there");
+    assert!(holds(&kept.value, second.as_bytes()), "the next start has it right from the beginning");
 }

@@ -19,7 +19,8 @@ pub(crate) struct Domain {
     /// Ordered and renewed by itself. An imported certificate is not.
     pub(crate) automatic: bool,
     pub(crate) held: Option<Held>,
-    pub(crate) order: Option<Order>,
+    /// Boxed: most domains have none under way.
+    pub(crate) order: Option<Box<Order>>,
     /// What may be presented somewhere and has to be taken back when the order ends.
     pub(crate) presented: Vec<Presented>,
     /// The certificate before this one: it goes when the edges know the new one.
@@ -91,7 +92,7 @@ pub(crate) struct Ocsp {
     /// Failures in a row.
     pub(crate) failures: u32,
     /// What is stapled.
-    #[serde(with = "hex_staple")]
+    #[serde(with = "hex_id_option")]
     pub(crate) staple: Option<StapleId>,
     /// Its end.
     pub(crate) until_ms: u64,
@@ -425,7 +426,7 @@ impl Domain {
     /// Begins an order: from here on it is `holder`'s until the lease ends.
     pub(crate) fn claim(&mut self, holder: &str, ca: &str, now_ms: u64, limits: &Limits) {
         self.fence += 1;
-        self.order = Some(Order {
+        self.order = Some(Box::new(Order {
             holder: holder.to_owned(),
             lease_until_ms: now_ms + limits.lease_ms,
             ca: ca.to_owned(),
@@ -433,7 +434,7 @@ impl Domain {
             url: None,
             finalizing: false,
             troubles: 0,
-        });
+        }));
         self.trouble = None;
     }
 
@@ -641,56 +642,29 @@ pub(crate) mod hex_id {
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<CertificateId, D::Error> {
-        let text = String::deserialize(from)?;
-        parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"))
-    }
-
-    pub(crate) fn parse(text: &str) -> Option<CertificateId> {
-        if text.len() != 64 || !text.is_ascii() {
-            return None;
-        }
-        let mut id = [0; 32];
-        for (at, byte) in id.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).ok()?;
-        }
-        Some(CertificateId(id))
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
 
-/// Names of staples, where there may be none.
-mod hex_staple {
-    use peregrine_routing::StapleId;
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(id: &Option<StapleId>, to: S) -> Result<S::Ok, S::Error> {
-        id.map(|id| id.to_string()).serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<StapleId>, D::Error> {
-        let parse = |text: String| {
-            let id = super::hex_id::parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"))?;
-            Ok(StapleId(id.0))
-        };
-        Option::<String>::deserialize(from)?.map(parse).transpose()
-    }
-}
-
-/// The same, where there may be none.
+/// The same of certificates and staples, where there may be none.
 mod hex_id_option {
-    use peregrine_routing::CertificateId;
+    use std::fmt::Display;
+    use std::str::FromStr;
+
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(id: &Option<CertificateId>, to: S) -> Result<S::Ok, S::Error> {
-        id.map(|id| id.to_string()).serialize(to)
+    pub(super) fn serialize<T: Display, S: Serializer>(id: &Option<T>, to: S) -> Result<S::Ok, S::Error> {
+        id.as_ref().map(T::to_string).serialize(to)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<CertificateId>, D::Error> {
+    pub(super) fn deserialize<'de, T, D>(from: D) -> Result<Option<T>, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
         let text = Option::<String>::deserialize(from)?;
-        let parse =
-            |text: String| super::hex_id::parse(&text).ok_or_else(|| D::Error::custom("not 64 hex digits"));
-        text.map(parse).transpose()
+        text.map(|text| text.parse().map_err(D::Error::custom)).transpose()
     }
 }
 

@@ -18,6 +18,7 @@ use crate::audit::AuditAct;
 use crate::draft::Draft;
 use crate::engine::replay;
 use crate::error::{EngineError, ErrorKind};
+use crate::keys;
 use crate::model::{Rollout, UnixMs};
 use crate::outside::Outside;
 use crate::store::{self, Batch, Revision, STORE_FILE, SqliteStore, Store as _};
@@ -138,7 +139,7 @@ async fn restore_in(
 /// Raises epochs (of who leads, of services and of copies) and generations, and says in the audit that the store was restored.
 async fn begin_reign(dir: &Path, revision: Revision) -> Result<(), EngineError> {
     let store = SqliteStore::open_for_reign(dir, REIGN_STEP)?;
-    let mut state = replay(store.survey("").await?);
+    let mut state = replay(store.survey_without(keys::VAULT).await?);
     let names: Vec<String> = state.services.keys().cloned().collect();
     let mut batches: Vec<Vec<String>> =
         names.chunks(MAX_SERVICES_PER_COMMIT).map(<[String]>::to_vec).collect();
@@ -167,7 +168,7 @@ async fn begin_reign(dir: &Path, revision: Revision) -> Result<(), EngineError> 
             draft.audit(None, None, AuditAct::StoreRestored { revision });
         }
         commit(&store, draft).await?;
-        state = replay(store.survey("").await?);
+        state = replay(store.survey_without(keys::VAULT).await?);
     }
     Ok(())
 }

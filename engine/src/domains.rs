@@ -40,13 +40,18 @@ impl EngineHandle {
         self.core.table.apply_domains(&changes)
     }
 
+    /// Waits until every edge goes by what [`Self::publish_domains`] has returned, or its lease has ended.
+    pub async fn domains_acknowledged(&self, version: u64) {
+        self.core.table.acknowledged(version).await;
+    }
+
     /// As [`Self::publish_domains`], and waits until every edge goes by it, or its lease has ended.
     ///
     /// # Errors
     /// The table refuses them; then it stays as it was.
     pub async fn apply_domains(&self, changes: Vec<DomainChange>) -> Result<u64, EngineError> {
         let version = self.publish_domains(changes)?;
-        self.core.table.acknowledged(version).await;
+        self.domains_acknowledged(version).await;
         Ok(version)
     }
 }

@@ -9,6 +9,7 @@ use crate::core::{Connect, Core, EdgeClock};
 use crate::error::EngineError;
 use crate::handle::EngineHandle;
 use crate::journal::Install;
+use crate::keys;
 use crate::model::InstanceState;
 use crate::outside::Outside;
 use crate::reconcile;
@@ -73,7 +74,7 @@ impl Engine {
         connect: Connect,
         writer: TableWriter,
     ) -> Result<(Self, EngineHandle), EngineError> {
-        let survey = store.survey("").await?;
+        let survey = store.survey_without(keys::VAULT).await?;
         refuse_without_meta(&survey)?;
         let state = replay(survey);
         for (key, reason) in &state.aside {

@@ -410,6 +410,8 @@ pub(crate) enum Source {
     Http1(Box<Http1Conn>, Rc<UpstreamPool>),
     /// A stream of an HTTP/2 connection.
     Http2(Incoming, #[expect(dead_code, reason = "counts the stream until dropped")] Http2Ticket),
+    /// Answers of this kind have no content, whatever the upstream has sent.
+    Nothing,
 }
 
 /// An upstream's body that broke off.
@@ -420,6 +422,7 @@ impl Source {
         match self {
             Self::Http1(conn, _) => conn.poll_frame(cx).map_err(|_| BrokeOff),
             Self::Http2(incoming, _) => Pin::new(incoming).poll_frame(cx).map_err(|_| BrokeOff),
+            Self::Nothing => Poll::Ready(None),
         }
     }
 
@@ -439,6 +442,7 @@ impl Source {
         match self {
             Self::Http1(conn, _) => conn.is_end(),
             Self::Http2(incoming, _) => incoming.is_end_stream(),
+            Self::Nothing => true,
         }
     }
 
@@ -446,6 +450,7 @@ impl Source {
         match self {
             Self::Http1(conn, _) => conn.size_hint(),
             Self::Http2(incoming, _) => incoming.size_hint(),
+            Self::Nothing => SizeHint::with_exact(0),
         }
     }
 

@@ -18,7 +18,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::{
-    CONNECTION, CONTENT_ENCODING, CONTENT_TYPE, SET_COOKIE, STRICT_TRANSPORT_SECURITY, UPGRADE,
+    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, SET_COOKIE, STRICT_TRANSPORT_SECURITY,
+    UPGRADE,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, request};
 use http_body::Body;
@@ -616,8 +617,18 @@ async fn attempt_http2(
             let (mut parts, incoming) = response.into_parts();
             headers::trim(&mut parts.headers);
             headers::clean_response(&mut parts.headers);
+            let source = if has_content(&flight.method, parts.status) {
+                Source::Http2(incoming, ticket)
+            } else {
+                // An upstream that sends some all the same is told to stop (the stream is reset): it would be another's answer to
+                // clients of HTTP/1.1, and an error to those of HTTP/2.
+                Source::Nothing
+            };
+            if parts.status == StatusCode::NO_CONTENT {
+                parts.headers.remove(CONTENT_LENGTH); // RFC 9110 §8.6
+            }
             let head = Head { status: parts.status, headers: parts.headers };
-            Ok(Answer { head, source: Source::Http2(incoming, ticket) })
+            Ok(Answer { head, source })
         }
         Ok(Err(mut error)) => {
             let returned = error.take_message().is_some();
@@ -636,6 +647,11 @@ async fn attempt_http2(
         }
         Err(reason) => Err(reason.into()),
     }
+}
+
+/// Whether an answer may have content (RFC 9110 §6.4.1).
+fn has_content(method: &Method, status: StatusCode) -> bool {
+    method != Method::HEAD && ![StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED].contains(&status)
 }
 
 // --- the answer ----------------------------------------------------------------------------------------

@@ -43,6 +43,40 @@ impl std::fmt::Debug for StapleId {
     }
 }
 
+/// Not 64 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not 64 hexadecimal digits")]
+pub struct NotAnId;
+
+impl std::str::FromStr for CertificateId {
+    type Err = NotAnId;
+
+    fn from_str(text: &str) -> Result<Self, NotAnId> {
+        digest(text).map(Self)
+    }
+}
+
+impl std::str::FromStr for StapleId {
+    type Err = NotAnId;
+
+    fn from_str(text: &str) -> Result<Self, NotAnId> {
+        digest(text).map(Self)
+    }
+}
+
+fn digest(text: &str) -> Result<[u8; 32], NotAnId> {
+    let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(NotAnId) };
+    let digit = |byte: u8| char::from(byte).to_digit(16).ok_or(NotAnId);
+    let mut bytes = [0; 32];
+    if pairs.len() != bytes.len() {
+        return Err(NotAnId);
+    }
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = (digit(*high)? << 4 | digit(*low)?) as u8;
+    }
+    Ok(bytes)
+}
+
 /// A name that is served over TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainSpec {
@@ -289,6 +323,18 @@ mod tests {
 
     fn certificate(domains: &Domains, name: &str) -> Option<u8> {
         domains.get(name).and_then(|domain| domain.certificate).map(|id| id.0[0])
+    }
+
+    #[test]
+    fn ids_are_read_as_they_are_written() {
+        let id = CertificateId(std::array::from_fn(|at| at as u8 * 8 + 7));
+        let text = id.to_string();
+        assert_eq!((text.parse(), text.to_uppercase().parse()), (Ok(id), Ok(id)));
+        assert_eq!(text.parse(), Ok(StapleId(id.0)));
+        for wrong in ["", &text[1..], &format!("{text}00"), &text.replace('f', "g"), &text.replace('f', "é")]
+        {
+            assert_eq!(wrong.parse::<CertificateId>(), Err(NotAnId), "{wrong}");
+        }
     }
 
     #[test]

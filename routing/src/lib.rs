@@ -50,7 +50,7 @@ pub use channel::{Acknowledger, Applied, CachedReader, TableReader, TableWriter,
 pub use class::{PerClass, TrafficClass};
 pub use domain::{
     CertificateId, ChallengeAnswer, ChallengeId, ChallengeSpec, ClientAuth, DomainPolicy, DomainSpec,
-    Domains, Hsts, StapleId, TlsMode, TlsVersion,
+    Domains, Hsts, NotAnId, StapleId, TlsMode, TlsVersion,
 };
 pub use drain::{DrainTime, Due};
 pub use hash::stable_hash;

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
 /// What there is of the template, by the family of its keys.
 struct Template {
     domain: Value,
-    served: Option<Bytes>,
+    front: Value,
     certificate: Value,
 }
 
@@ -86,14 +86,17 @@ impl Template {
         let domain: Value = serde_json::from_slice(&domain)?;
         let id = domain["held"]["id"].as_str().ok_or_else(missing)?.to_owned();
         let certificate = get(&format!("vault/certs/certificate/{id}")).await?.ok_or_else(missing)?;
-        let served = get(&format!("vault/front/{name}")).await?;
-        Ok(Self { domain, served, certificate: serde_json::from_slice(&certificate)? })
+        let front = get(&format!("vault/front/{name}")).await?.ok_or_else(missing)?;
+        let front = serde_json::from_slice(&front)?;
+        Ok(Self { domain, front, certificate: serde_json::from_slice(&certificate)? })
     }
 
     fn records(&self, seal: &SealKey, name: &str, der: &[u8], pem: &str, key: &KeyPair) -> Result<Vec<Write>> {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der);
         let id: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-        let (mut domain, mut certificate) = (self.domain.clone(), self.certificate.clone());
+        let (mut domain, mut certificate, mut front) =
+            (self.domain.clone(), self.certificate.clone(), self.front.clone());
+        front["certificate"] = json!(id);
         domain["name"] = json!(name);
         domain["held"]["id"] = json!(id);
         certificate["id"] = json!(id);
@@ -102,12 +105,11 @@ impl Template {
         let key_record = format!("sealed/certificate/{id}");
         let sealed = seal.seal(&key_record, &[&[PKCS8][..], &key.serialize_der()].concat())?;
         let put = |key: String, value: Bytes| Write::Put(format!("vault/{key}"), value);
-        let mut writes = vec![
+        Ok(vec![
+            put(format!("front/{name}"), serde_json::to_vec(&front)?.into()),
             put(format!("certs/domain/{name}"), serde_json::to_vec(&domain)?.into()),
             put(format!("certs/certificate/{id}"), serde_json::to_vec(&certificate)?.into()),
             put(format!("certs/{key_record}"), sealed.into()),
-        ];
-        writes.extend(self.served.clone().map(|served| put(format!("front/{name}"), served)));
-        Ok(writes)
+        ])
     }
 }

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
-use rustls::client::Resumption;
+use rustls::client::{ClientSessionStore, Resumption, Tls12ClientSessionValue, Tls13ClientSessionValue};
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, HandshakeKind, RootCertStore};
+use rustls::{ClientConfig, HandshakeKind, NamedGroup, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -46,9 +46,8 @@ impl Connector {
             Protocol::Http1 => vec![b"http/1.1".to_vec()],
             Protocol::H2c => vec![b"h2".to_vec()],
         };
-        if !tls.resume {
-            config.resumption = Resumption::disabled();
-        }
+        config.resumption =
+            if tls.resume { Resumption::store(Arc::new(Tickets::default())) } else { Resumption::disabled() };
         let host = options.host.split(':').next().unwrap_or_default().to_owned();
         let name = ServerName::try_from(host).map_err(|error| wrong(error.to_string()))?;
         Ok(Some(Self { connector: TlsConnector::from(Arc::new(config)), name }))
@@ -59,6 +58,40 @@ impl Connector {
         let stream = self.connector.connect(self.name.clone(), stream).await?;
         let resumed = stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
         Ok((Stream::Tls(Box::new(stream)), resumed))
+    }
+}
+
+/// Tickets of one server, as many as come: rustls's own store keeps eight, and a run has more connections than that.
+#[derive(Debug, Default)]
+struct Tickets {
+    group: Mutex<Option<NamedGroup>>,
+    tickets: Mutex<Vec<Tls13ClientSessionValue>>,
+}
+
+impl ClientSessionStore for Tickets {
+    fn set_kx_hint(&self, _: ServerName<'static>, group: NamedGroup) {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
+    }
+
+    fn kx_hint(&self, _: &ServerName<'_>) -> Option<NamedGroup> {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // Only TLS 1.3 is spoken.
+    fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
+
+    fn tls12_session(&self, _: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        None
+    }
+
+    fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, ticket: Tls13ClientSessionValue) {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner).push(ticket);
+    }
+
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 }
 

@@ -11,7 +11,8 @@ mod staple;
 mod views;
 mod window;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ const MAX_PUBLISHING: usize = 32;
 const READ_AGAIN_MS: u64 = 3_600_000;
 /// A domain of an on-demand handshake that failed so often without a certificate is forgotten: a handshake brings it back.
 const MAX_ON_DEMAND_FAILURES: u32 = 5;
+/// Domains that are looked at while nobody else can look.
+const MAX_VISITED_AT_ONCE: usize = 1000;
 /// Domains of on-demand handshakes that may wait for their first certificate at once.
 const MAX_ON_DEMAND: usize = 1000;
 
@@ -135,36 +138,70 @@ pub(crate) struct Context {
 /// The domains that are known, and when each is due.
 #[derive(Default)]
 struct Index {
-    domains: HashMap<String, Tracked>,
-    due: BTreeSet<(u64, String)>,
-    due_of: HashMap<String, u64>,
+    domains: BTreeMap<Arc<str>, Box<Known>>,
+    due: BTreeSet<(u64, Arc<str>)>,
+    /// How many domains are served with a certificate.
+    used: HashMap<CertificateId, u32>,
+    /// How often the vault was read, or is being read.
+    reading: u64,
+}
+
+/// A domain of the index. There may be a million of them, so that what is the same twice is kept once.
+struct Known {
+    tracked: Tracked,
+    due_ms: Option<u64>,
+    /// It was in the vault at this reading.
+    seen: u64,
 }
 
 impl Index {
+    fn get(&self, name: &str) -> Option<&Tracked> {
+        self.domains.get(name).map(|known| &known.tracked)
+    }
+
     /// Takes what somebody has read or written, unless it is older than what is known.
     fn put(&mut self, tracked: Tracked, holder: &str) {
-        let name = tracked.domain.name.clone();
-        if self.domains.get(&name).is_some_and(|known| known.revision > tracked.revision) {
+        let seen = self.reading;
+        let known = self.domains.get_mut(&*tracked.domain.name);
+        if let Some(known) = known.filter(|known| known.tracked.revision > tracked.revision) {
+            known.seen = seen;
             return;
         }
+        let name = match self.domains.get_key_value(&*tracked.domain.name) {
+            Some((name, _)) => Arc::clone(name),
+            None => Arc::from(&*tracked.domain.name),
+        };
+        self.remove(&name);
         let due_ms = tracked.domain.due(holder).map(|(due_ms, _)| due_ms);
-        self.set_due(&name, due_ms);
-        self.domains.insert(name, tracked);
+        self.due.extend(due_ms.map(|due_ms| (due_ms, Arc::clone(&name))));
+        if let Some(held) = &tracked.domain.held {
+            *self.used.entry(held.id).or_default() += 1;
+        }
+        self.domains.insert(name, Box::new(Known { tracked, due_ms, seen }));
     }
 
     fn set_due(&mut self, name: &str, due_ms: Option<u64>) {
-        if let Some(old_ms) = self.due_of.remove(name) {
-            self.due.remove(&(old_ms, name.to_owned()));
+        let Some((name, _)) = self.domains.get_key_value(name) else { return };
+        let name = Arc::clone(name);
+        let Some(known) = self.domains.get_mut(&name) else { return };
+        let before_ms = std::mem::replace(&mut known.due_ms, due_ms);
+        if let Some(before_ms) = before_ms {
+            self.due.remove(&(before_ms, Arc::clone(&name)));
         }
-        if let Some(due_ms) = due_ms {
-            self.due.insert((due_ms, name.to_owned()));
-            self.due_of.insert(name.to_owned(), due_ms);
-        }
+        self.due.extend(due_ms.map(|due_ms| (due_ms, name)));
     }
 
     fn remove(&mut self, name: &str) {
-        self.set_due(name, None);
-        self.domains.remove(name);
+        let Some((name, known)) = self.domains.remove_entry(name) else { return };
+        if let Some(due_ms) = known.due_ms {
+            self.due.remove(&(due_ms, name));
+        }
+        let Some(held) = &known.tracked.domain.held else { return };
+        let Some(count) = self.used.get_mut(&held.id) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.used.remove(&held.id);
+        }
     }
 }
 
@@ -181,28 +218,52 @@ impl Context {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Calls `visit` with every domain, by name. Nobody waits for all of them: an edge may ask for one meanwhile.
+    fn for_each(&self, mut visit: impl FnMut(&Arc<str>, &Known)) {
+        let mut last: Option<Arc<str>> = None;
+        loop {
+            let index = self.index();
+            let from = last.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+            let part = index.domains.range::<str, _>((from, Bound::Unbounded)).take(MAX_VISITED_AT_ONCE);
+            let mut visited = None;
+            for (name, known) in part {
+                visit(name, known);
+                visited = Some(Arc::clone(name));
+            }
+            let Some(name) = visited else { return };
+            last = Some(name);
+        }
+    }
+
     /// Whether a domain other than `but` is served with this certificate.
     pub(crate) fn is_used(&self, id: CertificateId, but: &str) -> bool {
         let index = self.index();
-        let mut others =
-            index.domains.values().map(|tracked| &tracked.domain).filter(|domain| domain.name != but);
-        others.any(|domain| domain.held.as_ref().is_some_and(|held| held.id == id))
+        let by_all = index.used.get(&id).copied().unwrap_or(0);
+        let own = index.get(but).and_then(|tracked| tracked.domain.held.as_ref());
+        by_all > u32::from(own.is_some_and(|held| held.id == id))
     }
 
     /// Puts what is in the vault into the index, and tells of it if it is something else than before.
     fn note(&self, tracked: Tracked) {
+        // A million domains are read when a server starts, and nobody listens then.
+        let listened = self.events.receiver_count() > 0;
         let now_ms = self.now_ms();
         let name = tracked.domain.name.clone();
-        let told = |domain: &Domain| {
+        let told = |tracked: &Tracked| {
+            let domain = &tracked.domain;
             let held = domain.held.as_ref().map(|held| (held.id, held.published));
             (domain.state(now_ms), held)
         };
         let mut index = self.index();
-        let before = index.domains.get(&name).map(|before| told(&before.domain));
+        let before = if listened { index.get(&name).map(told) } else { None };
         index.put(tracked, &self.config.holder);
-        let Some(after) = index.domains.get(&name).map(|after| told(&after.domain)) else { return };
-        drop(index);
         self.changed.notify_one();
+        // Who has begun to listen since finds it in the index, or hears of it here.
+        if self.events.receiver_count() == 0 {
+            return;
+        }
+        let Some(after) = index.get(&name).map(told) else { return };
+        drop(index);
         if before.as_ref() != Some(&after) {
             // Nobody has to listen.
             let _unheard = self.events.send(Event { domain: name, what: EventKind::State(after.0) });
@@ -229,11 +290,28 @@ impl std::fmt::Debug for Manager {
 }
 
 impl Manager {
-    /// Reads all domains from the vault.
+    /// Opens a manager, and reads all domains from the vault.
     ///
     /// # Errors
     /// [`ManagerError::Config`], [`ManagerError::Vault`].
     pub async fn open(
+        config: Config,
+        vault: Arc<dyn Vault>,
+        front: Arc<dyn Front>,
+        seal: SealKey,
+        outside: Outside,
+    ) -> Result<Self, ManagerError> {
+        let manager = Self::closed(config, vault, front, seal, outside)?;
+        manager.refresh().await?;
+        Ok(manager)
+    }
+
+    /// A manager that knows of no domains before its first [`Manager::refresh`]. It loads certificates; whoever asks it for
+    /// more is told what there is of nothing.
+    ///
+    /// # Errors
+    /// [`ManagerError::Config`].
+    pub fn closed(
         config: Config,
         vault: Arc<dyn Vault>,
         front: Arc<dyn Front>,
@@ -287,9 +365,7 @@ impl Manager {
             changed: Notify::new(),
             events,
         });
-        let manager = Self { cx };
-        manager.refresh().await?;
-        Ok(manager)
+        Ok(Self { cx })
     }
 
     /// Reads all domains again: somebody else may have written.
@@ -297,20 +373,38 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::Vault`].
     pub async fn refresh(&self) -> Result<(), ManagerError> {
-        let mut names = HashSet::new();
+        self.refresh_with(|_, _| {}).await
+    }
+
+    /// The same, and calls `visit` with the name of each, and with what it is served and what is stapled to that.
+    ///
+    /// # Errors
+    /// [`ManagerError::Vault`]. Some domains may have been visited then.
+    pub async fn refresh_with(
+        &self,
+        mut visit: impl FnMut(&str, Option<(CertificateId, Option<StapleId>)>) + Send,
+    ) -> Result<(), ManagerError> {
+        let reading = {
+            let mut index = self.cx.index();
+            index.reading += 1;
+            index.reading
+        };
         let mut note = |record| match Tracked::of(&self.cx, &record) {
             Ok(tracked) => {
-                names.insert(tracked.domain.name.clone());
+                let held = tracked.domain.held.as_ref();
+                visit(&tracked.domain.name, held.map(|held| (held.id, held.ocsp.staple)));
                 self.cx.note(tracked);
             }
             // One damaged record is no reason to let all others expire.
             Err(e) => tracing::error!(error = %e, "a domain is left out"),
         };
         self.cx.vault.for_each(records::DOMAINS, &mut note).await?;
-        let gone: Vec<String> = {
-            let index = self.cx.index();
-            index.domains.keys().filter(|name| !names.contains(*name)).cloned().collect()
-        };
+        let mut gone = Vec::new();
+        self.cx.for_each(|name, known| {
+            if known.seen < reading {
+                gone.push(Arc::clone(name));
+            }
+        });
         gone.iter().for_each(|name| self.cx.forget(name));
         Ok(())
     }
@@ -368,8 +462,8 @@ impl Manager {
             .due
             .iter()
             .take_while(|(due_ms, _)| *due_ms <= now_ms)
-            .filter(|(_, name)| !running.names.contains(name))
-            .filter_map(|(_, name)| index.domains.get(name))
+            .filter(|(_, name)| !running.names.contains(&**name))
+            .filter_map(|(_, name)| index.get(name))
             .map(|tracked| {
                 let task = tracked.domain.due(&self.cx.config.holder).map(|(_, task)| task);
                 // Telling the edges, and asking for a staple, takes none of an order's places, and waits for none.
@@ -481,24 +575,16 @@ impl Manager {
     #[must_use]
     pub fn list(&self) -> Vec<DomainView> {
         let now_ms = self.cx.now_ms();
-        let index = self.cx.index();
-        let mut all: Vec<DomainView> = index.domains.values().map(|t| view(&t.domain, now_ms)).collect();
-        all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let mut all = Vec::new();
+        self.cx.for_each(|_, known| all.push(view(&known.tracked.domain, now_ms)));
         all
-    }
-
-    /// Calls `visit` with every domain that is served, in no order, with what it is served and what is stapled to that.
-    pub fn for_each_served(&self, mut visit: impl FnMut(&str, CertificateId, Option<StapleId>)) {
-        for (name, tracked) in &self.cx.index().domains {
-            tracked.domain.held.iter().for_each(|held| visit(name, held.id, held.ocsp.staple));
-        }
     }
 
     /// One domain.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<DomainView> {
         let now_ms = self.cx.now_ms();
-        self.cx.index().domains.get(name).map(|tracked| view(&tracked.domain, now_ms))
+        self.cx.index().get(name).map(|tracked| view(&tracked.domain, now_ms))
     }
 
     /// Removes a domain with its certificate, if no other domain uses that. The front has to be told before.
@@ -666,7 +752,7 @@ impl Manager {
     pub fn could_have(&self, name: &str) -> bool {
         let Ok(name) = certifiable(name) else { return false };
         let is_owned = || self.cx.config.on_demand.owned.as_ref().is_some_and(|owned| owned(&name));
-        self.cx.asker.is_some() || self.cx.index().domains.contains_key(&name) || is_owned()
+        self.cx.asker.is_some() || self.cx.index().domains.contains_key(&*name) || is_owned()
     }
 
     /// The certificate of a name that somebody shakes hands for. If it may have one and has none, it is ordered, and waited for
@@ -683,10 +769,9 @@ impl Manager {
             }
             let waiting = {
                 let index = self.cx.index();
-                let on_demand =
-                    index.due.iter().filter_map(|(_, name)| index.domains.get(name)).filter(|tracked| {
-                        tracked.domain.origin == Origin::OnDemand && tracked.domain.held.is_none()
-                    });
+                let on_demand = index.due.iter().filter_map(|(_, name)| index.get(name)).filter(|tracked| {
+                    tracked.domain.origin == Origin::OnDemand && tracked.domain.held.is_none()
+                });
                 on_demand.take(MAX_ON_DEMAND).count()
             };
             if waiting >= MAX_ON_DEMAND {
@@ -701,12 +786,15 @@ impl Manager {
         }
         let published = || {
             let index = self.cx.index();
-            let held = index.domains.get(&name).and_then(|tracked| tracked.domain.held.as_ref());
+            let held = index.get(&name).and_then(|tracked| tracked.domain.held.as_ref());
             held.filter(|held| held.published && held.not_after_ms > self.cx.now_ms()).map(|held| held.id)
         };
         let until_ms = self.cx.now_ms().saturating_add(wait_ms);
         // Gone, never due, or due too late; what is being worked on was due.
-        let is_vain = || self.cx.index().due_of.get(&name).is_none_or(|due_ms| *due_ms > until_ms);
+        let is_vain = || {
+            let index = self.cx.index();
+            index.domains.get(&*name).and_then(|known| known.due_ms).is_none_or(|due_ms| due_ms > until_ms)
+        };
         let waiting = async {
             loop {
                 if let Some(id) = published() {

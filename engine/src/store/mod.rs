@@ -248,6 +248,18 @@ pub trait Store: Send + Sync + 'static {
         .boxed()
     }
 
+    /// As [`Store::survey`] of everything but one family, whose keys begin with `family`: it may be larger than what there is memory
+    /// for, and is read by its own.
+    fn survey_without<'a>(&'a self, family: &'a str) -> BoxFuture<'a, Result<Survey, StoreError>> {
+        async move {
+            let mut survey = self.survey("").await?;
+            survey.entries.retain(|entry| !entry.key.starts_with(family));
+            survey.unsound.retain(|(key, _)| !key.starts_with(family));
+            Ok(survey)
+        }
+        .boxed()
+    }
+
     /// As [`Store::survey`] of the first `max` entries whose key is `from` or after it: for families that are too large to
     /// be read for what is new of them. Entries that cannot be trusted count.
     fn survey_from<'a>(

@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use bytes::Bytes;
+use http::Method;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
+use super::frames;
 use super::support::{Client, Origin, TestEdge, block_on, h2c, service, until, until_trusted, upstream};
 
 /// An HTTP/2 origin (prior knowledge) in a thread of its own.
@@ -262,6 +264,55 @@ fn http1_clients_reach_h2c_upstreams() {
         assert_eq!(client.get("/").text(), "h2");
         assert_eq!(client.post("/", "body").text(), "h2");
     }
+}
+
+#[test]
+fn an_answer_that_can_have_no_content_has_none_whatever_an_h2c_upstream_sends() {
+    let origin = frames::Origin::start();
+    let edge = TestEdge::start(service(vec![h2c(origin.addr)]));
+    let answers = [
+        (Method::GET, frames::STATUS_204, 204),
+        (Method::GET, frames::STATUS_304, 304),
+        (Method::HEAD, frames::STATUS_200, 200),
+        (Method::DELETE, frames::STATUS_204, 204),
+        (Method::GET, frames::STATUS_200, 200),
+    ];
+    let mut client = edge.client();
+    for (method, octet, status) in &answers {
+        client.send(format!("{method} / HTTP/1.1\r\nHost: a.test\r\n\r\n"));
+        origin.answer_as(&origin.request(), *octet, "content");
+        let answer = client.answer_to(method.as_str());
+        let expected = if *status == 200 && *method == Method::GET { "content" } else { "" };
+        assert_eq!(
+            (answer.status, answer.text()),
+            (*status, expected),
+            "{method}: the next answer is the next one's"
+        );
+    }
+    let answer_all =
+        || answers.iter().for_each(|(_, octet, _)| origin.answer_as(&origin.request(), *octet, "content"));
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            block_on(async {
+                let socket = tokio::net::TcpStream::connect(edge.addr).await.expect("connects");
+                let handshake =
+                    hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(socket));
+                let (mut sender, conn) = handshake.await.expect("handshake");
+                tokio::spawn(conn);
+                for (method, _, status) in &answers {
+                    let request = http::Request::builder().method(method).uri("http://a.test/");
+                    let request = request.body(Full::new(Bytes::new())).expect("request");
+                    let answer = sender.send_request(request).await.expect("answer");
+                    assert_eq!(answer.status(), *status);
+                    let body = answer.into_body().collect().await.expect("is well formed").to_bytes();
+                    let expected = if *status == 200 && *method == Method::GET { "content" } else { "" };
+                    assert_eq!(body, expected, "{method}");
+                }
+            });
+        });
+        answer_all();
+        asked.join().expect("the client is content");
+    });
 }
 
 #[test]

@@ -18,6 +18,10 @@ const ACK: u8 = 1;
 /// RFC 9113 §6.5.2.
 const MAX_CONCURRENT_STREAMS: u16 = 3;
 const END_HEADERS: u8 = 4;
+/// RFC 7541, appendix A: the whole head of an answer.
+pub(crate) const STATUS_200: u8 = 0x88;
+pub(crate) const STATUS_204: u8 = 0x89;
+pub(crate) const STATUS_304: u8 = 0x8b;
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).expect("is short").to_be_bytes();
@@ -77,16 +81,19 @@ impl Origin {
     }
 
     pub(crate) fn answer(&self, got: &Got, text: &str) {
-        let status_200 = 0x88; // RFC 7541, appendix A
-        let head = frame(HEADERS, END_HEADERS, got.stream, &[status_200]);
+        self.answer_as(got, STATUS_200, text);
+    }
+
+    /// An answer with a status of the static table (RFC 7541, appendix A), and a body whatever that says of bodies.
+    pub(crate) fn answer_as(&self, got: &Got, status: u8, text: &str) {
+        let head = frame(HEADERS, END_HEADERS, got.stream, &[status]);
         let body = frame(DATA, END_STREAM, got.stream, text.as_bytes());
         self.send(got.conn, &[head, body].concat());
     }
 
     /// The head of an answer and a part of its body.
     pub(crate) fn answer_in_part(&self, got: &Got, text: &str) {
-        let status_200 = 0x88; // RFC 7541, appendix A
-        let head = frame(HEADERS, END_HEADERS, got.stream, &[status_200]);
+        let head = frame(HEADERS, END_HEADERS, got.stream, &[STATUS_200]);
         let body = frame(DATA, 0, got.stream, text.as_bytes());
         self.send(got.conn, &[head, body].concat());
     }

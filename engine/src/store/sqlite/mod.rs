@@ -22,7 +22,7 @@ pub(crate) use self::schema::{FILE, LOCK_FILE, lock};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,9 @@ const LOOKS_PER_PATIENCE: u32 = 20;
 /// Commits that a watch may be behind before it goes back to the log.
 const MAX_LIVE_COMMITS: usize = 256;
 
+/// What `nice` calls so.
+const LOWEST_PRIORITY: i32 = 19;
+
 /// The store on SQLite. Closing it (dropping it) waits until what is queued is written, and leaves one
 /// file without a write-ahead log.
 #[derive(Debug)]
@@ -57,6 +60,7 @@ pub struct SqliteStore {
     live: broadcast::WeakSender<Arc<Committed>>,
     writer: Option<JoinHandle<()>>,
     reader: Option<JoinHandle<()>>,
+    check: Option<Check>,
     /// Given back when everything above is gone. `None` after taking over from a process that stands still and has it.
     lock: Mutex<Option<File>>,
     dir: PathBuf,
@@ -146,6 +150,7 @@ impl SqliteStore {
         let taken = leader::take(&mut connection, &holder, seen);
         let Some(epoch) = taken.map_err(|e| fault::store_error(&Arc::new(e)))? else { return Ok(None) };
         let read_connection = schema::open_reader(dir)?;
+        let check = if schema::is_large(&read_connection)? { Some(Check::begin(dir)?) } else { None };
         let (live, _) = broadcast::channel(MAX_LIVE_COMMITS);
         let weak_live = live.downgrade(); // the writer thread has the strong one: when it is gone, watches end
         let writer = Writer::new(connection, history, live, (holder, epoch))?;
@@ -157,6 +162,7 @@ impl SqliteStore {
             live: weak_live,
             writer: Some(spawn(dir, "store-writer", move || writer.run(job_queue))?),
             reader: Some(spawn(dir, "store-reader", move || reader::run(read_connection, query_queue))?),
+            check,
             lock: Mutex::new(lock),
             dir: dir.to_owned(),
             epoch,
@@ -167,6 +173,12 @@ impl SqliteStore {
     #[must_use]
     pub const fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// What is wrong with the pages of a large store, of which not all were looked at before it was opened.
+    #[must_use]
+    pub fn damage(&self) -> Option<&str> {
+        self.check.as_ref()?.damage.get().map(String::as_str)
     }
 
     /// Shows whoever stands by that this process lives, and reads the notes of refused writes of those before it: the
@@ -236,13 +248,17 @@ impl Store for SqliteStore {
         self.read_survey(prefix.to_owned(), Part::ALL).boxed()
     }
 
+    fn survey_without<'a>(&'a self, family: &'a str) -> BoxFuture<'a, Result<Survey, StoreError>> {
+        self.read_survey(String::new(), Part { without: Some(family.to_owned()), ..Part::ALL }).boxed()
+    }
+
     fn survey_from<'a>(
         &'a self,
         prefix: &'a str,
         from: &'a str,
         max: usize,
     ) -> BoxFuture<'a, Result<Survey, StoreError>> {
-        self.read_survey(prefix.to_owned(), Part { from: from.to_owned(), max }).boxed()
+        self.read_survey(prefix.to_owned(), Part { from: from.to_owned(), max, ..Part::ALL }).boxed()
     }
 
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {
@@ -271,12 +287,53 @@ impl Store for SqliteStore {
 
 impl Drop for SqliteStore {
     fn drop(&mut self) {
+        drop(self.check.take());
         // One after the other: the last connection brings the write-ahead log home, and two that close at
         // once would each leave that to the other. A thread that panicked has said so already.
         self.queries = None;
         drop(self.reader.take().map(JoinHandle::join));
         self.jobs = None;
         drop(self.writer.take().map(JoinHandle::join));
+    }
+}
+
+/// The look at every page of a large store, beside its use.
+struct Check {
+    damage: Arc<OnceLock<String>>,
+    interrupt: rusqlite::InterruptHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Check {
+    fn begin(dir: &Path) -> Result<Self, StoreError> {
+        let connection = schema::open_reader(dir)?;
+        let interrupt = connection.get_interrupt_handle();
+        let damage = Arc::<OnceLock<String>>::default();
+        let found = Arc::clone(&damage);
+        let check = move || {
+            // There is no hurry, and others are starting. That it cannot be had does no harm.
+            let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
+            if let Err(StoreError::Corrupt(why)) = schema::check_pages(&connection) {
+                tracing::error!(%why, "the store is damaged: what can be read of it is served; restore a backup (peregrine server restore)");
+                metrics::gauge!("peregrine_store_damaged").set(1.0);
+                let _first = found.set(why);
+            }
+        };
+        Ok(Self { damage, interrupt, thread: Some(spawn(dir, "store-check", check)?) })
+    }
+}
+
+impl std::fmt::Debug for Check {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Check").field("damage", &self.damage).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Check {
+    fn drop(&mut self) {
+        self.interrupt.interrupt();
+        // A thread that panicked has said so already.
+        drop(self.thread.take().map(JoinHandle::join));
     }
 }
 

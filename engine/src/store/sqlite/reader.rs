@@ -32,11 +32,13 @@ pub(super) struct Part {
     pub(super) from: String,
     /// So many at most.
     pub(super) max: usize,
+    /// Keys that begin so are left out, and not read.
+    pub(super) without: Option<String>,
 }
 
 impl Part {
     /// All of them.
-    pub(super) const ALL: Self = Self { from: String::new(), max: usize::MAX };
+    pub(super) const ALL: Self = Self { from: String::new(), max: usize::MAX, without: None };
 }
 
 /// Answers until every asker is gone.
@@ -125,17 +127,31 @@ fn entries(
 ) -> Result<Vec<StoredEntry>, rusqlite::Error> {
     let mut statement = snapshot
         .prepare_cached("SELECT key, value, revision, checksum FROM entry WHERE key >= ?1 ORDER BY key")?;
-    let mut rows = statement.query([prefix.max(&part.from)])?;
+    let mut from = prefix.max(&part.from).to_owned();
     let mut entries = Vec::new();
-    while entries.len() < part.max {
-        let Some(row) = rows.next()? else { break };
-        let entry = StoredEntry::from_row(row)?;
-        if !entry.key.starts_with(prefix) {
-            break; // keys are in order of their bytes: nothing after this one has the prefix
+    'query: loop {
+        let mut rows = statement.query([&from])?;
+        while entries.len() < part.max {
+            let Some(row) = rows.next()? else { break };
+            let entry = StoredEntry::from_row(row)?;
+            if !entry.key.starts_with(prefix) {
+                break; // keys are in order of their bytes: nothing after this one has the prefix
+            }
+            if let Some(family) = part.without.as_deref().filter(|family| entry.key.starts_with(family)) {
+                from = behind(family);
+                continue 'query;
+            }
+            entries.push(entry);
         }
-        entries.push(entry);
+        return Ok(entries);
     }
-    Ok(entries)
+}
+
+/// A key that no key of a family is behind. Families end with an ASCII character.
+fn behind(family: &str) -> String {
+    let (before, last) = family.split_at(family.len() - 1);
+    let next = last.bytes().next().map_or('\u{0}', |byte| char::from(byte + 1));
+    format!("{before}{next}")
 }
 
 fn records(snapshot: &Transaction<'_>, after: Revision) -> Result<Vec<(Revision, Vec<u8>)>, rusqlite::Error> {

@@ -22,6 +22,9 @@ const APPLICATION_ID: i64 = 0x5052_474E;
 const SCHEMA_VERSION: i64 = 1;
 /// Only another program (such as the `sqlite3` shell) can make us wait: we have one writer.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// A store that is larger is served from before all of it was looked at: that takes a second for each so many bytes, longer from a
+/// slow disk, and what is read is checked anyway.
+const MAX_CHECKED_FIRST_BYTES: i64 = if cfg!(test) { 4 << 20 } else { 256 << 20 };
 /// The write-ahead log is cut back to this after a checkpoint.
 const WAL_SIZE_LIMIT_BYTES: i64 = 16 << 20;
 
@@ -120,7 +123,21 @@ fn check(connection: &Connection) -> Result<(), StoreError> {
         return create(connection).map_err(failed);
     }
     recognize(connection)?;
-    let verdict: String = connection.query_row("PRAGMA quick_check(1)", (), |r| r.get(0)).map_err(failed)?;
+    if is_large(connection)? { Ok(()) } else { check_pages(connection) }
+}
+
+/// Whether the store is looked at while it is in use.
+pub(super) fn is_large(connection: &Connection) -> Result<bool, StoreError> {
+    let bytes = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size";
+    let bytes: i64 = connection.query_row(bytes, (), |r| r.get(0)).map_err(|e| store_error(&Arc::new(e)))?;
+    Ok(bytes > MAX_CHECKED_FIRST_BYTES)
+}
+
+/// Looks at every page of the database.
+pub(super) fn check_pages(connection: &Connection) -> Result<(), StoreError> {
+    let verdict: String = connection
+        .query_row("PRAGMA quick_check(1)", (), |r| r.get(0))
+        .map_err(|e| store_error(&Arc::new(e)))?;
     if verdict != "ok" {
         return Err(damaged(format_args!("{FILE}: {verdict}")));
     }

@@ -220,6 +220,9 @@ async fn a_part_of_a_family_is_read_without_the_rest_and_what_is_damaged_counts(
     let end = store.survey_from("b/", "b/9", 5).await.unwrap();
     assert_eq!((keys(&end), end.last_key()), (vec!["b/9".to_owned()], Some("b/9")), "nothing after it");
     assert!(store.survey_from("b/", "b/91", 5).await.unwrap().is_empty());
+    let without = store.survey_without("b/").await.unwrap();
+    assert_eq!((keys(&without), without.revision), (vec!["a/1".to_owned(), "c/1".to_owned()], part.revision));
+    assert_eq!(store.survey_without("d/").await.unwrap().entries.len(), 12, "a family that is not there");
     drop(store);
     let file = rusqlite::Connection::open(dir.path().join(FILE)).unwrap();
     file.execute("UPDATE entry SET value = CAST('y' AS BLOB) WHERE key = 'b/5'", ()).unwrap();
@@ -228,4 +231,35 @@ async fn a_part_of_a_family_is_read_without_the_rest_and_what_is_damaged_counts(
     let part = store.survey_from("b/", "b/4", 2).await.unwrap();
     assert_eq!(keys(&part), ["b/4"]);
     assert_eq!(part.last_key(), Some("b/5"), "whoever reads on does not read it for ever");
+    assert!(store.survey_without("b/").await.unwrap().unsound.is_empty(), "who reads the family finds it");
+}
+
+#[tokio::test]
+async fn a_large_store_is_served_from_at_once_and_what_is_damaged_in_it_is_found_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(dir.path()).unwrap();
+    for number in 0..1_000 {
+        store.commit(put(&format!("a/{number:04}"), "v".repeat(3_000))).await.unwrap();
+    }
+    drop(store);
+    // Half of it is the log, which nobody reads here.
+    let path = dir.path().join(FILE);
+    let mut bytes = std::fs::read(&path).unwrap();
+    assert!(bytes.len() > 5 << 20, "{} bytes are not large", bytes.len());
+    let store = SqliteStore::open(dir.path()).unwrap();
+    assert_eq!(store.range("a/").await.unwrap().1.len(), 1_000);
+    drop(store); // whatever the check has come to: it is interrupted
+    let middle = bytes.len() / 2 / 4_096 * 4_096;
+    bytes[middle..middle + 1_000].fill(0xA5);
+    std::fs::write(&path, bytes).unwrap();
+    let store = SqliteStore::open(dir.path()).unwrap();
+    let begun = Instant::now();
+    let found = loop {
+        match store.damage() {
+            Some(found) => break found.to_owned(),
+            None if begun.elapsed() > Duration::from_secs(30) => panic!("nobody has found it"),
+            None => tokio::task::yield_now().await,
+        }
+    };
+    assert!(found.contains(FILE), "{found}");
 }
