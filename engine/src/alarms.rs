@@ -5,15 +5,28 @@ use crate::keys;
 use crate::model::{Finding, PLAN_FORMAT, Rollout};
 use crate::state::State;
 
-/// Every alarm of now.
+/// Every alarm of a state.
 pub(crate) fn of(state: &State) -> Vec<Finding> {
     let held = state.rollouts.values().filter_map(|rollout| held(state, rollout));
-    let aside = state.aside.iter().map(|(key, reason)| Finding {
+    held.chain(state.aside.iter().map(|(key, reason)| aside(key, reason))).collect()
+}
+
+/// A record that cannot be read.
+pub(crate) fn aside(key: &str, reason: &str) -> Finding {
+    Finding {
         code: "store.record_aside".to_owned(),
         message: format!("the stored record {key} is kept aside: {reason}"),
         hint: "What depends on it is held. Run the version that wrote it, or restore a backup.".to_owned(),
-    });
-    held.chain(aside).collect()
+    }
+}
+
+/// A store that is damaged where nobody has read yet.
+pub(crate) fn damage(reason: &str) -> Finding {
+    Finding {
+        code: "store.damaged".to_owned(),
+        message: format!("the store is damaged: {reason}"),
+        hint: "What can be read of it is served. Restore a backup (peregrine server restore).".to_owned(),
+    }
 }
 
 /// Why a rollout is held, if it is: its plan, or the record of its service, cannot be read.

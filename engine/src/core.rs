@@ -3,14 +3,15 @@
 //! One commit at a time: made from the present state, checked by [`State::check`], durable in the store, then
 //! applied, then told. A commit that was begun is finished, even if whoever asked for it has gone.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::alarms;
 use crate::draft::Draft;
 use crate::error::{EngineError, ErrorKind};
 use crate::events::Events;
 use crate::latest::{Follower, Latest};
-use crate::model::{Event, EventBody, InstanceId, Machine, RolloutId, UnixMs};
+use crate::model::{Event, EventBody, Finding, InstanceId, Machine, RolloutId, UnixMs};
 use crate::runtime::Runtime;
 use crate::state::State;
 use crate::store::{Batch, Committed, Revision, Store, Write};
@@ -47,6 +48,8 @@ pub(crate) struct Core {
     runtimes: Mutex<HashMap<String, Connected>>,
     /// Why the store takes nothing, since its last refusal.
     store_problem: Mutex<Option<EngineError>>,
+    /// Records of the vault that cannot be trusted, with the reason, as far as they were read.
+    unsound: Mutex<BTreeMap<String, String>>,
     /// Copies that this process has removed, the last ones: one that comes up after it is nobody's.
     removed: Mutex<VecDeque<InstanceId>>,
     /// One at a time acts on an instance: a restart must not meet a removal.
@@ -76,6 +79,7 @@ impl Core {
             commit: tokio::sync::Mutex::new(()),
             runtimes: Mutex::default(),
             instances: Mutex::default(),
+            unsound: Mutex::default(),
             removed: Mutex::default(),
             store_problem: Mutex::default(),
         }
@@ -83,6 +87,23 @@ impl Core {
 
     pub(crate) fn state(&self) -> Arc<State> {
         Arc::clone(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What is held, or damaged, and waits for a person.
+    pub(crate) fn alarms(&self) -> Vec<Finding> {
+        let unsound = self.unsound.lock().unwrap_or_else(PoisonError::into_inner);
+        let unsound = unsound.iter().map(|(key, why)| alarms::aside(key, why));
+        let damage = self.store.damage().map(|why| alarms::damage(&why));
+        alarms::of(&self.state()).into_iter().chain(unsound).chain(damage).collect()
+    }
+
+    /// A record of the vault cannot be trusted, or was written anew (`None`).
+    pub(crate) fn note_unsound(&self, key: &str, why: Option<&str>) {
+        let mut unsound = self.unsound.lock().unwrap_or_else(PoisonError::into_inner);
+        match why {
+            Some(why) => drop(unsound.insert(key.to_owned(), why.to_owned())),
+            None => drop(unsound.remove(key)),
+        }
     }
 
     pub(crate) fn install(&self) -> String {

@@ -363,10 +363,10 @@ impl EngineHandle {
         self.core.store_problem()
     }
 
-    /// What is held because this version cannot read it, and waits for a person.
+    /// What is held because this version cannot read it, or is damaged, and waits for a person.
     #[must_use]
     pub fn alarms(&self) -> Vec<crate::model::Finding> {
-        crate::alarms::of(&self.core.state())
+        self.core.alarms()
     }
 
     /// Services whose records cannot be read: they are in no table of this process, and nobody has taken them away.

@@ -119,7 +119,7 @@ async fn keep_sweeping(core: &Arc<Core>) {
     loop {
         core.try_store_again().await;
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
-        metrics::gauge!("peregrine_alarms").set(alarms::of(&core.state()).len() as f64);
+        metrics::gauge!("peregrine_alarms").set(core.alarms().len() as f64);
         sweep(core, &mut seen).await;
         tokio::time::sleep(Duration::from_millis(core.config.reconcile_interval_ms)).await;
     }

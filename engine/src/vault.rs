@@ -92,6 +92,7 @@ impl Vault {
         loop {
             for (key, why) in &page.unsound {
                 tracing::error!(%key, %why, "a stored record is damaged and left out");
+                self.core.note_unsound(key, Some(why));
             }
             let Some(last) = page.last_key() else { return Ok(()) };
             let from = format!("{last}\0"); // the next key there can be
@@ -114,6 +115,7 @@ impl Vault {
         let key = keys::vault(key);
         let found = self.core.store.survey_from(&key, &key, 1).await?;
         if let Some((_, why)) = found.unsound.iter().find(|(unsound, _)| *unsound == key) {
+            self.core.note_unsound(&key, Some(why));
             return Err(StoreError::Corrupt(format!("{key}: {why}")).into());
         }
         Ok(found.entries.into_iter().find(|entry| entry.key == key).map(record))
@@ -124,6 +126,7 @@ impl Vault {
     /// # Errors
     /// `store.conflict` if an expectation is not met; otherwise why the store does not take it. Nothing was written then.
     pub async fn commit(&self, writes: Vec<VaultWrite>) -> Result<Revision, EngineError> {
+        let written: Vec<String> = writes.iter().map(|write| keys::vault(&write.key)).collect();
         let ((), revision) = self
             .core
             .commit_at(move |draft| {
@@ -144,6 +147,7 @@ impl Vault {
                 Ok(())
             })
             .await?;
+        written.iter().for_each(|key| self.core.note_unsound(key, None));
         Ok(revision)
     }
 }

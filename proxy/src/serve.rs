@@ -85,10 +85,9 @@ pub(crate) async fn serve(
         },
     };
     let stream = ClientStream::new(wire, Rc::clone(&state), prefix, core);
-    // Boxed: a client that has said nothing yet costs nothing of what one of them needs.
     match protocol {
-        Detected::Http2 => Box::pin(serve_http2(core, servers, state, stream)).await,
-        _ => Box::pin(serve_http1(core, servers, state, stream)).await,
+        Detected::Http2 => serve_http2(core, servers, state, stream).await,
+        _ => serve_http1(core, servers, state, stream).await,
     }
 }
 
@@ -163,10 +162,10 @@ async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, s
     let wire = parts.io.into_inner().into_wire();
     let tunnel = state.tunnel.borrow_mut().take();
     if let (Some(tunnel), End::Http(Ok(()))) = (tunnel, &end) {
-        Box::pin(upgrade::run(wire, parts.read_buf, tunnel)).await;
+        upgrade::run(wire, parts.read_buf, tunnel).await;
         return;
     }
-    Box::pin(finish_http1(core, &state, wire, &end)).await;
+    finish_http1(core, &state, wire, &end).await;
 }
 
 async fn finish_http1(core: &Core, state: &ConnState, mut wire: Wire, end: &End) {

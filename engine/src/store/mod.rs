@@ -278,6 +278,11 @@ pub trait Store: Send + Sync + 'static {
         .boxed()
     }
 
+    /// What is known to be wrong with it, of which not everything was looked at before it was opened.
+    fn damage(&self) -> Option<String> {
+        None
+    }
+
     /// Every commit after `after`, in order and without a gap, for ever. History may be compacted: a
     /// watch from before the oldest kept commit, or from a revision that does not exist yet, ends with
     /// [`StoreError::Compacted`], and the reader starts again from `range`.

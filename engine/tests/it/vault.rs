@@ -86,4 +86,8 @@ async fn a_record_that_is_damaged_is_left_out_and_hides_no_other() {
     assert_eq!(found.iter().map(|record| record.key.as_str()).collect::<Vec<_>>(), ["a", "c"]);
     let damaged = again.engine.vault().get("b").await.expect_err("whoever asks for it is told");
     assert_eq!(damaged.code, "store.corrupt");
+    let alarms = || again.engine.alarms().into_iter().map(|alarm| alarm.code).collect::<Vec<_>>();
+    assert_eq!(alarms(), ["store.record_aside"], "somebody has to see to it");
+    again.engine.vault().commit(vec![put("b", "new", VaultExpected::Anything)]).await.expect("written");
+    assert_eq!(alarms(), [""; 0], "and has done so");
 }

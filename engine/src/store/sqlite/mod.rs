@@ -175,12 +175,6 @@ impl SqliteStore {
         self.epoch
     }
 
-    /// What is wrong with the pages of a large store, of which not all were looked at before it was opened.
-    #[must_use]
-    pub fn damage(&self) -> Option<&str> {
-        self.check.as_ref()?.damage.get().map(String::as_str)
-    }
-
     /// Shows whoever stands by that this process lives, and reads the notes of refused writes of those before it: the
     /// same again and again, until [`SqliteStore::forget_refused`]. Call it several times within their patience.
     ///
@@ -261,6 +255,10 @@ impl Store for SqliteStore {
         self.read_survey(prefix.to_owned(), Part { from: from.to_owned(), max, ..Part::ALL }).boxed()
     }
 
+    fn damage(&self) -> Option<String> {
+        self.check.as_ref()?.damage.get().cloned()
+    }
+
     fn watch(&self, after: Revision) -> BoxStream<'static, Result<Committed, StoreError>> {
         let (Some(live), Some(queries)) = (self.live.upgrade(), self.queries.as_ref()) else {
             return Box::pin(futures_util::stream::once(async { Err(closed()) }));
@@ -315,7 +313,6 @@ impl Check {
             let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
             if let Err(StoreError::Corrupt(why)) = schema::check_pages(&connection) {
                 tracing::error!(%why, "the store is damaged: what can be read of it is served; restore a backup (peregrine server restore)");
-                metrics::gauge!("peregrine_store_damaged").set(1.0);
                 let _first = found.set(why);
             }
         };

@@ -242,21 +242,21 @@ async fn a_large_store_is_served_from_at_once_and_what_is_damaged_in_it_is_found
         store.commit(put(&format!("a/{number:04}"), "v".repeat(3_000))).await.unwrap();
     }
     drop(store);
-    // Half of it is the log, which nobody reads here.
     let path = dir.path().join(FILE);
     let mut bytes = std::fs::read(&path).unwrap();
     assert!(bytes.len() > 5 << 20, "{} bytes are not large", bytes.len());
     let store = SqliteStore::open(dir.path()).unwrap();
     assert_eq!(store.range("a/").await.unwrap().1.len(), 1_000);
     drop(store); // whatever the check has come to: it is interrupted
-    let middle = bytes.len() / 2 / 4_096 * 4_096;
-    bytes[middle..middle + 1_000].fill(0xA5);
+    // The page of an entry: in the log, there is something between key and value.
+    let entry = bytes.windows(9).position(|text| text == b"a/0500vvv").unwrap() / 4_096 * 4_096;
+    bytes[entry..entry + 100].fill(0xA5);
     std::fs::write(&path, bytes).unwrap();
     let store = SqliteStore::open(dir.path()).unwrap();
     let begun = Instant::now();
     let found = loop {
         match store.damage() {
-            Some(found) => break found.to_owned(),
+            Some(found) => break found,
             None if begun.elapsed() > Duration::from_secs(30) => panic!("nobody has found it"),
             None => tokio::task::yield_now().await,
         }
