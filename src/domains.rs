@@ -150,8 +150,18 @@ impl Told {
         };
         read().unwrap_or_else(|error| {
             tracing::error!(%name, %error, "how a domain is served cannot be read, so it is not: say it again with `peregrine domains add`");
-            Self { served: Arc::new(Served::closed()), presented: None }
+            Self::unreadable()
         })
+    }
+
+    /// Of a record that cannot be read, or is damaged.
+    fn unreadable() -> Self {
+        Self { served: Arc::new(Served::closed()), presented: None }
+    }
+
+    /// It is never written over by the server itself: somebody has to say anew how the domain is served.
+    fn is_unreadable(&self) -> bool {
+        *self.served == Served::closed()
     }
 
     fn record(&self) -> Record {
@@ -464,11 +474,15 @@ impl Edges {
             }
         });
         read.await?;
+        for key in vault.damaged(FRONT) {
+            names.push((key.strip_prefix(FRONT).unwrap_or_default().into(), Told::unreadable()));
+            unshown += 1;
+        }
         let last = names[names.len() - unshown..].to_vec();
         anyhow::ensure!(show.send(last).await.is_ok(), "the table takes no domains");
         drop(show);
         showing.await?;
-        // They come in their order, and of those the map is made without a gap.
+        // Nearly all come in their order, and of those the map is made without a gap.
         self.shown().names = names.into_iter().collect();
         Ok(())
     }
@@ -502,7 +516,8 @@ impl Edges {
                 let told = self.shown().names.get(name).cloned().unwrap_or_default();
                 corrected.push((Arc::clone(name), Told { presented: *presented, ..told }));
             }
-            let writes = corrected.iter().map(|(name, told)| told.write(name)).collect::<Result<_, _>>()?;
+            let readable = corrected.iter().filter(|(_, told)| !told.is_unreadable());
+            let writes = readable.map(|(name, told)| told.write(name)).collect::<Result<_, _>>()?;
             self.engine.vault().commit(writes).await?;
             let mut shown = self.shown();
             let mut changes = Vec::with_capacity(some.len());
@@ -526,7 +541,7 @@ impl Edges {
         let before = self.shown().names.get(name).cloned();
         let mut after = before.clone().unwrap_or_default();
         change(&mut after);
-        if before.as_ref() != Some(&after) {
+        if before.as_ref() != Some(&after) && !after.is_unreadable() {
             self.engine.vault().commit(vec![after.write(name)?]).await?;
         }
         let mut shown = self.shown();

@@ -365,3 +365,42 @@ fn a_server_that_starts_serves_by_its_short_records_and_corrects_those_that_are_
     let kept = kept.iter().find(|entry| entry.key == record(STALE)).expect("it is there");
     assert!(holds(&kept.value, second.as_bytes()), "the next start has it right from the beginning");
 }
+
+#[test]
+fn a_domain_whose_record_is_damaged_is_open_to_nobody_until_somebody_says_again_how_it_is_served() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.expect("a runtime");
+    let origin = runtime.block_on(Origin::bind(OriginOptions::default())).expect("an origin");
+    let mut server = Peregrine::start("");
+    server.stop();
+    let https = free_address();
+    let config = shop(&server, https, origin.addr(), "");
+    server.file("server.toml", &config);
+    server.start_again();
+    let made = rcgen::generate_simple_self_signed([NAME.to_owned()]).expect("a certificate");
+    let chain = server.file("chain.pem", &made.cert.pem());
+    let key = server.file("key.pem", &made.signing_key.serialize_pem());
+    server.ok(&["certs", "import", NAME, "--chain", &chain, "--key", &key]);
+    let is_open = || over_tls(https, NAME).is_some_and(|(answer, _)| answer.starts_with("HTTP/1.1 200"));
+    assert!(is_open());
+    server.stop();
+
+    // In the record itself: in the log there is something between key and value.
+    let file = server.data().join("store.db");
+    let mut bytes = std::fs::read(&file).expect("the store is one file");
+    let record = format!("vault/front/{NAME}{{\"redirect\":true");
+    let at = bytes.windows(record.len()).position(|text| text == record.as_bytes()).expect("it is there");
+    bytes[at + record.len() - 1] ^= 1;
+    std::fs::write(&file, bytes).expect("it can be written");
+    for _ in 0..2 {
+        server.start_again();
+        // It may have asked for clients' certificates.
+        assert!(!is_open(), "nobody knows who may come");
+        assert_eq!(server.ok(&["status"])["alarms"][0]["code"], "store.record_aside");
+        server.stop();
+    }
+    server.start_again();
+    server.ok(&["domains", "add", NAME]);
+    wait_for("that it is open", || is_open().then_some(()));
+    assert_eq!(server.ok(&["status"])["alarms"].as_array().map(Vec::len), Some(0), "it is mended");
+}

@@ -170,6 +170,7 @@ pub const ENGINE: &[&str] = &[
     "store.compacted",
     "store.conflict",
     "store.corrupt",
+    "store.damaged",
     "store.fenced",
     "store.full",
     "store.io",

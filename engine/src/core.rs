@@ -97,6 +97,12 @@ impl Core {
         alarms::of(&self.state()).into_iter().chain(unsound).chain(damage).collect()
     }
 
+    /// Keys of the vault that begin so, as far as they were read and cannot be trusted.
+    pub(crate) fn unsound(&self, family: &str) -> Vec<String> {
+        let unsound = self.unsound.lock().unwrap_or_else(PoisonError::into_inner);
+        unsound.keys().filter(|key| key.starts_with(family)).cloned().collect()
+    }
+
     /// A record of the vault cannot be trusted, or was written anew (`None`).
     pub(crate) fn note_unsound(&self, key: &str, why: Option<&str>) {
         let mut unsound = self.unsound.lock().unwrap_or_else(PoisonError::into_inner);

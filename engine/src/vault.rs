@@ -107,6 +107,13 @@ impl Vault {
         }
     }
 
+    /// Keys that begin so whose records were found damaged: [`Self::for_each`] has left them out, and nobody has written them since.
+    #[must_use]
+    pub fn damaged(&self, prefix: &str) -> Vec<String> {
+        let keys = self.core.unsound(&keys::vault(prefix)).into_iter();
+        keys.map(|key| key.strip_prefix(keys::VAULT).unwrap_or(&key).to_owned()).collect()
+    }
+
     /// One record.
     ///
     /// # Errors
