@@ -186,11 +186,16 @@ def peers(folder, hosts):
                        f"frontend f\n bind 127.0.0.1:{PEER} ssl crt-list {folder}/list.txt\n"
                        f" use_backend %[req.hdr(host),lower,map({folder}/hosts.map,web)]\nbackend web\n http-request return status 200\n")
     haproxy(names[:-1])
-    process = begin(["haproxy", "-W", "-f", f"{folder}/haproxy.cfg"], stderr=subprocess.DEVNULL)
+    said = os.path.join(folder, "haproxy.log")
+    process = begin(["haproxy", "-W", "-f", f"{folder}/haproxy.cfg"], stderr=open(said, "w"))
     wait_presented(PEER, names[0], certified="h.peer.test")
     haproxy(names)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGUSR2)
+    # Its worker serves before the master listens to signals, and until then they are lost.
+    while "Reloading" not in open(said).read():
+        begun = time.monotonic()
+        process.send_signal(signal.SIGUSR2)
+        while "Reloading" not in open(said).read() and time.monotonic() - begun < 1:
+            time.sleep(0.001)
     print(f"haproxy with {hosts} hosts, from the reload to the new one: {(wait_presented(PEER, names[-1]) - begun) * 1000:.0f} ms", flush=True)
     stop(process)
 

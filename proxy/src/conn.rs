@@ -33,6 +33,8 @@ pub(crate) enum Kill {
     No,
     /// Finish what is in flight, take nothing new, tell the client.
     Drain,
+    /// Nothing came for a moment: let go of what only requests need.
+    Rest,
     /// Nothing came for too long: close.
     Idle,
     /// A request head did not become complete in time.
@@ -92,6 +94,10 @@ pub(crate) struct ConnState {
     pub(crate) steady: RefCell<Steady>,
     /// What of an answer is on its way past us.
     pub(crate) in_pipe: InPipe,
+    /// Whether the protocol engine has nothing left to write.
+    pub(crate) flushed: Cell<bool>,
+    /// It has nothing in memory but the socket and its session.
+    pub(crate) resting: Cell<bool>,
 }
 
 /// Field lines with what they were made for.
@@ -134,6 +140,8 @@ impl ConnState {
             before_head: Cell::new(false),
             steady: RefCell::default(),
             in_pipe: InPipe::default(),
+            flushed: Cell::new(false),
+            resting: Cell::new(false),
         })
     }
 
@@ -156,8 +164,29 @@ impl ConnState {
     }
 
     pub(crate) fn kill(&self, how: Kill) {
-        self.kill.set(how);
+        // What is asked for comfort never takes the place of what has to be.
+        if how != Kill::Rest || self.kill.get() == Kill::No {
+            self.kill.set(how);
+        }
         self.wake();
+    }
+
+    /// Whether nothing is under way: no request, no part of one, and nothing that the client has not been sent.
+    pub(crate) fn can_rest(&self) -> bool {
+        self.in_flight.get() == 0
+            && self.head_since_ms.get() == 0
+            && self.flushed.get()
+            && !self.draining.get()
+            && !self.linger.get()
+            && self.rejected.get().is_none()
+            && self.tunnel.borrow().is_none()
+            && self.follower.borrow().is_between_requests()
+    }
+
+    /// Lets go of what only requests need.
+    pub(crate) fn shrink(&self) {
+        self.follower.borrow_mut().shrink();
+        *self.steady.borrow_mut() = Steady::default();
     }
 
     /// This state is in the place of another one from now on: what nobody has heard yet is asked of this one.
@@ -229,6 +258,21 @@ impl ClientStream {
 
     pub(crate) fn into_wire(self) -> Wire {
         self.wire
+    }
+
+    /// Puts bytes back that were read and belong to a request that has not begun.
+    pub(crate) fn put_back(&mut self, bytes: Bytes) {
+        debug_assert!(self.prefix.is_empty(), "it was read before what came after it");
+        self.prefix = bytes;
+    }
+
+    /// Ready when there is something to read, be it the end.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.prefix.is_empty() {
+            return Poll::Ready(());
+        }
+        // An error is found again by who reads.
+        self.wire.poll_readable(cx).map(drop)
     }
 
     /// Takes note of what was read. An error is a fault in the framing of a body; the parser takes it for its own.
@@ -332,6 +376,7 @@ impl ClientStream {
 
     /// Says whether what hyper wants to write is to be replaced, and by what.
     fn before_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<bool>> {
+        self.state.flushed.set(false);
         if !self.own_answer.is_empty() {
             std::task::ready!(self.poll_own(cx))?;
         }
@@ -443,7 +488,9 @@ impl AsyncWrite for ClientStream {
             self.own_answer = interim.into();
         }
         std::task::ready!(self.poll_own(cx))?;
-        self.sealed(|stream| stream.poll_send(cx)).unwrap_or(Poll::Ready(Ok(())))
+        std::task::ready!(self.sealed(|stream| stream.poll_send(cx)).unwrap_or(Poll::Ready(Ok(()))))?;
+        self.state.flushed.set(true);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -46,6 +46,8 @@ const SWEEP_TICKS: u32 = 3;
 /// After a hand-over a client's idle connection is kept for so long for one more request: if it were closed at once, its
 /// next request might be on its way.
 const LAST_REQUEST_WITHIN_MS: u64 = 10_000;
+/// A client's connection of HTTP/1.1 that is idle for so long lets go of what only requests need.
+const REST_AFTER_MS: u64 = 1_000;
 /// Ticks between two looks at how fast request bodies come.
 const PACE_TICKS: u32 = 100;
 
@@ -257,7 +259,7 @@ impl Core {
                 self.flights.look_at_pace(self.config.limits.min_request_body_bytes_per_s);
             }
             let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
-            self.metrics.flush(self.flights.len(), self.conns.len(), tasks);
+            self.metrics.flush(self.flights.len(), (self.conns.len(), self.conns.at_rest.get()), tasks);
             self.tls.flush();
             if let Some(log) = &self.log {
                 log.flush();
@@ -356,6 +358,8 @@ pub(crate) struct Conns {
     free: RefCell<Vec<usize>>,
     /// Told when a connection has ended.
     ended: tokio::sync::Notify,
+    /// How many have nothing in memory but the socket and its session.
+    pub(crate) at_rest: Cell<usize>,
 }
 
 /// A connection's place among the others; ends with its task.
@@ -461,7 +465,14 @@ fn due(conn: &ConnState, now_ms: u64, limits: &crate::config::Limits) -> Option<
     }
     // The end of the last answer may still be on its way to a slow client.
     let idle_ms = now_ms.saturating_sub(conn.idle_since_ms.get().max(conn.wrote_ms.get()));
-    (head_since_ms == 0 && idle_ms >= u64::from(limits.idle_timeout_ms)).then_some(Kill::Idle)
+    if head_since_ms != 0 {
+        return None;
+    }
+    if idle_ms >= u64::from(limits.idle_timeout_ms) {
+        return Some(Kill::Idle);
+    }
+    (idle_ms >= REST_AFTER_MS && !conn.resting.get() && !conn.http2.get() && conn.can_rest())
+        .then_some(Kill::Rest)
 }
 
 #[cfg(test)]

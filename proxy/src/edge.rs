@@ -371,7 +371,7 @@ async fn run_core(own: CoreStart, acknowledger: peregrine_routing::Acknowledger)
         tracing::warn!(connections = core.conns.len(), "shutdown deadline: connections are broken off");
     }
     core.aborting.set(true);
-    core.metrics.flush(0, 0, 0);
+    core.metrics.flush(0, (0, 0), 0);
 }
 
 /// Waits until that end or a harder one is asked for. The sender lives as long as the edge runs; when it is gone, that is

@@ -84,6 +84,16 @@ impl Follower {
         matches!(self.at, At::Head)
     }
 
+    /// Whether a request has ended and nothing of a next one has come.
+    pub(crate) const fn is_between_requests(&self) -> bool {
+        matches!(self.at, At::Head) && self.pending.is_empty()
+    }
+
+    /// Lets go of room for a head.
+    pub(crate) fn shrink(&mut self) {
+        self.pending.shrink_to_fit();
+    }
+
     /// Takes note of bytes that were read.
     pub(crate) fn read(&mut self, mut bytes: &[u8]) -> Result<(), BadChunk> {
         while !bytes.is_empty() {

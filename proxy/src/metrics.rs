@@ -34,6 +34,10 @@ pub fn describe() {
     describe_gauge!("peregrine_edge_requests_in_flight", "Requests in flight");
     describe_gauge!("peregrine_edge_connections", "Client connections");
     describe_gauge!(
+        "peregrine_edge_connections_at_rest",
+        "Client connections of HTTP/1.1 that were silent for a moment and have nothing in memory but socket and session"
+    );
+    describe_gauge!(
         "peregrine_edge_tasks",
         "Tasks of the cores: those of connections, and some that are always there"
     );
@@ -77,6 +81,7 @@ pub(crate) struct CoreMetrics {
     log_dropped: Count,
     in_flight: Level,
     connections: Level,
+    at_rest: Level,
     tasks: Level,
 }
 
@@ -207,6 +212,7 @@ impl CoreMetrics {
             log_dropped: Count::new(counter!("peregrine_edge_log_lines_dropped_total")),
             in_flight: Level::new(gauge!("peregrine_edge_requests_in_flight")),
             connections: Level::new(gauge!("peregrine_edge_connections")),
+            at_rest: Level::new(gauge!("peregrine_edge_connections_at_rest")),
             tasks: Level::new(gauge!("peregrine_edge_tasks")),
         }
     }
@@ -254,9 +260,10 @@ impl CoreMetrics {
     }
 
     /// Hands everything to the facade.
-    pub(crate) fn flush(&self, in_flight: usize, connections: usize, tasks: usize) {
+    pub(crate) fn flush(&self, in_flight: usize, (connections, at_rest): (usize, usize), tasks: usize) {
         self.in_flight.tell(in_flight);
         self.connections.tell(connections);
+        self.at_rest.tell(at_rest);
         self.tasks.tell(tasks);
         self.unrouted.flush();
         self.services.borrow().values().for_each(|service| service.flush());

@@ -1,5 +1,6 @@
 //! A client connection's task: finds its protocol, runs it, and ends it properly.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
@@ -85,10 +86,55 @@ pub(crate) async fn serve(
         },
     };
     let stream = ClientStream::new(wire, Rc::clone(&state), prefix, core);
-    match protocol {
-        Detected::Http2 => serve_http2(core, servers, state, stream).await,
-        _ => serve_http1(core, servers, state, stream).await,
+    if let Detected::Http2 = protocol {
+        return Box::pin(serve_http2(core, servers, state, stream)).await;
     }
+    let mut next = Some(stream);
+    while let Some(stream) = next {
+        // Boxed, to be let go of in between: of 10,000 clients few ask for something at a time.
+        next = match Box::pin(serve_http1(core, servers, &state, stream)).await {
+            Some(stream) => rest(core, &state, stream).await,
+            None => None,
+        };
+    }
+}
+
+/// Counts a connection among those that rest.
+struct Resting<'a> {
+    at_rest: &'a Cell<usize>,
+    here: &'a Cell<bool>,
+}
+
+impl<'a> Resting<'a> {
+    fn begin(core: &'a Core, state: &'a ConnState) -> Self {
+        let at_rest = &core.conns.at_rest;
+        at_rest.set(at_rest.get() + 1);
+        state.resting.set(true);
+        Self { at_rest, here: &state.resting }
+    }
+}
+
+impl Drop for Resting<'_> {
+    fn drop(&mut self) {
+        self.at_rest.set(self.at_rest.get() - 1);
+        self.here.set(false);
+    }
+}
+
+/// Waits for the next request with nothing but the socket and its session in memory. `None` if the connection has ended.
+async fn rest(core: &Core, state: &ConnState, stream: ClientStream) -> Option<ClientStream> {
+    state.shrink();
+    let _resting = Resting::begin(core, state);
+    let asked = poll_fn(|cx| match state.asked(cx) {
+        Kill::No | Kill::Rest => stream.poll_readable(cx).map(|()| Kill::No),
+        how => Poll::Ready(how),
+    })
+    .await;
+    if asked == Kill::No {
+        return Some(stream);
+    }
+    finish_http1(core, state, stream.into_wire(), &End::Asked(asked)).await;
+    None
 }
 
 /// Reads until the protocol is known. `None` if the client leaves or takes too long.
@@ -138,14 +184,21 @@ enum End {
     Asked(Kill),
 }
 
-async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, stream: ClientStream) {
-    let (its_core, conn) = (Rc::clone(core), Rc::clone(&state));
+/// Serves requests until the connection ends, or until nothing is under way and it is asked to rest.
+async fn serve_http1(
+    core: &Rc<Core>,
+    servers: &Servers,
+    state: &Rc<ConnState>,
+    stream: ClientStream,
+) -> Option<ClientStream> {
+    let (its_core, conn) = (Rc::clone(core), Rc::clone(state));
     let service = service_fn(move |request: Request<Incoming>| {
         let framing = request.body().size_hint().exact().map_or(Framing::Chunked, Framing::Length);
         let framing = conn.follower.borrow_mut().head(framing);
         forward::handle(Rc::clone(&its_core), Rc::clone(&conn), request, framing)
     });
     let mut http = servers.http1.serve_connection(TokioIo::new(stream), service);
+    let mut rests = false;
     let end = poll_fn(|cx| {
         match state.asked(cx) {
             Kill::No => {}
@@ -153,19 +206,32 @@ async fn serve_http1(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, s
                 state.draining.set(true);
                 Pin::new(&mut http).graceful_shutdown();
             }
+            Kill::Rest => rests = true,
             how => return Poll::Ready(End::Asked(how)),
         }
-        Pin::new(&mut http).poll(cx).map(End::Http)
+        // First what may have come meanwhile.
+        match Pin::new(&mut http).poll(cx) {
+            Poll::Pending if std::mem::take(&mut rests) && state.can_rest() => {
+                Poll::Ready(End::Asked(Kill::Rest))
+            }
+            polled => polled.map(End::Http),
+        }
     })
     .await;
     let parts = http.into_parts();
-    let wire = parts.io.into_inner().into_wire();
+    let mut stream = parts.io.into_inner();
+    if let End::Asked(Kill::Rest) = end {
+        stream.put_back(parts.read_buf);
+        return Some(stream);
+    }
+    let wire = stream.into_wire();
     let tunnel = state.tunnel.borrow_mut().take();
     if let (Some(tunnel), End::Http(Ok(()))) = (tunnel, &end) {
         upgrade::run(wire, parts.read_buf, tunnel).await;
-        return;
+        return None;
     }
-    finish_http1(core, &state, wire, &end).await;
+    finish_http1(core, state, wire, &end).await;
+    None
 }
 
 async fn finish_http1(core: &Core, state: &ConnState, mut wire: Wire, end: &End) {
@@ -181,7 +247,7 @@ async fn finish_http1(core: &Core, state: &ConnState, mut wire: Wire, end: &End)
         }
         End::Asked(_) | End::Http(_) => {}
     }
-    if matches!(end, End::Asked(Kill::Idle | Kill::HeadTimeout)) {
+    if matches!(end, End::Asked(Kill::Drain | Kill::Idle | Kill::HeadTimeout)) {
         wire.try_end();
     }
     if state.linger.get() {
@@ -229,7 +295,7 @@ async fn serve_http2(core: &Rc<Core>, servers: &Servers, state: Rc<ConnState>, m
     let mut leaving = false;
     poll_fn(|cx| {
         match state.asked(cx) {
-            Kill::No => {}
+            Kill::No | Kill::Rest => {}
             Kill::Drain => {
                 state.draining.set(true);
                 http.as_mut().graceful_shutdown();

@@ -18,6 +18,14 @@ pub(crate) enum Wire {
 }
 
 impl Wire {
+    /// Ready when the client has sent something, or has left.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Clear(socket) => socket.poll_read_ready(cx),
+            Self::Tls(stream) => stream.poll_readable(cx),
+        }
+    }
+
     /// Sends what fits at once. Best effort, for the last word to somebody who may not listen.
     pub(crate) fn try_say(&mut self, bytes: &[u8]) {
         let cx = &mut Context::from_waker(Waker::noop());

@@ -20,6 +20,10 @@ const LARGE_REPLY_BYTES: u64 = 100 << 10;
 /// How often the upstream is switched in the switching scenario, in milliseconds.
 const SWITCH_EVERY_MS: u64 = 1_000;
 
+/// How often memory is looked at until it stays as it is, and how many times at most.
+const SETTLE_LOOK_EVERY_MS: u64 = 2_000;
+const MAX_SETTLE_LOOKS: u32 = 5;
+
 /// What every measurement of a comparison shares.
 #[derive(Debug)]
 pub(super) struct Bench<'a> {
@@ -43,7 +47,7 @@ impl Bench<'_> {
         let target = address(&running, scenario);
         let memory_before_kib = running.process.memory_kib();
         let idle = self.hold_idle(&running, scenario).await?;
-        let idle_kib = running.process.memory_kib().saturating_sub(memory_before_kib);
+        let idle_kib = self.settled_memory_kib(&running, scenario).await.saturating_sub(memory_before_kib);
         let seen_before = self.origin.seen().await?;
         let (cpu_before, busy_before) = (running.process.cpu_us(), core_busy_us(self.core));
         let started = Instant::now();
@@ -154,6 +158,22 @@ impl Bench<'_> {
                 failure.detail
             ))),
         }
+    }
+
+    /// What a contender keeps for clients that stay silent: some let go of things when they have been so for a moment.
+    async fn settled_memory_kib(&self, running: &Running, scenario: &Scenario) -> u64 {
+        let mut memory_kib = running.process.memory_kib();
+        if scenario.idle_connections == 0 {
+            return memory_kib;
+        }
+        for _ in 0..MAX_SETTLE_LOOKS {
+            tokio::time::sleep(Duration::from_millis(SETTLE_LOOK_EVERY_MS)).await;
+            let before_kib = std::mem::replace(&mut memory_kib, running.process.memory_kib());
+            if before_kib.abs_diff(memory_kib) < before_kib / 100 {
+                break;
+            }
+        }
+        memory_kib
     }
 
     fn tls(&self, scenario: &Scenario) -> Option<Tls> {

@@ -117,7 +117,7 @@ async fn unless_cut<T>(state: &ConnState, drains: &mut bool, work: impl Future<O
     let mut work = pin!(work);
     poll_fn(|cx| {
         match state.asked(cx) {
-            Kill::No => {}
+            Kill::No | Kill::Rest => {}
             Kill::Drain => *drains = true,
             Kill::Idle | Kill::HeadTimeout | Kill::Abort => return Poll::Ready(None),
         }

@@ -49,6 +49,11 @@ impl TlsStream {
         self.sent
     }
 
+    /// Ready when the client has sent something, or has left. Asked when the session has been read to its end.
+    pub(crate) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unfed.is_empty() { self.socket.poll_read_ready(cx) } else { Poll::Ready(Ok(())) }
+    }
+
     /// Gives the session what was read from the socket. What it cannot take before its plain bytes are read is kept.
     pub(crate) fn feed(&mut self, mut read: &[u8]) -> io::Result<()> {
         while !read.is_empty() {

@@ -26,6 +26,7 @@ mod on_demand;
 mod outage;
 mod paths;
 mod ready;
+mod resting;
 mod retries;
 mod rules;
 mod scripted;
