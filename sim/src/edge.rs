@@ -288,11 +288,13 @@ async fn due(upstream: &peregrine_routing::Upstream, class: TrafficClass) -> Ans
     let closable = matches!(class, TrafficClass::Sse | TrafficClass::GrpcStream | TrafficClass::WebSocket);
     loop {
         let turn = upstream.listen();
-        if upstream.is_class_cut(class) {
-            return Answer::Cut;
-        }
+        // First what comes first: both may have been told since the last look, and here a stream that is asked to end does so
+        // at once.
         if closable && upstream.is_closing(class) {
             return Answer::Closed;
+        }
+        if upstream.is_class_cut(class) {
+            return Answer::Cut;
         }
         turn.await;
     }

@@ -60,6 +60,7 @@ impl SimRuntime {
             Trouble::Slow => world.between(200, MAX_LATE_MS),
             _ => world.between(1, 15),
         };
+        world.explain(|| format!("{} is asked to {verb}, and does it in {late_ms} ms", self.name()));
         let there = world.clone();
         // On the machine, not in the engine: dropping the asker stops nothing.
         let done = tokio::spawn(async move {

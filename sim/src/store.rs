@@ -15,6 +15,9 @@ use crate::world::World;
 /// What is told of every rollout that is written for the last time.
 pub(crate) type Ended = Arc<dyn Fn(&Rollout) + Send + Sync>;
 
+/// So much of a record is shown in a trace.
+const MAX_SHOWN_CHARS: usize = 2_000;
+
 pub(crate) struct SimStore {
     pub(crate) world: World,
     pub(crate) inner: Arc<MemoryStore>,
@@ -49,6 +52,15 @@ impl Store for SimStore {
             }
             if self.world.one_in(4) {
                 self.world.sleep(1, 4).await;
+            }
+            for write in &batch.writes {
+                self.world.explain(|| match write {
+                    Write::Put(key, value) => {
+                        let text = String::from_utf8_lossy(value);
+                        format!("store {key} = {}", text.chars().take(MAX_SHOWN_CHARS).collect::<String>())
+                    }
+                    Write::Delete(key) => format!("store {key} is gone"),
+                });
             }
             self.inner.commit(batch).await
         })

@@ -238,6 +238,14 @@ impl World {
     // --- the trace --------------------------------------------------------------------------------
 
     /// Takes an event into the trace: the same seed gives the same events at the same times.
+    /// As `note`, for who reads the trace: no part of what a seed is known by.
+    pub(crate) fn explain(&self, detail: impl FnOnce() -> String) {
+        let at = self.elapsed_ms();
+        if let Some(lines) = &mut self.lock().lines {
+            lines.push(format!("{at:>8}   {}", detail()));
+        }
+    }
+
     pub(crate) fn note(&self, event: std::fmt::Arguments<'_>) {
         let at = self.elapsed_ms();
         let mut inner = self.lock();

@@ -42,9 +42,10 @@ pub(super) async fn forward(context: &StepContext) -> Result<Done, Problem> {
     Ok(Done::new("the old copies are empty"))
 }
 
-/// Takes a copy out of the table with the next publication.
+/// Takes a copy out of the table with the next publication. One that is being released is out of it, and stays known as
+/// such: its removal may be on its way to the machine, whoever asked for it.
 pub(super) fn retire(draft: &mut Draft<'_>, instance: &Instance, state: InstanceState) {
-    if instance.state == state {
+    if instance.state == state || instance.state == InstanceState::Releasing {
         return;
     }
     let mut instance = instance.clone();
