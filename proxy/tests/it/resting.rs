@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use peregrine_proxy::{Config, Limits};
 
 use super::observe::{recorder, value};
-use super::support::{Client, Origin, TestEdge, config, service, until, upstream};
+use super::support::{Client, Origin, config, service, until, upstream};
 use super::tls_support::{self, Authority};
 
 const CLIENTS: usize = 50;
