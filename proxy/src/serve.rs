@@ -227,7 +227,10 @@ async fn serve_http1(
     let parts = http.into_parts();
     let mut stream = parts.io.into_inner();
     if let End::Asked(Kill::Rest) = end {
-        stream.put_back(parts.read_buf);
+        // Without content it would still keep the buffer that it is a part of.
+        if !parts.read_buf.is_empty() {
+            stream.put_back(parts.read_buf);
+        }
         return Some(stream);
     }
     let wire = stream.into_wire();
