@@ -110,7 +110,9 @@ pub(crate) fn recorder() -> &'static PrometheusHandle {
 
 pub(crate) fn value(series: &str) -> u64 {
     let text = recorder().render();
-    let line = text.lines().find(|line| line.starts_with(series));
+    // A name that only begins so is another one.
+    let goes_on = |rest: &str| rest.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
+    let line = text.lines().find(|line| line.strip_prefix(series).is_some_and(|rest| !goes_on(rest)));
     line.and_then(|line| line.rsplit(' ').next())
         .map_or(0, |value| value.parse::<f64>().expect("number") as u64)
 }
